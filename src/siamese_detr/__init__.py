@@ -1,0 +1,62 @@
+"""Pre-train DETR-family object detectors on unlabelled images, fine-tune them with few labels.
+
+The verbs are functions of this package and commands of ``siamese-detr``, with the same arguments::
+
+    import siamese_detr
+
+    siamese_detr.pretrain(images="photos", out="runs/pretrained")
+    siamese_detr.finetune(train="train.json", val="val.json", model="runs/pretrained", out="runs/detector")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Where each verb lives. Imported only when asked for: a command's start-up must not pay for the others.
+VERBS = {
+    "demo": ("siamese_detr.demonstration", "the whole job on a small example, in minutes"),
+    "check": ("siamese_detr.images.check", "find problems in images and labels before a long run"),
+    "propose": ("siamese_detr.proposals.propose", "images -> class-agnostic boxes"),
+    "pretrain": ("siamese_detr.training.pretrain", "unlabelled images + boxes -> a pre-trained detector"),
+    "finetune": ("siamese_detr.training.finetune", "a detector + labels -> a fine-tuned detector"),
+    "evaluate": ("siamese_detr.evaluation.evaluate", "COCO metrics of a detector"),
+    "predict": ("siamese_detr.evaluation.predict", "boxes and pictures for new images"),
+    "compare": ("siamese_detr.evaluation.compare", "does pre-training help on my images, and how much?"),
+    "report": ("siamese_detr.reporting.report", "a self-contained HTML page of a run or a comparison"),
+    "export": ("siamese_detr.interchange.export", "to ONNX, or a lighter Hugging Face directory"),
+}
+
+# Configurations that can be read without loading PyTorch: --help and mistyped options are answered at once.
+CONFIGS = {
+    "pretrain": "siamese_detr.training.pretrain_config",
+    "finetune": "siamese_detr.training.finetune_config",
+}
+
+__all__ = ["VERBS", "__version__", "load_config", "load_verb"]
+
+
+def load_verb(name: str) -> Any:
+    """The function behind a verb of :data:`VERBS`."""
+    return getattr(importlib.import_module(VERBS[name][0]), name)
+
+
+def load_config(name: str) -> Any:
+    """The configuration class of a verb of :data:`VERBS`."""
+    if name in CONFIGS:
+        return getattr(importlib.import_module(CONFIGS[name]), f"{name.capitalize()}Config")
+    return load_verb(name).config_class
+
+
+def __getattr__(name: str) -> Any:
+    if name not in VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = load_verb(name)
+    globals()[name] = function
+    return function
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *VERBS])

@@ -1,0 +1,165 @@
+"""``siamese-detr VERB``: the verbs' configurations from the shell. No logic of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import inspect
+import io
+import itertools
+import os
+import sys
+from typing import Any
+
+from siamese_detr import VERBS, __version__, load_config, load_verb
+from siamese_detr.errors import UserError
+
+REFUSALS = {
+    errno.ENOSPC: "make room and start it again (with --resume, where the command has it)",
+    errno.EDQUOT: "make room and start it again (with --resume, where the command has it)",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+}
+"""What the user can do about an error of the operating system, where the code that met it does not say."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for a user's mistake, or what the verb documents."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    try:
+        if name not in VERBS:
+            from siamese_detr.config import nearest
+
+            raise UserError(
+                f"unknown command {name!r}{nearest(name, list(VERBS))}; the commands are {', '.join(VERBS)}"
+            )
+        run(name, rest)
+    except UserError as error:
+        print(f"siamese-detr: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # Wherever the machine refuses: what was written before is whole (everything is written aside, then renamed).
+        if error.errno not in REFUSALS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"siamese-detr: error: {error.strerror}{where}; {REFUSALS[error.errno]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("siamese-detr: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def run(name: str, argv: list[str]) -> Any:
+    """Resolve the configuration of verb ``name`` from ``argv`` and call it."""
+    config = read_arguments(name, load_config(name), argv)
+    return load_verb(name)(config)
+
+
+def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
+    """The configuration of verb ``name``: recipe, file and arguments.
+
+    Raises:
+        UserError: a mistake in them; one line.
+        SystemExit: the help has been printed.
+    """
+    import tyro
+
+    from siamese_detr.config import is_required, nearest, read_sources, recipe_names, validate, validate_values
+
+    fields = dataclasses.fields(config_class)
+    names = [field.name for field in fields]
+    # Bare words in front stand for the first fields: `propose photos store` is `propose --images photos --out store`.
+    bare = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if bare > len(fields):
+        bare = len(fields)
+    named = [word for field, value in zip(fields, argv[:bare], strict=False) for word in (f"--{field.name}", value)]
+    argv = named + argv[bare:]
+    argv, sources = take_options(argv, ("--config", "--recipe"))
+    options = [word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")]
+    for option in options:
+        if option not in names and option.removeprefix("no_") not in names and option not in ("help", ""):
+            near = nearest(option, names).replace("_", "-").replace("'", "--", 1).replace("'", "")
+            raise UserError(f"unknown option --{option.replace('_', '-')}{near}; {seek_help(name)}")
+    values = read_sources(config_class, sources.get("--recipe"), sources.get("--config"))
+    missing = {field.name: tyro.MISSING for field in fields if is_required(field) and field.name not in values}
+    if not {"-h", "--help"} & set(argv) and (left := [key for key in missing if key not in options]):
+        raise UserError(f"{' and '.join(f'--{key}' for key in left)} must be given; {seek_help(name)}")
+    # Values from files are validated by the same types as arguments before they become the command line's defaults.
+    files = " and ".join(sources.values())
+    default = config_class(**(validate_values(config_class, values, files) | missing))
+    recipes = recipe_names(config_class)
+    about = inspect.cleandoc(config_class.__doc__ or VERBS[name][1]).partition("\nArgs:")[0].strip()
+    required = " ".join(field.name.upper() for field in fields if is_required(field))
+    description = f"{about}\n\nShort: siamese-detr {name} {required} [OPTIONS]. Also: --config FILE.yaml" + (
+        f"; --recipe NAME, one of {', '.join(recipes)}, or a path" if recipes else ""
+    )
+    mistakes = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(mistakes):
+            config = tyro.cli(
+                config_class,
+                prog=f"siamese-detr {name}",
+                description=description,
+                args=argv,
+                default=default,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UserError(f"{one_line(mistakes.getvalue())}; {seek_help(name)}") from None
+    return validate(config_class, {f.name: getattr(config, f.name) for f in fields}, "arguments")
+
+
+def seek_help(name: str) -> str:
+    return f"siamese-detr {name} --help lists the options"
+
+
+def one_line(box: str) -> str:
+    """The message in the frame that tyro draws around it."""
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
+    message = itertools.takewhile(lambda line: not line.startswith(("─", "For full help")), lines)
+    return " ".join(message).rstrip(".") or "the arguments cannot be read"
+
+
+def take_options(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Split ``--name value`` and ``--name=value`` of ``names`` off ``argv``."""
+    rest: list[str] = []
+    taken: dict[str, str] = {}
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in names:
+            taken[name] = value if equals else next(words, "")
+            if not taken[name]:
+                raise UserError(f"{name} needs a value")
+        else:
+            rest.append(word)
+    return rest, taken
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in VERBS.items()]
+    return "\n".join(
+        ["usage: siamese-detr VERB [options]", "", *lines, "", "siamese-detr VERB --help shows a verb's options."]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""One typed dataclass per verb is its Python signature, its command line and its YAML file.
+
+Values are taken, each overriding the one before, from the dataclass's defaults, a recipe (a YAML file shipped in
+``siamese_detr/recipes``, or a path), a configuration file, and the arguments given. All of them are validated by the
+same types.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path, PurePath
+from typing import Any, Generic, TypeVar, get_type_hints
+
+import pydantic
+import yaml
+
+from siamese_detr.errors import UserError
+
+Config = TypeVar("Config")
+Result = TypeVar("Result", covariant=True)
+
+
+class Verb(Generic[Config, Result]):
+    """A function of one configuration, callable with its fields as arguments. Made by :func:`verb`."""
+
+    config_class: type[Config]
+
+    def __init__(self, function: Callable[[Config], Result], config_class: type[Config]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.config_class = config_class
+        fields = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=inspect.Parameter.empty if is_required(field) else default_of(field),
+                annotation=field.type,
+            )
+            for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+        ]
+        sources = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None")
+            for name in ("config", "recipe")
+        ]
+        self.__signature__ = inspect.Signature(
+            fields + sources, return_annotation=inspect.signature(function).return_annotation
+        )
+
+    def __call__(
+        self, *args: Any, config: str | Path | None = None, recipe: str | None = None, **options: Any
+    ) -> Result:
+        if len(args) == 1 and isinstance(args[0], self.config_class):
+            if config is not None or recipe is not None or options:
+                raise TypeError("give either a configuration object or its fields, not both")
+            return self.function(args[0])
+        names = [field.name for field in dataclasses.fields(self.config_class)]  # type: ignore[arg-type]
+        if len(args) > len(names):
+            raise TypeError(f"{self.__name__}() takes at most {len(names)} positional arguments")  # type: ignore[attr-defined]
+        given = dict(zip(names, args, strict=False))
+        if twice := given.keys() & options.keys():
+            raise TypeError(f"{', '.join(sorted(twice))} given twice")
+        values = read_sources(self.config_class, recipe, config) | given | options
+        return self.function(validate(self.config_class, values, "arguments"))
+
+
+def verb(config_class: type[Config]) -> Callable[[Callable[[Config], Result]], Verb[Config, Result]]:
+    """Decorate ``def propose(config: ProposeConfig)`` so that it takes the fields, a ``config`` file and a ``recipe``.
+
+    The result is callable as ``propose("photos", out="store")``, ``propose(ProposeConfig(...))`` or
+    ``propose(config="run.yaml", recipe="laptop", out="store")``. Raises
+    :class:`UserError` for unknown keys or wrong types.
+    """
+    return lambda function: Verb(function, config_class)
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def recipe_names(config_class: type) -> list[str]:
+    """The shipped recipes for a verb: files ``<verb>-<name>.yaml`` in ``siamese_detr/recipes``."""
+    prefix = recipe_prefix(config_class)
+    files = resources.files("siamese_detr").joinpath("recipes").iterdir()
+    return sorted(
+        file.name[len(prefix) : -5] for file in files if file.name.startswith(prefix) and file.name.endswith(".yaml")
+    )
+
+
+def recipe_prefix(config_class: type) -> str:
+    return config_class.__name__.removesuffix("Config").lower() + "-"
+
+
+def read_sources(config_class: type, recipe: str | None, config: str | Path | None) -> dict[str, Any]:
+    """The values of a recipe (by name or path) overridden by those of a configuration file (YAML)."""
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        if recipe in (names := recipe_names(config_class)):
+            text = (
+                resources.files("siamese_detr")
+                .joinpath("recipes", f"{recipe_prefix(config_class)}{recipe}.yaml")
+                .read_text()
+            )
+            values |= parse_yaml(config_class, text, f"recipe {recipe}")
+        elif Path(recipe).is_file():
+            values |= parse_yaml(config_class, read_text(Path(recipe)), recipe)
+        else:
+            known = f"the recipes are {', '.join(names)}" if names else "this command has no recipes"
+            raise UserError(
+                f"unknown recipe {recipe!r}{nearest(recipe, names)}; {known}, or give the path of a YAML file"
+            )
+    if config is not None:
+        values |= parse_yaml(config_class, read_text(Path(config)), str(config))
+    return values
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read configuration {path}: {error}") from error
+
+
+def parse_yaml(config_class: type, text: str, source: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{source} must hold `key: value` lines, not a {type(values).__name__}")
+    check_keys(config_class, values, source)
+    return values
+
+
+def check_keys(config_class: type, values: Mapping[Any, Any], source: str) -> None:
+    names = [field.name for field in dataclasses.fields(config_class)]
+    for key in values:
+        if key not in names:
+            known = nearest(str(key), names) or f"; valid keys: {', '.join(names)}"
+            raise UserError(f"unknown key {key!r} in {source}{known}")
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """``" (did you mean X?)"`` for the most similar of ``words``, or an empty string."""
+    match = difflib.get_close_matches(word.replace("-", "_"), words, n=1) or difflib.get_close_matches(word, words, n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def validate(config_class: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Build ``config_class`` from ``values``; :class:`UserError` names the first wrong key and what it must be."""
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        if is_required(field) and field.name not in values:
+            raise UserError(f"{field.name} is required")
+    return config_class(**validate_values(config_class, values, source))
+
+
+def validate_values(config_class: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """``values`` converted to the types of the fields they name."""
+    check_keys(config_class, values, source)
+    types = get_type_hints(config_class)
+    return {key: validate_value(key, value, types[key], source) for key, value in values.items()}
+
+
+def validate_value(key: str, value: Any, kind: Any, source: str) -> Any:
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(str(value) if isinstance(value, PurePath) else value)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{key}={value!r} in {source} is not valid: {error.errors()[0]['msg']}") from error
+
+
+def write_config(config: Any, path: str | Path) -> None:
+    """Write the resolved configuration as YAML, readable back with ``--config``."""
+    plain = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")

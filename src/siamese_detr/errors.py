@@ -1,0 +1,27 @@
+"""Errors that are the user's to mend: one line each, naming the file and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake in the user's input. The command line prints it as one line, without a traceback, and exits with 2."""
+
+
+class ImageError(UserError):
+    """An image file that cannot be read.
+
+    Args:
+        path: the file.
+        reason: what is wrong with it, in a few words.
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"cannot read image {path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:
+        # Exceptions travel between worker processes; the default reduction would call __init__ with one argument.
+        return type(self), (self.path, self.reason)

@@ -1,0 +1,119 @@
+"""Verbs: one dataclass is the Python signature, the command line and the YAML file."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from siamese_detr import cli
+from siamese_detr.config import verb, write_config
+from siamese_detr.errors import UserError
+
+
+@dataclass
+class ToyConfig:
+    """A toy.
+
+    Args:
+        images: a folder.
+        steps: how many.
+        method: which.
+        sides: lengths.
+        resume: go on.
+    """
+
+    images: str
+    steps: int = 3
+    method: Literal["a", "b"] = "a"
+    sides: tuple[int, ...] = (1, 2)
+    resume: bool = False
+
+
+@verb(ToyConfig)
+def toy(config: ToyConfig) -> ToyConfig:
+    """Return the configuration."""
+    return config
+
+
+def test_python_calls() -> None:
+    assert toy("x", steps=4) == toy(images="x", steps=4) == toy(ToyConfig("x", steps=4)) == ToyConfig("x", 4)
+    assert list(inspect.signature(toy).parameters)[:2] == ["images", "steps"]
+
+
+def test_file_is_overridden_by_arguments(tmp_path: Path) -> None:
+    write_config(ToyConfig("x", steps=9, sides=(5,)), tmp_path / "c.yaml")
+    assert toy(config=tmp_path / "c.yaml") == ToyConfig("x", steps=9, sides=(5,))
+    assert toy(config=tmp_path / "c.yaml", steps=1).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"stepps": 1}, ["stepps", "did you mean 'steps'"]),
+        ({"steps": "many"}, ["steps", "many"]),
+        ({"method": "c"}, ["method", "'a' or 'b'"]),
+        ({"recipe": "nope"}, ["recipe", "nope"]),
+        ({"config": "/nowhere.yaml"}, ["/nowhere.yaml"]),
+    ],
+)
+def test_mistakes_are_named(options: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        toy(images="x", **options)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_missing_required() -> None:
+    with pytest.raises(UserError, match="images is required"):
+        toy()
+
+
+def test_yaml_mistakes_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("stepz: 1\n")
+    with pytest.raises(UserError, match=r"stepz.*c\.yaml.*steps"):
+        toy(images="x", config=path)
+    path.write_text("a: [\n")
+    with pytest.raises(UserError, match=r"c\.yaml is not valid YAML"):
+        toy(images="x", config=path)
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    seen: list[ToyConfig] = []
+
+    @verb(ToyConfig)
+    def toy(config: ToyConfig) -> None:
+        seen.append(config)
+
+    monkeypatch.setattr(cli, "VERBS", {"toy": (__name__, "a toy")})
+    monkeypatch.setattr(cli, "load_verb", lambda name: toy)
+    monkeypatch.setattr(cli, "load_config", lambda name: ToyConfig)
+    assert cli.main(["toy", "photos", "--steps", "5", "--resume", "--sides", "7", "8"]) == 0
+    assert seen.pop() == ToyConfig("photos", 5, "a", (7, 8), True)
+    write_config(ToyConfig("x", steps=9), tmp_path / "c.yaml")
+    assert cli.main(["toy", f"--config={tmp_path / 'c.yaml'}", "--method", "b"]) == 0
+    assert seen.pop() == ToyConfig("x", 9, "b")
+    (tmp_path / "partial.yaml").write_text("sides: [3]\n")
+    assert cli.main(["toy", "--config", str(tmp_path / "partial.yaml"), "--images", "y"]) == 0
+    assert seen.pop() == ToyConfig("y", sides=(3,))
+    (tmp_path / "partial.yaml").write_text("steps: many\n")
+    assert cli.main(["toy", "photos", "--config", str(tmp_path / "partial.yaml")]) == 2
+    assert "steps='many'" in capsys.readouterr().err
+    for arguments, words in (
+        (["photos", "--stepps", "5"], ["--stepps", "did you mean --steps?"]),
+        (["photos", "--no-resum"], ["--no-resum", "unknown option"]),
+        (["photos", "--steps", "many"], ["many", "--steps"]),
+        (["photos", "--steps"], ["--steps"]),
+        (["photos", "--method", "c"], ["'c'", "--method", "'a', 'b'"]),
+        (["--steps", "5"], ["--images must be given"]),
+    ):
+        assert cli.main(["toy", *arguments]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert "siamese-detr toy --help" in message
+        assert all(word in message for word in words), message
+    assert cli.main(["toi"]) == 2
+    assert "did you mean 'toy'" in capsys.readouterr().err
