@@ -1,0 +1,288 @@
+"""The verb ``check``: what is wrong with images and labels, and what a run would do about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from siamese_detr.config import verb
+from siamese_detr.errors import ImageError, UserError
+from siamese_detr.images.duplicates import Fingerprint, default_workers, equal_groups, fingerprints, similar_groups
+from siamese_detr.images.labels import DetectionDataset, find_labels, read_labels
+from siamese_detr.images.listing import existing, list_images
+from siamese_detr.images.problems import ACTIONS, MAX_EXAMPLES
+
+
+@dataclass
+class CheckConfig:
+    """Find problems in images and labels before a long run: corrupt, tiny and repeated images, faulty boxes, scarce
+    classes, images shared by training and validation.
+
+    Every image is decoded. Says for each problem what a run would do about it; changes nothing.
+
+    Args:
+        data: labels (COCO JSON, VOC folder, YOLO data.yaml), or images without labels (folder, list file).
+        val: validation labels, to be compared with ``data``. For a YOLO data.yaml its own ``val`` split by default.
+        images: folder of the images of ``data``, where it is not the usual one.
+        val_images: folder of the images of ``val``, likewise.
+        split: split of ``data`` (YOLO: train by default; VOC: all).
+        val_split: split of ``val`` (YOLO: val by default; VOC: all).
+        out: write the report there as JSON.
+        workers: processes that decode images; 0 for one per processor.
+        min_labels: classes with fewer boxes than this are reported.
+        min_side: images whose short side is less than this many pixels are reported.
+        near_duplicates: also look for images that are only similar (saved anew, resized).
+    """
+
+    data: str
+    val: str | None = None
+    images: str | None = None
+    val_images: str | None = None
+    split: str | None = None
+    val_split: str | None = None
+    out: str | None = None
+    workers: int = 0
+    min_labels: int = 10
+    min_side: int = 32
+    near_duplicates: bool = True
+
+
+@dataclass
+class Finding:
+    """One kind of problem.
+
+    Args:
+        where: ``data``, ``val`` or ``data and val``.
+        kind: what is wrong.
+        count: how many.
+        action: what a run would do about it.
+        examples: the first few.
+    """
+
+    where: str
+    kind: str
+    count: int
+    action: str
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ClassCount:
+    """Boxes of one class (crowds not counted) and images that show it."""
+
+    name: str
+    boxes: int
+    images: int
+    val_boxes: int = 0
+    val_images: int = 0
+
+
+@dataclass
+class CheckReport:
+    """What `check` found.
+
+    Args:
+        images: number of images looked at, by part (``data``, ``val``).
+        readable: how many of them could be decoded.
+        classes: boxes and images by class; empty without labels.
+        findings: the problems; empty if there are none.
+    """
+
+    images: dict[str, int] = field(default_factory=dict)
+    readable: dict[str, int] = field(default_factory=dict)
+    classes: list[ClassCount] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain content for JSON."""
+        return {"ok": self.ok, **asdict(self)}
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the report as tables."""
+        console = console or Console()
+        for part, count in self.images.items():
+            console.print(f"{part}: {count} images, {self.readable[part]} readable", highlight=False)
+        if self.classes:
+            table = Table("class", *(f"{part}{what}" for part in ("", "val ") for what in ("boxes", "images")))
+            for c in self.classes:
+                table.add_row(_plain(c.name), *map(str, (c.boxes, c.images, c.val_boxes, c.val_images)))
+            console.print(table)
+        if self.ok:
+            console.print("no problems found")
+            return
+        table = Table("", "where", "problem", "count", "what a run does", show_lines=True)
+        for number, f in enumerate(self.findings, 1):
+            table.add_row(str(number), f.where, f.kind, str(f.count), f.action)
+        console.print(table)
+        for number, f in enumerate(self.findings, 1):
+            for example in f.examples[:3]:  # outside the table, where paths stay whole
+                console.print(f"{number}  {_plain(example)}", highlight=False, soft_wrap=True)
+
+
+@verb(CheckConfig)
+def check(config: CheckConfig) -> CheckReport:
+    """Look for corrupt, tiny and repeated images, faulty boxes, scarce classes and images shared by training and
+    validation.
+
+    Every image is decoded. Says for each problem what a run would do about it; changes nothing.
+    """
+    if config.workers < 0 or config.min_side < 0 or config.min_labels < 0:
+        raise UserError("workers, min_side and min_labels must not be negative")
+    report = CheckReport()
+    data, paths = _read(report, "data", config.data, config.images, config.split)
+    parts = {"data": paths}
+    datasets = {"data": data}
+    val = config.val
+    if val is None and data is not None and config.split in (None, "train"):
+        source = find_labels(existing(config.data))
+        val = str(source) if source is not None and source.suffix in (".yaml", ".yml") else None
+    if val is not None:
+        try:
+            datasets["val"], parts["val"] = _read(
+                report, "val", val, config.val_images or config.images, config.val_split
+            )
+        except UserError:
+            if config.val is not None:
+                raise
+    prints = {part: _decode(report, part, paths, datasets[part], config) for part, paths in parts.items()}
+    _add_duplicates(report, prints, config.near_duplicates)
+    _add_classes(report, datasets.get("data"), datasets.get("val"), config.min_labels)
+    if config.out is not None:
+        try:
+            Path(config.out).write_text(json.dumps(report.to_dict(), indent=2))
+        except OSError as error:
+            raise UserError(f"cannot write {config.out}: {error.strerror}") from None
+    report.print()
+    return report
+
+
+def _read(
+    report: CheckReport, part: str, source: str, images: str | None, split: str | None
+) -> tuple[DetectionDataset | None, list[str]]:
+    """The labels, if there are any, and the paths of the images; notes what reading the labels dropped."""
+    path = existing(source)
+    dataset = None
+    default_split = "val" if part == "val" else "train"
+    try:
+        if find_labels(path) is not None:
+            dataset = read_labels(path, images, split, default_split=default_split)
+    except UserError as error:
+        if not path.is_dir():
+            raise
+        # A folder of pictures may hold other .json or .yaml files besides.
+        _note(report, part, "no usable labels in the folder", "checked as images without labels", [str(error)])
+    if dataset is not None:
+        for problem in dataset.problems:
+            report.findings.append(Finding(part, problem.kind, problem.count, problem.action, problem.examples))
+        empty = [str(image.path) for image in dataset.images if not len(image.boxes)]
+        _note(report, part, "image without objects", "used as background, where nothing is to be found", empty)
+        return dataset, [str(image.path) for image in dataset.images]
+    listed = list_images(path, images)
+    _note(report, part, "not listed", "left out", listed.problems)
+    return None, [listed.absolute(i) for i in range(len(listed))]
+
+
+def _decode(
+    report: CheckReport, part: str, paths: list[str], dataset: DetectionDataset | None, config: CheckConfig
+) -> list[Fingerprint]:
+    """Decode all images of one part; notes those that fail, are tiny, or not of the size that the labels say."""
+    found = fingerprints(paths, config.workers or default_workers())
+    shown = track(found, f"decoding {part}", len(paths), console=Console(stderr=True), disable=not sys.stderr.isatty())
+    prints, errors, tiny, other = [], [], [], []
+    for index, item in enumerate(shown):
+        if isinstance(item, ImageError):
+            errors.append(f"{item.path}: {item.reason}")
+            continue
+        prints.append(item)
+        size = f"{item.width}x{item.height}"
+        if min(item.width, item.height) < config.min_side:
+            tiny.append(f"{item.path}: {size}")
+        if dataset is not None and (item.width, item.height) != (
+            dataset.images[index].width,
+            dataset.images[index].height,
+        ):
+            labelled = dataset.images[index]
+            other.append(f"{item.path}: {size}, labels say {labelled.width}x{labelled.height}")
+    report.images[part], report.readable[part] = len(paths), len(prints)
+    action = "skipped, counted and listed in the run's directory; the run stops if they are too many"
+    _note(report, part, "unreadable image", action, errors)
+    _note(report, part, "tiny image", "used, enlarged; there is little to learn from it", tiny)
+    action = "boxes are scaled from the labels' size to the picture's: wrong if it was turned or cropped since"
+    _note(report, part, "size differs from the labels'", action, other)
+    return prints
+
+
+def _add_duplicates(report: CheckReport, prints: dict[str, list[Fingerprint]], near: bool) -> None:
+    """Notes repetitions within each part, and images that both have."""
+    items = [(part, item) for part, found in prints.items() for item in found]
+    everything = [item for _, item in items]
+    equal = equal_groups(everything)
+    kinds = {"the same file": equal}
+    if near:
+        same = {index: group[0] for group in equal for index in group}
+        similar = ([i for i in group if same.get(i, i) == i] for group in similar_groups(everything))
+        kinds["nearly the same picture"] = [group for group in similar if len(group) > 1]
+    # Of equal files only the first stands in a group of similar ones: where it is in `data`, its twins in `val` are
+    # leaks already.
+    for what, groups in kinds.items():
+        leaks = []
+        for part in prints:
+            inside = [[items[i][1].path for i in group if items[i][0] == part] for group in groups]
+            repeated = [" = ".join(group[:4]) for group in inside if len(group) > 1]
+            action = "each is used: together they count as often as they occur"
+            count = sum(len(group) - 1 for group in inside if len(group) > 1)
+            _note(report, part, f"duplicate image ({what})", action, repeated, count)
+        for group in groups:
+            first = next((items[i][1].path for i in group if items[i][0] == "data"), None)
+            leaks += [f"{items[i][1].path} = {first}" for i in group if items[i][0] == "val" and first is not None]
+        action = "evaluated all the same, so the figures come out too good: take them out of one of the two"
+        _note(report, "data and val", f"validation image also in data ({what})", action, leaks)
+
+
+def _add_classes(
+    report: CheckReport, data: DetectionDataset | None, val: DetectionDataset | None, min_labels: int
+) -> None:
+    """Counts boxes by class; notes scarce classes and those known to one part only."""
+    if data is None:
+        return
+    val_counts = dict(zip(val.class_names, val.class_counts().tolist(), strict=True)) if val is not None else {}
+    for name, counts in zip(data.class_names, data.class_counts().tolist(), strict=True):
+        report.classes.append(ClassCount(name, *counts, *val_counts.get(name, (0, 0))))
+    none = [c.name for c in report.classes if not c.boxes]
+    _note(report, "data", "class without boxes", "stays in the model's list of classes, never learnt", none)
+    few = [f"{c.name}: {c.boxes}" for c in report.classes if 0 < c.boxes < min_labels]
+    action = "trained on as they are; a fraction of the labels keeps at least one image of each class"
+    _note(report, "data", f"class with fewer than {min_labels} boxes", action, few)
+    if val is not None:
+        unseen = [c.name for c in report.classes if c.boxes and not c.val_boxes]
+        _note(report, "val", "class of data without boxes in val", "trained, but left out of the mean AP", unseen)
+        alien = [name for name, (boxes, _) in val_counts.items() if boxes and name not in data.class_names]
+        _note(report, "val", "class unknown to data", ACTIONS["box of an unknown class"], alien)
+
+
+def _note(
+    report: CheckReport, where: str, kind: str, action: str, examples: Iterable[str], count: int | None = None
+) -> None:
+    found = list(examples)
+    if found:
+        report.findings.append(
+            Finding(where, kind, len(found) if count is None else count, action, found[:MAX_EXAMPLES])
+        )
+
+
+def _plain(text: str) -> str:
+    """Square brackets in names are not rich's markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,204 @@
+"""Labelled images from COCO JSON, VOC folders or YOLO's data.yaml, in one form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from siamese_detr.errors import UserError
+from siamese_detr.images.coco import read_coco
+from siamese_detr.images.listing import existing
+from siamese_detr.images.problems import LabelledImage, LabelTables, Problem, Problems, assemble
+from siamese_detr.images.voc import is_voc, read_voc
+from siamese_detr.images.yolo import read_yolo
+from siamese_detr.randomness import rng
+
+__all__ = ["DetectionDataset", "LabelledImage", "Problem", "read_labels"]
+
+
+@dataclass
+class DetectionDataset:
+    """Labelled images.
+
+    Args:
+        root: folder of the images.
+        class_names: name of each class index.
+        images: the images, also those without boxes.
+        problems: what was dropped, clipped or changed while reading.
+        category_ids: the label file's own id of each class index.
+    """
+
+    root: Path
+    class_names: list[str]
+    images: list[LabelledImage]
+    problems: list[Problem] = field(default_factory=list)
+    category_ids: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, fraction: float, seed: int = 0) -> DetectionDataset:
+        """A reproducible random part of the images, in their order.
+
+        Every class that has a box keeps at least one image with such a box (crowds count only for classes that have
+        nothing else), so the part may be larger than asked for. For one seed the parts are nested: each contains all
+        smaller ones.
+
+        Args:
+            fraction: part of the images, in (0, 1].
+            seed: non-negative.
+
+        Raises:
+            UserError: ``fraction`` is outside (0, 1], or ``seed`` negative.
+        """
+        if not 0 < fraction <= 1:
+            raise UserError(f"fraction must be above 0 and at most 1, not {fraction}")
+        if seed < 0:
+            raise UserError(f"seed must not be negative, not {seed}")
+        order = rng(seed).permutation(len(self.images)).tolist()
+        covering: dict[int, None] = {}  # an ordered set
+        covered: set[int] = set()
+        for with_crowds in (False, True):
+            for index in order:
+                image = self.images[index]
+                new = set(image.classes[~image.crowd | with_crowds].tolist()) - covered
+                if new:
+                    covering[index] = None
+                    covered |= new
+        count = max(1, len(covering), round(fraction * len(self.images)))
+        ranked = [*covering, *(index for index in order if index not in covering)]
+        return replace(self, images=[self.images[index] for index in sorted(ranked[:count])])
+
+    def to_coco(self, original_ids: bool = False) -> dict[str, Any]:
+        """The dataset as COCO JSON content: boxes as xywh, annotations numbered from 1.
+
+        Args:
+            original_ids: use the label file's category ids; else category ids are the class indices, from 0.
+        """
+        category_ids = self.category_ids if original_ids else range(len(self.class_names))
+        categories = [{"id": i, "name": name} for i, name in zip(category_ids, self.class_names, strict=True)]
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for image in self.images:
+            name = Path(os.path.relpath(image.path, self.root)).as_posix()
+            images.append({"id": image.id, "file_name": name, "width": image.width, "height": image.height})
+            columns = (image.boxes.tolist(), image.classes.tolist(), image.crowd.tolist(), image.areas.tolist())
+            for (x1, y1, x2, y2), class_, crowd, area in zip(*columns, strict=True):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image.id,
+                        "category_id": category_ids[class_],
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": area,
+                        "iscrowd": int(crowd),
+                    }
+                )
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+    def class_counts(self) -> np.ndarray:
+        """int64 (classes, 2): for each class the number of boxes that are no crowds, and of images with one."""
+        counts = np.zeros((len(self.class_names), 2), dtype=np.int64)
+        for image in self.images:
+            classes = image.classes[~image.crowd]
+            np.add.at(counts[:, 0], classes, 1)
+            counts[np.unique(classes), 1] += 1
+        return counts
+
+
+def read_labels(
+    path: str | Path,
+    images: str | None = None,
+    split: str | None = None,
+    class_names: Sequence[str] | None = None,
+    default_split: str = "train",
+) -> DetectionDataset:
+    """Read labels, whichever of the known kinds they are.
+
+    Single faults (see `siamese_detr.images.problems.ACTIONS`) are mended or left out, and counted in ``problems``.
+    Boxes are clipped to the image; sizes that the labels give are trusted, others are read from the images' headers.
+
+    Args:
+        path: a COCO JSON; a VOC folder (``Annotations``, ``JPEGImages``) or one of its ``ImageSets/Main/*.txt``; a
+            YOLO ``data.yaml``; or a folder that holds exactly one such JSON or YAML.
+        images: folder of the images, where it is not the usual one.
+        split: YOLO: ``train``, ``val`` or ``test`` (default: ``default_split``); VOC: a name in ``ImageSets/Main``
+            (default: all annotations).
+        default_split: the split of a YOLO ``data.yaml``, which names several, if ``split`` is not given: readers of
+            validation labels say ``val``.
+        class_names: the classes in the order to use, such as a model's; boxes of other classes are dropped and
+            counted. By default the file's own: ascending category id (COCO, YOLO) or alphabetical (VOC).
+
+    Raises:
+        UserError: the labels as a whole are unusable: nothing of these kinds, nothing readable, no class, no image or
+            no box left.
+    """
+    source = find_labels(existing(path))
+    if source is None:
+        known = "a COCO .json, a VOC folder (with Annotations and JPEGImages) or a YOLO data.yaml"
+        raise UserError(f"{path} holds no known labels: give {known}")
+    problems = Problems()
+    if source.suffix.lower() == ".json":
+        root, tables = read_coco(source, images, problems)
+    elif source.suffix.lower() in (".yaml", ".yml"):
+        root, tables = read_yolo(source, images, split or default_split, problems)
+    else:
+        root, tables = read_voc(source, images, split, problems)
+    if class_names is not None:
+        _choose_classes(tables, class_names, problems)
+    found = assemble(tables, problems)
+    listed = problems.as_list()
+    main = "; ".join(str(problem) for problem in listed[:3])
+    if not found:
+        raise UserError(f"{source}: no usable image ({main or 'it lists none'})")
+    if not any(len(image.boxes) for image in found):
+        raise UserError(f"{source}: no usable box in {len(found)} images ({main or 'there are no annotations'})")
+    return DetectionDataset(root, tables.class_names, found, listed, tables.category_ids)
+
+
+def find_labels(path: Path) -> Path | None:
+    """The label file or VOC folder that an existing path stands for: itself, or the only one directly in that folder.
+
+    Raises:
+        UserError: the folder holds several.
+    """
+    if is_voc(path):
+        return path
+    if path.is_file():
+        return path if path.suffix.lower() in (".json", ".yaml", ".yml") else None
+    try:
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot list {path}: {error.strerror}") from None
+    for suffixes in ((".yaml", ".yml"), (".json",)):
+        files = [path / name for name in names if name.lower().endswith(suffixes)]
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise UserError(f"{path} holds several label files: name one ({', '.join(f.name for f in files[:8])})")
+    years = [name for name in names if is_voc(path / name)]
+    if years:
+        raise UserError(f"{path} holds VOC folders: name one ({', '.join(years)})")
+    return None
+
+
+def _choose_classes(tables: LabelTables, class_names: Sequence[str], problems: Problems) -> None:
+    """Renumber the classes as ``class_names`` has them; boxes of others are dropped."""
+    wanted = {name: index for index, name in enumerate(class_names)}
+    position = np.array([wanted.get(name, -1) for name in tables.class_names], dtype=np.int64)
+    classes = position[np.array(tables.classes, dtype=np.int64)]
+    problems.add_where("box of an unknown class", classes < 0, lambda i: repr(tables.class_names[tables.classes[i]]))
+    kept = np.flatnonzero(classes >= 0).tolist()
+    own = dict(zip(tables.class_names, tables.category_ids, strict=True))
+    spare = max(tables.category_ids, default=0) + 1
+    tables.category_ids = [own.get(name, spare + index) for index, name in enumerate(class_names)]
+    tables.class_names = list(class_names)
+    tables.classes = classes[kept].tolist()
+    for name in ("owners", "boxes", "crowd", "areas"):
+        column = getattr(tables, name)
+        setattr(tables, name, [column[i] for i in kept])

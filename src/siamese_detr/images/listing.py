@@ -1,0 +1,257 @@
+"""Which images there are: a folder searched to its leaves (tar shards are folders too), a list file, the image table
+of a COCO JSON, or what is behind a URL."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from siamese_detr.errors import UserError
+from siamese_detr.images.shards import COMPRESSED, SUFFIX, Member, as_url, list_shard, list_url, location, member_of
+
+EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "tif", "tiff", "bmp", "dib"}
+    | {"ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "avif"}
+)
+"""Names that end so (in any case) count as images in a folder; what is inside decides when the file is read."""
+
+_LIST_SUFFIXES = {".txt", ".lst", ".list"}
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images below one folder.
+
+    Args:
+        root: absolute folder, or URL of one (see :func:`siamese_detr.images.shards.location`).
+        paths: POSIX paths relative to ``root`` (of images in tar shards: as ``shards`` writes them), without
+            repetition, sorted by code point.
+        problems: what was left out and why, one line each (folders without permission, names that are not Unicode).
+    """
+
+    root: Path
+    paths: Sequence[str]
+    problems: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def absolute(self, index: int) -> str:
+        """Absolute path of one image."""
+        return os.path.join(location(self.root), self.paths[index])
+
+
+def list_images(source: str | Path, images: str | Path | None = None) -> ImageList:
+    """List the images of a folder, a tar shard, a URL, a list file or a COCO JSON.
+
+    Images are not opened, nor looked at one by one; of shards, the names are read.
+
+    Args:
+        source: a folder (searched recursively; hidden files and folders are passed over, links followed once, ``.tar``
+            files looked into); one ``.tar``; a URL of either, of any scheme that fsspec knows; a ``.txt`` with one path
+            per line, absolute or relative to the list's folder (blank lines and lines starting with ``#`` are ignored);
+            or a COCO ``.json``.
+        images: the folder that a COCO JSON's ``file_name`` entries start from. Without it the JSON's own folder, its
+            ``images`` folder and their neighbours are tried.
+
+    Raises:
+        UserError: ``source`` does not exist, is none of these, or leads to no image.
+    """
+    url = as_url(source)
+    if url is not None:
+        paths, problems = list_url(url, _is_image)
+        if not paths:
+            raise UserError(f"no image behind {url}" + (f": {problems[0]}" if problems else ""))
+        return ImageList(Path(url.rpartition("/")[0] if url.lower().endswith(SUFFIX) else url), paths, problems)
+    path = existing(source)
+    if path.is_dir():
+        return _scan(path)
+    if path.suffix.lower() == SUFFIX:
+        problems = []
+        paths = _look_into(str(path.parent), path.name, problems)
+        if not paths:
+            raise UserError(f"no image in {path}" + (f": {problems[0]}" if problems else ""))
+        return ImageList(path.parent, paths, problems)
+    if path.suffix.lower() in _LIST_SUFFIXES:
+        return _read_list(path)
+    if path.suffix.lower() == ".json":
+        names = [entry.get("file_name") for entry in _image_table(path, read_json(path)) if isinstance(entry, dict)]
+        usable = sorted({name for name in names if is_name(name)})
+        if not usable:
+            raise UserError(f"{path}: no image in it has a 'file_name'; is it a COCO JSON?")
+        root = image_root(path, usable, images)
+        missing = len(names) - sum(map(is_name, names))
+        problems = [f"{path}: {missing} images without a usable 'file_name'"] if missing else []
+        return _relative(root, (os.path.join(root, name) for name in usable), problems)
+    raise UserError(
+        f"{path} is no folder, no shard (.tar), no list of images (.txt) and no COCO JSON (.json): give one of these"
+    )
+
+
+def existing(path: str | Path) -> Path:
+    """The absolute path, or `UserError` naming the nearest parent that does exist."""
+    absolute = Path(os.path.abspath(os.path.expanduser(path)))
+    if "\0" in str(path):
+        raise UserError(f"{path!r} is not a path")
+    if os.path.exists(absolute):
+        return absolute
+    parent = next((p for p in absolute.parents if p.is_dir()), Path("/"))
+    raise UserError(f"{absolute} does not exist (the nearest folder that does is {parent}): check the path")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; `UserError` names the file and the place of the mistake."""
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            return json.load(stream)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not valid JSON: not UTF-8 text, or nested too deeply") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def image_root(json_path: Path, names: Sequence[str], images: str | Path | None) -> Path:
+    """The folder that a COCO JSON's ``file_name`` entries start from: the one below which most of a sample exist."""
+    sample = names[:: max(1, len(names) // 50)][:100]
+    if images is not None:
+        candidates = [existing(images)]
+        if not candidates[0].is_dir():
+            raise UserError(f"{candidates[0]} is not a folder: 'images' must name the folder with the pictures")
+    else:
+        folder = json_path.parent
+        split = json_path.stem.rpartition("_")[2]  # instances_train2017.json -> train2017
+        beside = [folder, folder.parent]
+        candidates = [base / sub for base in beside for sub in ("", "images", split, f"images/{split}")]
+    hits = [sum(os.path.isfile(root / name) for name in sample) for root in candidates]
+    if max(hits) == 0:
+        looked = ", ".join(dict.fromkeys(str(root) for root in candidates if root.is_dir()))
+        raise UserError(
+            f"{json_path}: none of its images (such as {names[0]!r}) was found in {looked}: "
+            "name their folder ('images'; fine-tuning: 'train_images', 'val_images'), or put the JSON file beside them"
+        )
+    return Path(os.path.abspath(candidates[hits.index(max(hits))]))
+
+
+def is_name(value: object) -> TypeGuard[str]:
+    """Whether a value from a file can be a file's name."""
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value and _is_unicode(value)
+
+
+def _image_table(path: Path, content: Any) -> list:
+    table = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(table, list):
+        raise UserError(f"{path} has no list 'images' at its top level: is it a COCO JSON?")
+    return table
+
+
+def _scan(root: Path) -> ImageList:
+    """Depth first in the order of the relative paths, so that nothing needs sorting as a whole."""
+    paths: list[str] = []
+    problems: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    pending = [""]  # relative folders end with "/", images do not
+    while pending:
+        item = pending.pop()
+        if item and not item.endswith("/"):
+            paths += [item] if not item.endswith(SUFFIX) else _look_into(str(root), item, problems)
+            continue
+        folder = os.path.join(root, item)
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:  # a link back to a folder already listed
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            found = _entries(folder)
+        except OSError as error:
+            if not item:
+                raise UserError(f"cannot list the folder {root}: {error.strerror}") from None
+            problems.append(f"cannot list {folder}: {error.strerror}")
+            continue
+        odd = [name for name in found if not _is_unicode(name)]
+        problems += [f"name is not Unicode: {os.fsencode(folder + name)!r}" for name in odd]
+        found = sorted(set(found).difference(odd)) if odd else sorted(found)
+        problems += [
+            f"{folder}{name} is a compressed shard, which cannot be read from the middle: unpack it to {SUFFIX}"
+            for name in found
+            if name.endswith(COMPRESSED)
+        ]
+        found = [name for name in found if not name.endswith(COMPRESSED)]
+        if not any(name.endswith(("/", SUFFIX)) for name in found):
+            paths += [item + name for name in found]
+        else:
+            pending += [item + name for name in reversed(found)]
+    if not paths:
+        known = ", ".join(sorted(EXTENSIONS))
+        raise UserError(f"no image in {root} or its subfolders; looked for names ending in {known}")
+    return ImageList(root, paths, problems)
+
+
+def _entries(folder: str) -> list[str]:
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name[0] == ".":
+                continue
+            if entry.is_dir():
+                found.append(name + "/")
+            elif _is_image(name) or name.endswith((SUFFIX, *COMPRESSED)):
+                found.append(name)
+    return found
+
+
+def _is_image(name: str) -> bool:
+    return "." in name and name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def _look_into(root: str, shard: str, problems: list[str]) -> list[str]:
+    """The images in a shard, as paths relative to ``root``; what is wrong with it is added to ``problems``."""
+    members, found = list_shard(os.path.join(root, shard), _is_image)
+    problems += found
+    return sorted(str(Member(shard, member.offset, member.size, member.name)) for member in members)
+
+
+def _read_list(path: Path) -> ImageList:
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            lines = [line.strip() for line in stream]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file in UTF-8: give a list with one image path per line") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names or not all(map(is_name, names)):
+        raise UserError(f"{path} lists no images: give one image path per line")
+    paths = sorted({os.path.normpath(os.path.join(path.parent, name)) for name in names})
+    if not any(os.path.isfile(m.shard if (m := member_of(name)) else name) for name in islice(paths, 100)):
+        raise UserError(
+            f"{path}: none of the files it lists exists (such as {paths[0]}): relative paths start at the list's folder"
+        )
+    root = Path(os.path.commonpath([str(path.parent), *paths]))
+    return _relative(root, paths, [])
+
+
+def _relative(root: Path, paths: Iterable[str], problems: list[str]) -> ImageList:
+    root_parts = str(root).rstrip("/") + "/"
+    relative = set()
+    for path in paths:
+        normal = os.path.normpath(path)
+        relative.add(
+            normal.removeprefix(root_parts) if normal.startswith(root_parts) else os.path.relpath(normal, root)
+        )
+    return ImageList(root, sorted(Path(p).as_posix() if os.sep != "/" else p for p in relative), problems)
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

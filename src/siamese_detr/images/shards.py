@@ -1,0 +1,248 @@
+"""Images inside tar shards (WebDataset's layout), and images behind a URL of any kind that fsspec knows.
+
+A member of a shard is addressed by a path of its own, which says where its bytes are::
+
+    train-0042.tar::000000123904+20480::cats/7.jpg       shard :: offset + size :: name
+
+So a list of images, or a proposal store, is all the index that random access needs: the order of samples, exact
+continuation and everything else hold as for loose files, and a sample costs one read (a ranged request behind a URL).
+The names of a shard are read once, header by header, and kept in the user's cache folder.
+
+URLs are fsspec's, chains included: ``s3://bucket/photos``, ``https://host/train-0042.tar``,
+``simplecache::s3://bucket/photos`` (each shard is copied to the local disk when first used).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import posixpath
+import re
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from siamese_detr.errors import ImageError, UserError
+
+SUFFIX = ".tar"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+_MEMBER = re.compile(r"(?P<shard>.+\.tar)::(?P<offset>\d{12,})\+(?P<size>\d+)::(?P<name>.*)", re.IGNORECASE | re.DOTALL)
+_URL = re.compile(r"(?P<scheme>(?:[a-zA-Z][a-zA-Z0-9+.-]+::)*[a-zA-Z][a-zA-Z0-9+.-]+):/+")
+_BLOCK = 512  # tar's unit
+
+
+@dataclass(frozen=True)
+class Member:
+    """An image in a shard.
+
+    Attributes:
+        shard: path or URL of the tar file.
+        offset, size: where its bytes are.
+        name: its name in the tar file.
+    """
+
+    shard: str
+    offset: int
+    size: int
+    name: str
+
+    def __str__(self) -> str:
+        # Zeros in front make the order of the paths that of the shard: what is read in order is read in one sweep.
+        return f"{self.shard}::{self.offset:012d}+{self.size}::{self.name}"
+
+
+def member_of(path: str) -> Member | None:
+    """The member that a path addresses, None for any other path."""
+    found = _MEMBER.fullmatch(path)
+    return found and Member(found["shard"], int(found["offset"]), int(found["size"]), found["name"])
+
+
+def as_url(path: str | Path) -> str | None:
+    """The URL that a path is, None for a local path. (`pathlib` folds a URL's two slashes into one: they are put
+    back.)
+    """
+    found = _URL.match(str(path))
+    if found is None:
+        return None
+    scheme = found["scheme"]
+    return f"{scheme}:{'///' if scheme.endswith('file') else '//'}{str(path)[found.end() :]}"
+
+
+def location(path: str | Path) -> str:
+    """A path or URL as text."""
+    return as_url(path) or str(path)
+
+
+def is_plain_file(path: str) -> bool:
+    """Whether a path names a file of the local file system, all of it."""
+    return as_url(path) is None and member_of(path) is None
+
+
+def read_bytes(path: str) -> bytes:
+    """The bytes of a member, or of a file behind a URL.
+
+    Raises:
+        ImageError: they cannot be had, all of them.
+    """
+    member = member_of(path)
+    try:
+        if member is None:
+            system, inside = open_url(path)
+            return system.cat_file(inside)
+        if as_url(member.shard) is None:
+            with open(member.shard, "rb") as stream:
+                stream.seek(member.offset)
+                # The size comes from a file: never take memory for more than there is.
+                content = stream.read(min(member.size, max(0, os.fstat(stream.fileno()).st_size - member.offset)))
+        else:
+            system, inside = open_url(member.shard)
+            content = system.cat_file(inside, start=member.offset, end=member.offset + member.size)
+    except FileNotFoundError:
+        raise ImageError(path, "no such shard" if member else "no such file") from None
+    except ImageError:
+        raise
+    except Exception as error:  # whatever the network and the file system of that URL come up with
+        raise ImageError(path, f"cannot be fetched ({_words(error)})") from error
+    if len(content) > member.size:
+        raise ImageError(path, "the server ignores byte ranges; use simplecache::URL")
+    if len(content) < member.size:
+        raise ImageError(path, f"the shard ends early ({len(content)} of {member.size} bytes are there)")
+    return content
+
+
+def open_url(url: str | Path) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it. Never kept: an instance must not survive a fork.
+
+    Raises:
+        UserError: no such scheme, or what it needs is not installed.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(location(url))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{location(url)}: {_words(error)}") from None
+
+
+def list_url(url: str, wanted: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """The images behind a URL, below a folder or in one shard.
+
+    Args:
+        url: of a folder or a ``.tar`` file.
+        wanted: whether a name is that of an image.
+
+    Returns:
+        their paths relative to the folder (or to the shard's), sorted, and what could not be listed and why.
+
+    Raises:
+        UserError: nothing there.
+    """
+    try:
+        system, inside = open_url(url)
+        if url.lower().endswith(SUFFIX):
+            files, base = [inside], inside.rpartition("/")[0]
+        else:
+            files, base = system.find(inside), inside.rstrip("/")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot list {url}: {_words(error)}") from error
+    paths: list[str] = []
+    problems: list[str] = []
+    for file in sorted(files):
+        relative = file.removeprefix(base).lstrip("/")
+        if relative.lower().endswith(SUFFIX):
+            root = url.rpartition("/")[0] if file == inside else url.rstrip("/")
+            found, trouble = list_shard(f"{root}/{relative}", wanted)
+            paths += [str(Member(relative, member.offset, member.size, member.name)) for member in found]
+            problems += trouble
+        elif wanted(relative):
+            paths.append(relative)
+    return sorted(paths), problems
+
+
+def list_shard(shard: str, wanted: Callable[[str], bool]) -> tuple[list[Member], list[str]]:
+    """The images in a tar file, in its order, and what is wrong with it (one line each).
+
+    Args:
+        shard: path or URL.
+        wanted: whether a name is that of an image.
+    """
+    try:
+        if as_url(shard) is None:
+            status = os.stat(shard)
+            key = f"{os.path.abspath(shard)} {status.st_size} {status.st_mtime_ns}"
+            opened: Any = open(shard, "rb")  # noqa: SIM115 (closed below)
+        else:
+            system, inside = open_url(shard)
+            key = f"{shard} {system.size(inside)} {system.ukey(inside)}"
+            opened = system.open(inside, "rb", block_size=2**20)
+        with opened as stream:
+            rows, problems = _cached(key, lambda: _read_index(stream))
+    except FileNotFoundError:
+        return [], [f"{shard}: no such shard"]
+    except Exception as error:
+        return [], [f"{shard}: cannot be read ({_words(error)})"]
+    members = [Member(shard, offset, size, name) for offset, size, name in rows if wanted(name)]
+    return members, [f"{shard}: {problem}" for problem in problems]
+
+
+Index = tuple[list[tuple[int, int, str]], list[str]]
+
+
+def _read_index(stream: BinaryIO) -> Index:
+    """(offset, size, name) of the files of a tar, in order, and what is wrong with it."""
+    rows: list[tuple[int, int, str]] = []
+    problems: list[str] = []
+    odd = 0
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        try:
+            while (info := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # else they pile up
+                if not info.isreg() or info.issparse():
+                    continue
+                name = posixpath.normpath("/" + info.name)[1:]
+                if "\n" in name or not name.isprintable():
+                    odd += 1
+                    continue
+                rows.append((info.offset_data, info.size, name))
+        except (tarfile.TarError, OSError, ValueError) as error:
+            problems.append(f"damaged after {len(rows)} files ({_words(error)}): the rest is not used")
+        else:
+            # `tarfile` takes any bytes that are no header for the end; the end is a block of zeros.
+            stream.seek(tar.offset)
+            if stream.read(_BLOCK).strip(b"\0") or stream.tell() < tar.offset + _BLOCK:
+                problems.append(f"ends early, or is damaged, after {len(rows)} files: the rest is not used")
+    if odd:
+        problems.append(f"{odd} files with unprintable names")
+    return rows, problems
+
+
+def _cached(key: str, read: Callable[[], Index]) -> Index:
+    """An index from the user's cache folder, or read and put there. A cache that does not work is done without."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    file = Path(home) / "siamese-detr" / "shards" / hashlib.sha256(key.encode()).hexdigest()
+    try:
+        head, *lines = file.read_text(encoding="utf-8").split("\n")
+        if head == f"{len(lines)} {key}":
+            rows = [line.split(" ", 2) for line in lines]
+            return [(int(offset), int(size), name) for offset, size, name in rows], []
+    except (OSError, ValueError):
+        pass
+    rows_read, problems = read()
+    if not problems:  # a damaged shard is looked at, and complained of, each time
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f"{file.name}.{os.getpid()}")
+            text = "".join(f"\n{offset} {size} {name}" for offset, size, name in rows_read)
+            temporary.write_text(f"{len(rows_read)} {key}{text}", encoding="utf-8")
+            os.replace(temporary, file)
+    return rows_read, problems
+
+
+def _words(error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(reason.split())[:200]

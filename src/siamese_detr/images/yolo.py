@@ -1,0 +1,175 @@
+"""Reading labels in YOLO's form: a ``data.yaml``, and one text file per image with lines ``class cx cy w h``."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import yaml
+
+from siamese_detr.errors import UserError
+from siamese_detr.images.listing import existing, list_images
+from siamese_detr.images.problems import LabelTables, Problems
+
+_MAX_BYTES = 10_000_000
+
+
+def read_yolo(path: Path, images: str | None, split: str, problems: Problems) -> tuple[Path, LabelTables]:
+    """The common folder of the images, and the tables (boxes in parts of the image's size).
+
+    The labels of ``.../images/x.jpg`` are in ``.../labels/x.txt``; where no folder is called ``images``, beside the
+    image. An image without a label file has no objects. Lines with more numbers are polygons, replaced by the box
+    around them.
+
+    Raises:
+        UserError: the YAML is unusable, the split is not in it or leads to no image, or not one label file is found.
+    """
+    content = _read_yaml(path)
+    names = _names(path, content)
+    class_index = {id_: index for index, id_ in enumerate(sorted(names))}
+    files = sorted({file for source in _sources(path, content, split, images) for file in _files(source)})
+    root = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
+    tables = LabelTables([], [], [], [names[i] for i in class_index], list(class_index), normalised=True)
+    absent = []
+    for number, file in enumerate(files, 1):
+        label = label_file(file)
+        try:
+            text = _read_text(label)
+        except FileNotFoundError:
+            absent.append(label)
+            text = ""
+        except (OSError, ValueError) as error:
+            problems.add("unreadable label file", f"{label}: {' '.join(str(error).split())}")
+            continue
+        owner = len(tables.paths)
+        tables.paths.append(file)
+        tables.ids.append(number)
+        tables.sizes.append((0, 0))
+        _add_lines(tables, owner, label, text, class_index, problems)
+    if len(absent) == len(files):
+        raise UserError(f"{path}: no image of split {split!r} has a label file (looked for such as {absent[0]})")
+    for label in absent:
+        problems.add("missing label file", label)
+    return root, tables
+
+
+def label_file(image: str) -> str:
+    """The label file of an image file."""
+    before, found, after = image.rpartition(f"{os.sep}images{os.sep}")
+    return os.path.splitext(f"{before}{os.sep}labels{os.sep}{after}" if found else image)[0] + ".txt"
+
+
+def _read_text(path: str | Path) -> str:
+    with open(path, encoding="utf-8-sig") as stream:
+        text = stream.read(_MAX_BYTES + 1)
+    if len(text) > _MAX_BYTES:
+        raise ValueError("too large")
+    return text
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(_read_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict) or not ({"names", "nc"} & content.keys()):
+        raise UserError(f"{path} has no 'names': a YOLO data.yaml has 'names' and 'train'/'val'")
+    return content
+
+
+def _names(path: Path, content: dict) -> dict[int, str]:
+    """Class names by class id."""
+    names = content.get("names")
+    if names is None and type(content.get("nc")) is int and 0 < content["nc"] < 100_000:
+        names = [str(i) for i in range(content["nc"])]
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    given = names if isinstance(names, dict) else {}
+    result: dict[int, str] = {}
+    # Only plain values are turned into text: what YAML's aliases build may be endless.
+    if all(isinstance(name, str | int | float) for name in given.values()):
+        with suppress(TypeError, ValueError, OverflowError):
+            result = {int(id_): str(name).strip() for id_, name in given.items()}
+    if not result or not all(result.values()) or len(set(result.values())) < len(given):
+        raise UserError(
+            f"{path}: 'names' must be a list of distinct class names, or a mapping from class number to name"
+        )
+    return result
+
+
+def _sources(path: Path, content: dict, split: str, images: str | None) -> list[Path]:
+    """The folders or lists that a split names."""
+    given = content.get(split)
+    if given is None and split == "val":
+        given = content.get("valid")
+    if not given:
+        known = [key for key in ("train", "val", "valid", "test") if content.get(key)]
+        raise UserError(f"{path} has no split {split!r}: it has {', '.join(known) or 'none of train, val, test'}")
+    items = given if isinstance(given, list) else [given]
+    base = content.get("path")
+    if not all(isinstance(i, str) and "\0" not in i for i in items) or not isinstance(base, str | None):
+        raise UserError(f"{path}: {split!r} must name a folder or list of images, or several")
+    if images is not None:
+        bases = [existing(images)]
+    else:
+        bases = [path.parent / base.replace("\0", "")] if base else []
+        bases.append(path.parent)
+    sources = []
+    for item in items:
+        # Some exporters write ../train/images for a folder that lies beside the YAML.
+        candidates = [b / i for b in bases for i in (item, item.removeprefix("../"))]
+        found = next((c for c in candidates if os.path.exists(c)), None)
+        if found is None:
+            looked = ", ".join(dict.fromkeys(os.path.normpath(c) for c in candidates))
+            raise UserError(f"{path}: the folder of split {split!r} does not exist (looked for {looked})")
+        sources.append(Path(os.path.normpath(found)))
+    return sources
+
+
+def _files(source: Path) -> list[str]:
+    found = list_images(source)
+    return [os.path.normpath(found.absolute(i)) for i in range(len(found))]
+
+
+def _add_lines(
+    tables: LabelTables, owner: int, label: str, text: str, class_index: dict[int, int], problems: Problems
+) -> None:
+    seen = set()
+    for line_number, line in enumerate(text.splitlines(), 1):
+        values = _parse(line)
+        if values == []:
+            continue
+        where = f"{label}, line {line_number}: {line.strip()}"
+        if values is None:
+            problems.add("malformed box", where)
+        elif values[0] not in class_index:
+            problems.add("box of an unknown class", where)
+        elif tuple(values) in seen:
+            problems.add("repeated box", where)
+        else:
+            seen.add(tuple(values))
+            tables.owners.append(owner)
+            tables.classes.append(class_index[int(values[0])])
+            tables.boxes.append(_box(values[1:]))
+            tables.crowd.append(False)
+            tables.areas.append(math.nan)
+
+
+def _parse(line: str) -> list[float] | None:
+    """The numbers of a line; [] of a blank one; None unless they are a class and a box or a polygon."""
+    try:
+        values = [float(token) for token in line.split()]
+    except ValueError:
+        return None
+    fits = len(values) == 5 or (len(values) >= 7 and len(values) % 2 == 1)
+    usable = fits and all(abs(v) < 1e6 for v in values) and values[0].is_integer()
+    return values if usable or not values else None
+
+
+def _box(values: list[float]) -> tuple[float, float, float, float]:
+    if len(values) == 4:
+        x, y, width, height = values
+        return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+    return min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
