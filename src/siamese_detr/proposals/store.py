@@ -1,0 +1,345 @@
+"""The store of proposals: a directory of immutable shards and a ``meta.json`` telling how they were made.
+
+Row numbers are stable: rows are only ever added at the end (dropping a damaged shard is the one exception). A store
+made in one go, interrupted or not, has its rows in the order of the sorted image paths; images added later come after.
+Nothing is held in memory per row: 10 million rows cost the mapped pages that are being read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from siamese_detr.errors import UserError
+from siamese_detr.proposals.shard import DamagedShard, Failure, Shard, ShardFacts, read_facts
+
+FORMAT = 1
+META = "meta.json"
+_OPEN_SHARDS = 64  # mapped at a time, per process; re-opening one costs about 0.3 ms
+
+
+class Images(Protocol):
+    """What :meth:`ProposalStore.select` needs of an image list: a root and paths relative to it."""
+
+    @property
+    def root(self) -> Path: ...
+
+    @property
+    def paths(self) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """A row of the store.
+
+    Attributes:
+        path: absolute path of the image.
+        width, height: its size in pixels after the EXIF rotation.
+        boxes: float32 (N, 4), x1 y1 x2 y2 in pixels of the rotated image, best first.
+        scores: float32 (N,).
+    """
+
+    path: str
+    width: int
+    height: int
+    boxes: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """How the boxes were made: what must agree for more of them to be added.
+
+    Attributes:
+        method: "edge-boxes", "selective-search" or "random".
+        parameters: the method's parameters, JSON values.
+        image_root: absolute path of the folder the rows' paths are relative to.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    image_root: str
+
+    @classmethod
+    def read(cls, directory: Path) -> StoreSettings:
+        file = directory / META
+        try:
+            values = json.loads(file.read_bytes())
+            if values["format"] != FORMAT:
+                raise UserError(
+                    f"{file}: store format {values['format']!r}, but this version reads {FORMAT}; "
+                    "run propose into a new directory"
+                )
+            settings = cls(values["method"], values["parameters"], values["image_root"])
+            if not (isinstance(settings.method, str) and isinstance(settings.image_root, str)):
+                raise TypeError("method and image_root must be text")
+            if not isinstance(settings.parameters, dict):
+                raise TypeError("parameters must be a mapping")
+            return settings
+        except FileNotFoundError:
+            raise UserError(
+                f"{directory}: no proposal store there ({META} is missing); make one with propose"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: damaged ({error}); delete {directory} and run propose again") from error
+
+    def to_json(self) -> bytes:
+        values = {
+            "format": FORMAT,
+            "method": self.method,
+            "parameters": self.parameters,
+            "image_root": self.image_root,
+        }
+        return (json.dumps(values, indent=2) + "\n").encode()
+
+
+@dataclass(slots=True)
+class ProposalStore:
+    """Read access to a store. Pickles to a few bytes per shard, so data workers open it at no cost.
+
+    Attributes:
+        directory: where the store is.
+        settings: how it was made.
+        shards: names of the shard files, in row order.
+        starts: int64 (shards + 1,), the first row of each shard, then the number of rows.
+        failures: the images that could not be read, with reasons; they have no row.
+    """
+
+    directory: Path
+    settings: StoreSettings
+    shards: tuple[str, ...]
+    starts: np.ndarray
+    failures: tuple[Failure, ...]
+    _open: OrderedDict[int, Shard] = field(default_factory=OrderedDict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: str | Path, image_root: str | Path | None = None) -> ProposalStore:
+        """Open a store: reads the shards' footers, no rows.
+
+        Args:
+            directory: what ``propose`` wrote, in one go or in parts.
+            image_root: where the images are now, if they moved since.
+
+        Raises:
+            UserError: no store there, another format, a part missing, or a damaged shard.
+        """
+        directory = Path(directory).absolute()
+        folders = _parts(directory) or [directory]
+        settings = StoreSettings.read(folders[0])
+        for folder in folders[1:]:
+            if StoreSettings.read(folder) != settings:
+                raise UserError(f"{folder} was made with other settings than {folders[0]}: make all parts alike")
+        if image_root is not None:
+            root = os.path.abspath(image_root)
+            settings = StoreSettings(settings.method, settings.parameters, root)
+        files = [file for folder in folders for file in shard_files(folder)]
+        facts = []
+        for file in files:
+            try:
+                facts.append(read_facts(file))
+            except DamagedShard as error:
+                raise _damage(file, error) from error
+        return cls._from_facts(directory, settings, files, facts)
+
+    @classmethod
+    def _from_facts(
+        cls, directory: Path, settings: StoreSettings, files: Sequence[Path], facts: Sequence[ShardFacts]
+    ) -> ProposalStore:
+        starts = np.concatenate([[0], np.cumsum([fact.rows for fact in facts], dtype=np.int64)]).astype(np.int64)
+        failures = tuple(failure for fact in facts for failure in fact.failures)
+        names = tuple(file.relative_to(directory).as_posix() for file in files)
+        return cls(directory, settings, names, starts, failures)
+
+    def __getstate__(self) -> tuple:
+        return self.directory, self.settings, self.shards, self.starts, self.failures
+
+    def __setstate__(self, state: tuple) -> None:
+        self.directory, self.settings, self.shards, self.starts, self.failures = state
+        self._open = OrderedDict()
+
+    @property
+    def image_root(self) -> Path:
+        """The folder the rows' paths are relative to."""
+        return Path(self.settings.image_root)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def row(self, index: int) -> StoredImage:
+        """Row ``index`` (0 <= index < len).
+
+        Raises:
+            IndexError: no such row.
+            UserError: the row's shard is damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a store of {len(self)}")
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        try:
+            row = self._shard(number).row(int(index) - int(self.starts[number]))
+        except DamagedShard as error:
+            raise _damage(self.directory / self.shards[number], error) from error
+        path = os.path.join(self.settings.image_root, row.path)
+        return StoredImage(path, row.width, row.height, row.boxes, row.scores)
+
+    def sizes(self, rows: np.ndarray | Sequence[int] | None = None) -> np.ndarray:
+        """int32 (n, 2): width and height in pixels of the given rows (all rows if None).
+
+        Raises:
+            IndexError: a row outside the store.
+            UserError: a damaged shard.
+        """
+        wanted = np.arange(len(self)) if rows is None else np.asarray(rows, np.int64).reshape(-1)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"rows outside a store of {len(self)}")
+        out = np.empty((len(wanted), 2), np.int32)
+        order = np.argsort(wanted, kind="stable")
+        edges = np.searchsorted(wanted[order], self.starts)
+        for number in np.flatnonzero(np.diff(edges)):
+            part = order[edges[number] : edges[number + 1]]
+            try:
+                out[part] = self._shard(int(number)).sizes()[wanted[part] - self.starts[number]]
+            except DamagedShard as error:
+                raise _damage(self.directory / self.shards[number], error) from error
+        return out
+
+    def select(self, images: Images) -> np.ndarray:
+        """int64 (n,): the rows of the given images, in the images' order, without those that failed.
+
+        Raises:
+            UserError: images that the store knows nothing of (the message counts them and names the first), none left,
+                or a damaged shard.
+        """
+        paths = pa.array(self.relative_paths(images), pa.large_string())
+        rows = self.find(paths)
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            failed = pc.is_in(
+                paths.take(missing), value_set=pa.array([f.path for f in self.failures], pa.large_string())
+            )
+            unknown = missing[~np.asarray(failed)]
+            if len(unknown):
+                raise UserError(
+                    f"{self.directory}: no proposals for {len(unknown)} of {len(rows)} images, the first "
+                    f"{images.root / images.paths[int(unknown[0])]}; run propose on them into the same directory"
+                )
+            rows = rows[rows >= 0]
+        if not len(rows):
+            raise UserError(f"{self.directory}: none of the {len(images.paths)} images could be read by propose")
+        return rows
+
+    def failed(self, paths: pa.Array) -> np.ndarray:
+        """bool (n,): which paths (relative to the root) are among the failures."""
+        failures = pa.array([failure.path for failure in self.failures], pa.large_string())
+        return np.asarray(pc.is_in(paths.cast(pa.large_string()), value_set=failures))
+
+    def relative_paths(self, images: Images) -> Sequence[str]:
+        """The images' paths relative to this store's root (the same objects where the roots agree)."""
+        root = os.path.realpath(self.settings.image_root)
+        theirs = os.path.realpath(images.root)
+        if root == theirs:
+            return images.paths
+        absolute = (os.path.normpath(os.path.join(theirs, path)) for path in images.paths)
+        inside = root.rstrip(os.sep) + os.sep
+        return [path.removeprefix(inside).replace(os.sep, "/") for path in absolute]
+
+    def find(self, paths: pa.Array) -> np.ndarray:
+        """int64 (n,): the row of each path (relative to the root), -1 where there is none.
+
+        Fast where both are sorted.
+        """
+        paths = paths.cast(pa.large_string())
+        order = np.arange(len(paths))
+        if len(paths) > 1 and not pc.all(pc.less_equal(paths[:-1], paths[1:])).as_py():
+            order = np.asarray(pc.sort_indices(paths))
+            paths = paths.take(order)
+        found = np.full(len(paths), -1, np.int64)
+        for number in range(len(self.shards)):
+            stored = self._paths(number)
+            if not len(stored):
+                continue
+            # Only the part of the (sorted) request that can lie in this shard is hashed: linear in the end.
+            span = pc.min_max(stored)
+            first, last = _bisect(paths, span["min"].as_py(), False), _bisect(paths, span["max"].as_py(), True)
+            if first < last:
+                at = pc.index_in(paths[first:last], value_set=stored)
+                hits = np.asarray(at.fill_null(-1)).astype(np.int64)
+                part = found[first:last]
+                part[hits >= 0] = hits[hits >= 0] + self.starts[number]
+        out = np.empty(len(found), np.int64)
+        out[order] = found
+        return out
+
+    def iter_paths(self) -> Iterator[str]:
+        """Relative paths of all rows, in row order."""
+        for number in range(len(self.shards)):
+            yield from self._paths(number).to_pylist()
+
+    def _paths(self, number: int) -> pa.Array:
+        try:
+            return self._shard(number).paths().cast(pa.large_string())
+        except DamagedShard as error:
+            raise _damage(self.directory / self.shards[number], error) from error
+
+    def _shard(self, number: int) -> Shard:
+        shard = self._open.get(number)
+        if shard is None:
+            shard = Shard(self.directory / self.shards[number])
+            if shard.rows != self.starts[number + 1] - self.starts[number]:
+                raise DamagedShard("it changed since the store was opened")
+            self._open[number] = shard
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        else:
+            self._open.move_to_end(number)
+        return shard
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """The shards of a store, in row order."""
+    return sorted(directory.glob("shard-*.arrow"))
+
+
+def part_name(part: int, parts: int) -> str:
+    """The folder, inside a store's, of what one of several machines computes; ``part`` counts from 1."""
+    return f"part-{part:05d}-of-{parts:05d}"
+
+
+def _parts(directory: Path) -> list[Path]:
+    """The parts of a store that several machines made, in row order; none if one did."""
+    found = sorted(path.name for path in directory.glob("part-*-of-*"))
+    if not found or (directory / META).exists():
+        return []
+    count = int(found[0][-5:])
+    if missing := sorted({part_name(i, count) for i in range(1, count + 1)} - set(found)):
+        raise UserError(f"{directory}: {len(missing)} parts are missing, the first {missing[0]}: run propose for them")
+    if len(found) > count:
+        raise UserError(f"{directory} holds parts of different divisions: keep one and remove the others")
+    return [directory / name for name in found]
+
+
+def _bisect(paths: pa.Array, value: str, right: bool) -> int:
+    low, high = 0, len(paths)
+    while low < high:
+        middle = (low + high) // 2
+        here = paths[middle].as_py()
+        if here < value or (right and here == value):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _damage(file: Path, error: DamagedShard) -> UserError:
+    return UserError(
+        f"{file}: damaged ({error}); run the same propose command again, it drops and recomputes this shard"
+    )
