@@ -1,0 +1,272 @@
+"""What every detector looks like to the pre-training: features -> encode -> decode with the queries we give -> boxes.
+
+An adapter holds a stock `...ForObjectDetection` model of Transformers and composes its sub-modules; it owns no
+parameter of its own and copies no model code. So what pre-training leaves behind is an ordinary model.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from . import attention, saving
+from .backbones import Backbone
+from .frozen import FrozenBackbone
+from .functional import level_mask
+from .structures import Decoded, DetectorSize, Memory
+
+__all__ = ["Decoded", "DetectorAdapter", "DetectorSize", "Memory"]
+
+
+class DetectorAdapter(nn.Module):
+    """One detector family. Sub-classes say how to configure, encode and decode; the rest is here.
+
+    Args:
+        model: the stock model; its `config.auxiliary_loss` must be off (it changes the decoder's function).
+        image_mean, image_std: normalisation of the backbone, for pixels in [0, 1].
+        provenance: plain values recorded beside a saved model (family, backbone, origin).
+    """
+
+    family: ClassVar[str]
+    model_class: ClassVar[type[PreTrainedModel]]
+    processor_class: ClassVar[str]
+    defaults: ClassVar[dict[str, Any]] = {}
+    """Sizes in which the family's paper differs from `DetectorSize`."""
+    focal: ClassVar[bool] = True
+    """Whether the class head is trained with a sigmoid (focal) loss, without a no-object class."""
+    square_side: ClassVar[int | None] = None
+    """The family takes square inputs only, of a side that is a multiple of this."""
+    selects_queries: ClassVar[bool] = False
+    """The family chooses its queries by class score (see `blank_queries`)."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        attention.install(model)
+        self.model: Any = model  # its sub-modules are looked up by name: typing would only say Tensor | Module
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        self.provenance = dict(provenance or {})
+        self.input_size: dict[str, int] = {"shortest_edge": 800, "longest_edge": 1333}
+        if self.square_side is not None:
+            self.input_size = {"height": 20 * self.square_side, "width": 20 * self.square_side}
+        self.load_report: Any = None
+        self.frozen_backbone = FrozenBackbone(self.backbone, self.square_side or 64)
+        self.set_trainable(backbone=False, class_head=False)
+
+    # --- what a family says -------------------------------------------------------------------------------------
+    @classmethod
+    def wanted_strides(cls, **options: Any) -> list[int]:
+        """Strides of the backbone maps the family consumes, finest first, un-dilated."""
+        return [32]
+
+    @classmethod
+    def backbone_config(cls, backbone: Backbone, strides: list[int], dilation: bool) -> PretrainedConfig:
+        """The backbone's configuration for this family (see `Backbone.config`)."""
+        return backbone.config(strides, dilation)
+
+    @classmethod
+    def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:
+        """The Transformers configuration of such a detector. Families with options of their own add keywords."""
+        raise NotImplementedError
+
+    def initialise(self) -> None:
+        """Initialise everything but the backbone as the family's paper does."""
+        raise NotImplementedError
+
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor, *, fast: bool = False) -> list[Tensor]:
+        """Backbone maps the detector consumes, finest first.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised.
+            pixel_mask: (B, H, W) boolean, True = inside the image. What lies outside is set to zero first.
+            fast: run a frozen backbone through :class:`FrozenBackbone`: equal up to rounding, several times faster.
+
+        Returns:
+            One (B, C, h, w) per level; without gradient while the backbone is frozen.
+        """
+        pixel_values = pixel_values * pixel_mask[:, None].to(pixel_values.dtype)
+        if fast and not self.backbone_trainable:
+            return self.frozen_backbone(pixel_values)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone_trainable):
+            maps = self.backbone(pixel_values)
+            maps = maps if isinstance(maps, list | tuple) else maps.feature_maps
+        return list(maps)
+
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+        """Projection and Transformer encoder.
+
+        Args:
+            maps: as `features` gives them (also cached ones).
+            pixel_mask: (B, H, W) boolean, True = inside the image.
+        """
+        raise NotImplementedError
+
+    def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
+        """Transformer decoder and box head.
+
+        Args:
+            memory: from `encode`.
+            region_queries: (B, Q, D), added to the learned query embedding of every image; None for the stock queries.
+            query_mask: boolean (Q, Q), True where a query (row) may attend to another (column) in self-attention;
+                None: everywhere.
+        """
+        raise NotImplementedError
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the class head's outputs."""
+        return [self.config.id2label[i] for i in range(len(self.config.id2label))]
+
+    def name_classes(self, names: list[str]) -> None:
+        """Store the class names in the model's configuration (their number must be that of the class head)."""
+        outputs = self.class_heads[0].out_features - (0 if self.focal else 1)  # type: ignore[operator]
+        if len(names) != outputs:
+            raise ValueError(f"{len(names)} class names for a class head of {outputs} classes")
+        self.config.id2label = dict(enumerate(names))
+        self.config.label2id = {name: i for i, name in enumerate(names)}
+
+    def save(self, directory: str | Path, **processor: Any) -> None:
+        """Write an ordinary Hugging Face directory; see `saving.save_detector` for the arguments and errors."""
+        saving.save_detector(self, directory, **processor)
+
+    # --- what is common -------------------------------------------------------------------------------------------
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def num_queries(self) -> int:
+        return self.config.num_queries
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.d_model
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.decoder_layers
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network giving the maps."""
+        return self.model.model.backbone.model
+
+    @property
+    def class_heads(self) -> nn.ModuleList:
+        """The linear layers that give the class logits."""
+        return nn.ModuleList([self.model.class_labels_classifier])
+
+    @functools.cached_property
+    def _probe(self) -> list[tuple[int, int]]:
+        weight = next(self.backbone.parameters())
+        training = self.backbone.training
+        self.backbone.eval()
+        with torch.no_grad():
+            side = -(-128 // (self.square_side or 1)) * (self.square_side or 1)
+            maps = self.backbone(torch.zeros(1, 3, side, side, dtype=weight.dtype, device=weight.device))
+            maps = maps if isinstance(maps, list | tuple) else maps.feature_maps
+        self.backbone.train(training)
+        return [(x.shape[1], side // x.shape[2]) for x in maps]
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of every map `features` gives."""
+        return [channels for channels, _ in self._probe]
+
+    @property
+    def strides(self) -> list[int]:
+        """Stride of every map `features` gives, in pixels."""
+        return [stride for _, stride in self._probe]
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of the memory `encode` gives."""
+        return len(self.channels)
+
+    def set_trainable(self, *, backbone: bool, class_head: bool) -> None:
+        """Which parameters learn: pre-training (False, False) or fine-tuning. To be called after every load.
+
+        Everything else always learns, save what the family leaves out of pre-training (`untrained`).
+        """
+        self.backbone_trainable = backbone
+        self.model.requires_grad_(True)
+        self.backbone.requires_grad_(backbone)
+        for constant in self.constants():
+            constant.requires_grad_(False)
+        if not class_head:
+            self.class_heads.requires_grad_(False)
+            for module in self.untrained():
+                module.requires_grad_(False)
+        self.train(self.training)
+
+    def untrained(self) -> list[nn.Module]:
+        """Modules besides the class head to which pre-training gives no gradient."""
+        return []
+
+    def constants(self) -> list[nn.Parameter]:
+        """Parameters that never learn."""
+        return []
+
+    def trainable_names(self) -> list[str]:
+        """Names of the parameters that learn."""
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def train(self, mode: bool = True) -> DetectorAdapter:
+        """As in PyTorch, except that a frozen backbone and all its batch norms stay in evaluation mode."""
+        super().train(mode)
+        if not self.backbone_trainable:
+            self.backbone.eval()
+        for module in self.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Plain detection: logits (layers, B, Q, labels) and boxes (layers, B, Q, 4) of every decoder layer.
+
+        In evaluation mode the same numbers as the stock model's; in training a frozen backbone runs the fast way.
+        """
+        memory = self.encode(self.features(pixel_values, pixel_mask, fast=self.training), pixel_mask)
+        decoded = self.decode(memory, None)
+        return self.classify(decoded.states) if decoded.logits is None else decoded.logits, decoded.boxes
+
+    def classify(self, states: Tensor) -> Tensor:
+        """Class logits (layers, B, Q, labels) of the decoder states (layers, B, Q, D)."""
+        heads = list(self.class_heads)
+        return torch.stack([heads[min(i, len(heads) - 1)](state) for i, state in enumerate(states)])
+
+    def blank_queries(self, memory: Memory) -> Tensor | None:
+        """What a pretext that tells the detector no regions gives `decode` as `region_queries`: None, or zeros where
+        the family would choose its queries by a class score that pre-training does not train."""
+        if not self.selects_queries:
+            return None
+        return memory.tokens.new_zeros(len(memory.tokens), self.num_queries, self.hidden_size)
+
+    def add_regions(self, embedding: Tensor, region_queries: Tensor | None, batch: int = 1) -> Tensor:
+        """Query embedding (Q, D) or (B, Q, D) plus the region queries (B, Q, D) if any: (B, Q, D).
+
+        Raises:
+            ValueError: the region queries have another shape.
+        """
+        queries = embedding if embedding.dim() == 3 else embedding.unsqueeze(0).expand(batch, -1, -1)
+        if region_queries is None:
+            return queries.contiguous()
+        if region_queries.shape != queries.shape:
+            raise ValueError(f"region_queries are {tuple(region_queries.shape)}, expected {tuple(queries.shape)}")
+        return queries + region_queries
+
+    def level_masks(self, maps: list[Tensor], pixel_mask: Tensor) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """Masks (B, h, w) and shapes (h, w) of the maps."""
+        shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
+        return [level_mask(pixel_mask, shape) for shape in shapes], shapes

@@ -1,0 +1,60 @@
+"""Conditional DETR (Meng et al., ICCV 2021): the region feature is part of the query's position embedding, from which
+the reference point of the query is predicted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+
+from . import initialise
+from .adapter import Decoded, Memory
+from .detr import DetrAdapter
+from .functional import additive_mask, at_least_float32, inverse_sigmoid, padding_mask, sine_embedding
+
+
+class ConditionalDetrAdapter(DetrAdapter):
+    family = "conditional-detr"
+    model_class = ConditionalDetrForObjectDetection
+    config_class = ConditionalDetrConfig
+    processor_class = "ConditionalDetrImageProcessor"
+    focal = True
+
+    def initialise(self) -> None:
+        detr = self.model.model
+        initialise.xavier(detr.encoder, packed=(type(detr.encoder.layers[0].self_attn),))
+        initialise.xavier(detr.decoder)
+        for layer in detr.decoder.layers:
+            nn.init.zeros_(layer.self_attn.o_proj.bias)
+            nn.init.zeros_(layer.encoder_attn.o_proj.bias)
+        initialise.reset(detr.query_position_embeddings)
+        initialise.reset(detr.input_projection)
+        initialise.box_head(self.model.bbox_predictor)
+        initialise.class_head(self.model.class_labels_classifier)
+
+    def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
+        decoder = self.model.model.decoder
+        embedding = self.model.model.query_position_embeddings.weight
+        positions = self.add_regions(embedding, region_queries, len(memory.tokens))
+        reference = decoder.ref_point_head(positions).sigmoid()
+        sine = sine_embedding(reference, self.hidden_size // 2)
+        reference = inverse_sigmoid(at_least_float32(reference))
+        hidden = torch.zeros_like(positions)
+        memory_mask = padding_mask(memory.mask, hidden.dtype)
+        self_mask = additive_mask(query_mask, hidden.dtype)
+        states, boxes = [], []
+        for index, layer in enumerate(decoder.layers):
+            hidden = layer(
+                hidden,
+                self_mask,
+                memory.positions,
+                positions,
+                sine * decoder.query_scale(hidden) if index else sine,
+                memory.tokens,
+                encoder_attention_mask=memory_mask,
+                is_first=index == 0,
+            )
+            states.append(decoder.layernorm(hidden))
+            shift = at_least_float32(self.model.bbox_predictor(states[-1]))
+            boxes.append(torch.cat((shift[..., :2] + reference, shift[..., 2:]), -1).sigmoid())
+        return Decoded(torch.stack(states), torch.stack(boxes))

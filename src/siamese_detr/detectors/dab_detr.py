@@ -1,0 +1,110 @@
+"""DAB-DETR (Liu et al., ICLR 2022): a query is a learned anchor box and a content that starts at zero. The region
+feature is that content; the anchors stay learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DabDetrConfig, DabDetrForObjectDetection, PretrainedConfig
+
+from . import initialise
+from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from .functional import additive_mask, at_least_float32, inverse_sigmoid, padding_mask, sine_embedding
+
+
+class DabDetrAdapter(DetectorAdapter):
+    family = "dab-detr"
+    model_class = DabDetrForObjectDetection
+    processor_class = "ConditionalDetrImageProcessor"  # as the published checkpoints
+    defaults = {"num_queries": 300}  # noqa: RUF012
+
+    @classmethod
+    def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:
+        values: dict[str, Any] = dict(
+            backbone_config=backbone,
+            num_queries=size.num_queries,
+            hidden_size=size.hidden_size,
+            encoder_layers=size.encoder_layers,
+            decoder_layers=size.decoder_layers,
+            encoder_attention_heads=size.heads,
+            decoder_attention_heads=size.heads,
+            encoder_ffn_dim=size.ffn_size,
+            decoder_ffn_dim=size.ffn_size,
+            dropout=size.dropout,
+            attention_dropout=size.attention_dropout,
+            activation_dropout=size.activation_dropout,
+            dilation=size.dilation,
+            auxiliary_loss=False,
+            num_labels=size.num_labels,
+        )
+        return DabDetrConfig(**values)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.model.backbone.conv_encoder.model
+
+    @property
+    def class_heads(self) -> nn.ModuleList:
+        return nn.ModuleList([self.model.class_embed])
+
+    def initialise(self) -> None:
+        detr = self.model.model
+        initialise.xavier(detr.encoder, packed=(type(detr.encoder.layers[0].self_attn),))
+        initialise.xavier(detr.decoder)
+        for layer in detr.decoder.layers:
+            nn.init.zeros_(layer.self_attn.self_attn.output_proj.bias)
+            nn.init.zeros_(layer.cross_attn.cross_attn.output_proj.bias)
+        initialise.reset(detr.query_refpoint_embeddings)
+        initialise.reset(detr.input_projection)
+        initialise.box_head(self.model.bbox_predictor)
+        initialise.class_head(self.model.class_embed)
+
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+        detr, last = self.model.model, maps[-1]
+        (mask,), shapes = self.level_masks([last], pixel_mask)
+        positions = detr.backbone.position_embedding(last, mask).to(last.dtype).flatten(2).transpose(1, 2)
+        tokens = detr.input_projection(last).flatten(2).transpose(1, 2)
+        attention_mask = padding_mask(mask.flatten(1), tokens.dtype)
+        for layer in detr.encoder.layers:
+            scaled = positions * detr.encoder.query_scale(tokens)
+            tokens = layer(tokens, attention_mask=attention_mask, object_queries=scaled)[0]
+        return Memory(tokens, mask.flatten(1), shapes, positions)
+
+    def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
+        decoder, half = self.model.model.decoder, self.hidden_size // 2
+        anchors = self.model.model.query_refpoint_embeddings.weight
+        content = memory.tokens.new_zeros(len(anchors), self.hidden_size)
+        hidden = self.add_regions(content, region_queries, len(memory.tokens))
+        refined = at_least_float32(anchors.repeat(len(hidden), 1, 1)).sigmoid()
+        memory_mask = padding_mask(memory.mask, hidden.dtype)
+        self_mask = additive_mask(query_mask, hidden.dtype)
+        states, anchors_read = [], []
+        for index, layer in enumerate(decoder.layers):
+            reference = refined.detach() if index else refined  # a layer's anchors learn from its boxes only
+            sine = sine_embedding(reference, half).to(hidden.dtype)
+            positions = decoder.ref_point_head(sine)
+            sine = sine[..., : 2 * half] * (decoder.query_scale(hidden) if index else 1)
+            size = decoder.ref_anchor_head(hidden).sigmoid()  # attention is modulated by the anchor's size, y before x
+            y = sine[..., :half] * (size[..., 1] / reference[..., 3]).unsqueeze(-1)
+            x = sine[..., half:] * (size[..., 0] / reference[..., 2]).unsqueeze(-1)
+            sine = torch.cat((y, x), -1).to(hidden.dtype)
+            hidden = layer(
+                hidden,
+                self_mask,
+                memory.positions,
+                positions,
+                sine,
+                memory.tokens,
+                encoder_attention_mask=memory_mask,
+            )[0]
+            states.append(decoder.layernorm(hidden))
+            anchors_read.append(inverse_sigmoid(refined))
+            refined = (at_least_float32(decoder.bbox_embed(hidden)) + inverse_sigmoid(reference)).sigmoid()
+        shifts = at_least_float32(self.model.bbox_predictor(torch.stack(states)))
+        return Decoded(torch.stack(states), (shifts + torch.stack(anchors_read)).sigmoid())

@@ -1,0 +1,180 @@
+"""Deformable DETR (Zhu et al., ICLR 2021), single- or multi-scale, with or without iterative box refinement.
+
+The learned query embedding has two halves. The region feature is added to the position half, from which the reference
+point is predicted; the content half stays what was learned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, PretrainedConfig, PreTrainedModel
+
+from siamese_detr.errors import UserError
+
+from . import deformable_attention, initialise
+from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from .attention import dropout, feed_forward
+from .functional import additive_mask, at_least_float32, inverse_sigmoid
+
+
+class DeformableDetrAdapter(DetectorAdapter):
+    """Options: `num_feature_levels` (1: stride 32 only; 4: strides 8, 16, 32 and an extra level), `points` sampled per
+    head and level, `with_box_refine`."""
+
+    family = "deformable-detr"
+    model_class = DeformableDetrForObjectDetection
+    processor_class = "DeformableDetrImageProcessor"
+    defaults = {"num_queries": 300, "ffn_size": 1024}  # noqa: RUF012
+
+    def __init__(self, model: PreTrainedModel, *args: Any, **options: Any) -> None:
+        deformable_attention.install(model)
+        super().__init__(model, *args, **options)
+
+    @classmethod
+    def wanted_strides(cls, num_feature_levels: int = 4, **options: Any) -> list[int]:
+        return [32] if num_feature_levels == 1 else [8, 16, 32][-num_feature_levels:]
+
+    @classmethod
+    def configure(
+        cls,
+        backbone: PretrainedConfig,
+        size: DetectorSize,
+        num_feature_levels: int = 4,
+        points: int = 4,
+        with_box_refine: bool = False,
+        two_stage: bool = False,
+    ) -> PretrainedConfig:
+        if two_stage:
+            raise UserError(
+                "two-stage Deformable DETR cannot be pre-trained: its queries are made of box coordinates alone, with "
+                "no place for a region feature; use with_box_refine, or rt-detr, whose queries take encoder features"
+            )
+        if size.hidden_size % 32:
+            raise UserError(f"hidden_size {size.hidden_size} must be a multiple of 32 in Deformable DETR (group norm)")
+        if size.decoder_layers < 2:
+            raise UserError("Deformable DETR needs at least two decoder layers in Transformers; raise decoder_layers")
+        values: dict[str, Any] = dict(
+            backbone_config=backbone,
+            num_queries=size.num_queries,
+            d_model=size.hidden_size,
+            encoder_layers=size.encoder_layers,
+            decoder_layers=size.decoder_layers,
+            encoder_attention_heads=size.heads,
+            decoder_attention_heads=size.heads,
+            encoder_ffn_dim=size.ffn_size,
+            decoder_ffn_dim=size.ffn_size,
+            encoder_n_points=points,
+            decoder_n_points=points,
+            num_feature_levels=num_feature_levels,
+            with_box_refine=with_box_refine,
+            dropout=size.dropout,
+            attention_dropout=size.attention_dropout,
+            activation_dropout=size.activation_dropout,
+            dilation=size.dilation,
+            auxiliary_loss=False,
+            num_labels=size.num_labels,
+        )
+        return DeformableDetrConfig(**values)
+
+    @property
+    def class_heads(self) -> nn.ModuleList:
+        return self.model.class_embed
+
+    @property
+    def num_levels(self) -> int:
+        return self.config.num_feature_levels
+
+    def initialise(self) -> None:
+        detr = self.model.model
+        for part in (detr.encoder, detr.decoder):
+            packed = tuple({type(layer.self_attn) for layer in part.layers if hasattr(layer.self_attn, "q_proj")})
+            initialise.xavier(part, packed)
+            initialise.deformable_attention(part)
+        for projection in detr.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+            projection[1].reset_parameters()
+        nn.init.normal_(detr.level_embed)
+        initialise.reset(detr.query_position_embeddings)
+        nn.init.xavier_uniform_(detr.reference_points.weight)
+        nn.init.zeros_(detr.reference_points.bias)
+        for head in self.model.bbox_embed:
+            initialise.box_head(head)
+        nn.init.constant_(self.model.bbox_embed[0].layers[-1].bias.data[2:], -2.0)  # boxes start at 12 % of the image
+        for head in self.class_heads:
+            initialise.class_head(head)
+
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+        detr = self.model.model
+        sources = [projection(x) for projection, x in zip(detr.input_proj, maps, strict=False)]
+        for level in range(len(maps), self.config.num_feature_levels):
+            sources.append(detr.input_proj[level](maps[-1] if level == len(maps) else sources[-1]))
+        masks, shapes = self.level_masks(sources, pixel_mask)
+        positions = [
+            detr.position_embedding(shape=x.shape, device=x.device, dtype=x.dtype, mask=mask).flatten(2).transpose(1, 2)
+            for x, mask in zip(sources, masks, strict=True)
+        ]
+        position = torch.cat([x + detr.level_embed[i].view(1, 1, -1) for i, x in enumerate(positions)], 1)
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
+        mask = torch.cat([mask.flatten(1) for mask in masks], 1)
+        spatial = torch.as_tensor(shapes, dtype=torch.long, device=tokens.device)
+        ratios = torch.stack([detr.get_valid_ratio(mask, dtype=tokens.dtype) for mask in masks], 1)
+        extra = dict(
+            spatial_shapes=spatial,
+            spatial_shapes_list=shapes,
+            level_start_index=torch.cat((spatial.new_zeros((1,)), spatial.prod(1).cumsum(0)[:-1])),
+        )
+        reference = detr.encoder.get_reference_points(tuple(shapes), ratios, device=tokens.device)
+        tokens = dropout(tokens, detr.encoder.dropout, self.training)
+
+        def run(layer: Any, tokens: Tensor) -> Tensor:
+            attended, _ = layer.self_attn(
+                hidden_states=tokens,
+                attention_mask=mask,
+                encoder_hidden_states=tokens,
+                position_embeddings=position,
+                reference_points=reference,
+                **extra,
+            )
+            tokens = layer.self_attn_layer_norm(tokens + dropout(attended, layer.dropout, layer.training))
+            return layer.final_layer_norm(tokens + feed_forward(layer.mlp, tokens))
+
+        for layer in detr.encoder.layers:
+            if layer.training and getattr(layer, "gradient_checkpointing", False):
+                tokens = checkpoint(run, layer, tokens, use_reentrant=False)
+            else:
+                tokens = run(layer, tokens)
+        return Memory(tokens, mask, shapes, position, {"valid_ratios": ratios, **extra})
+
+    def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
+        detr = self.model.model
+        extra = dict(memory.extra)
+        ratios = extra.pop("valid_ratios")
+        position, content = detr.query_position_embeddings.weight.split(self.hidden_size, dim=1)
+        positions = self.add_regions(position, region_queries, len(memory.tokens))
+        hidden = content.unsqueeze(0).expand(len(positions), -1, -1)
+        self_mask = additive_mask(query_mask, hidden.dtype)
+        reference = detr.reference_points(positions).sigmoid()
+        states, boxes = [], []
+        for layer, box_head in zip(detr.decoder.layers, self.model.bbox_embed, strict=True):
+            scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), -1)
+            hidden = layer(
+                hidden,
+                object_queries_position_embeddings=positions,
+                reference_points=(reference[:, :, None] * scale[:, None]).to(hidden.dtype),
+                encoder_hidden_states=memory.tokens,
+                encoder_attention_mask=memory.mask,
+                attention_mask=self_mask,  # reaches the self-attention only
+                **extra,
+            )
+            states.append(hidden)
+            shift, known = at_least_float32(box_head(hidden)), reference.shape[-1]
+            anchor = inverse_sigmoid(at_least_float32(reference))
+            boxes.append(torch.cat((shift[..., :known] + anchor, shift[..., known:]), -1).sigmoid())
+            if self.config.with_box_refine:
+                reference = boxes[-1].detach()
+        return Decoded(torch.stack(states), torch.stack(boxes))

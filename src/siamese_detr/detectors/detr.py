@@ -1,0 +1,82 @@
+"""DETR (Carion et al., ECCV 2020): the region feature is part of the query's position embedding."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import DetrConfig, DetrForObjectDetection, PretrainedConfig, PreTrainedModel
+
+from . import initialise
+from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from .attention import dropout
+from .functional import additive_mask, at_least_float32, padding_mask, run_encoder_layers
+
+
+class DetrAdapter(DetectorAdapter):
+    family = "detr"
+    model_class: ClassVar[type[PreTrainedModel]] = DetrForObjectDetection
+    config_class: ClassVar[type[PretrainedConfig]] = DetrConfig
+    processor_class = "DetrImageProcessor"
+    focal = False
+
+    @classmethod
+    def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:
+        values: dict[str, Any] = dict(
+            backbone_config=backbone,
+            num_queries=size.num_queries,
+            d_model=size.hidden_size,
+            encoder_layers=size.encoder_layers,
+            decoder_layers=size.decoder_layers,
+            encoder_attention_heads=size.heads,
+            decoder_attention_heads=size.heads,
+            encoder_ffn_dim=size.ffn_size,
+            decoder_ffn_dim=size.ffn_size,
+            dropout=size.dropout,
+            attention_dropout=size.attention_dropout,
+            activation_dropout=size.activation_dropout,
+            dilation=size.dilation,
+            auxiliary_loss=False,
+            num_labels=size.num_labels,
+        )
+        return cls.config_class(**values)
+
+    def initialise(self) -> None:
+        detr = self.model.model
+        decoder_attention = detr.decoder.layers[0]
+        initialise.xavier(detr.encoder, packed=(type(detr.encoder.layers[0].self_attn),))
+        initialise.xavier(
+            detr.decoder, packed=(type(decoder_attention.self_attn), type(decoder_attention.encoder_attn))
+        )
+        initialise.reset(detr.query_position_embeddings)
+        initialise.reset(detr.input_projection)
+        initialise.box_head(self.model.bbox_predictor, zero_last=False)
+        initialise.class_head(self.model.class_labels_classifier, focal=False)
+
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+        detr, last = self.model.model, maps[-1]
+        (mask,), shapes = self.level_masks([last], pixel_mask)
+        positions = detr.position_embedding(shape=last.shape, device=last.device, dtype=last.dtype, mask=mask)
+        positions = positions.flatten(2).transpose(1, 2)
+        tokens = detr.input_projection(last).flatten(2).transpose(1, 2)
+        tokens = dropout(tokens, detr.encoder.dropout, self.training)
+        attention_mask = padding_mask(mask.flatten(1), tokens.dtype)
+        tokens = run_encoder_layers(detr.encoder.layers, tokens, attention_mask, positions)
+        return Memory(tokens, mask.flatten(1), shapes, positions)
+
+    def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
+        decoder = self.model.model.decoder
+        embedding = self.model.model.query_position_embeddings.weight
+        positions = self.add_regions(embedding, region_queries, len(memory.tokens))
+        hidden = torch.zeros_like(positions)
+        memory_mask = padding_mask(memory.mask, hidden.dtype)
+        self_mask = additive_mask(query_mask, hidden.dtype)
+        states, boxes = [], []
+        for layer in decoder.layers:
+            hidden = layer(
+                hidden, self_mask, memory.positions, positions, memory.tokens, encoder_attention_mask=memory_mask
+            )
+            states.append(decoder.layernorm(hidden))
+            boxes.append(at_least_float32(self.model.bbox_predictor(states[-1])).sigmoid())
+        return Decoded(torch.stack(states), torch.stack(boxes))

@@ -1,0 +1,111 @@
+"""The few formulae the adapters share: attention masks, sine embeddings, boxes relative to reference points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import dropout, feed_forward
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, or its float32 copy if it is of lower precision: boxes are never computed in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """logit(x), with both x and 1 - x kept above `eps`."""
+    x = x.clamp(min=0, max=1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def sine_embedding(points: Tensor, features: int, temperature: float = 10000.0) -> Tensor:
+    """Sine/cosine embedding of points in [0, 1] (Conditional DETR §3.2, DAB-DETR §4.1), y before x.
+
+    Args:
+        points: (..., 2 or 4) as (x, y[, w, h]).
+        features: length of the embedding of one coordinate (even).
+
+    Returns:
+        (..., 2 or 4 times `features`), in the precision of `points` (computed in at least float32).
+    """
+    exact = at_least_float32(points)
+    index = torch.arange(features, dtype=exact.dtype, device=points.device)
+    period = temperature ** (2 * torch.div(index, 2, rounding_mode="floor") / features)
+    angles = exact[..., None] * (2 * math.pi) / period
+    waves = torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1).flatten(-2)
+    x, y, *rest = waves.unbind(-2)
+    return torch.cat((y, x, *rest), dim=-1).to(points.dtype)
+
+
+def additive_mask(may_attend: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Boolean (Q, Q), True = may attend, as the additive (1, 1, Q, Q) every attention implementation takes."""
+    if may_attend is None:
+        return None
+    blocked = torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device)
+    return blocked.masked_fill_(~may_attend, torch.finfo(dtype).min)[None, None]
+
+
+def padding_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boolean (B, L), True = may be attended to, as the additive (B, 1, 1, L) every attention implementation takes.
+
+    Transformers' own masks first ask whether anything is masked, which makes the host wait for the device.
+    """
+    blocked = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
+    return blocked.masked_fill_(~valid, torch.finfo(dtype).min)[:, None, None]
+
+
+def level_mask(pixel_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Boolean (B, H, W) of valid pixels -> boolean (B, h, w) of valid cells, by nearest neighbour as the DETRs do."""
+    return nn.functional.interpolate(pixel_mask[None].float(), size=shape)[0].bool()
+
+
+def spread_tokens(count: int, shapes: list[tuple[int, int]], valid: Tensor) -> Tensor:
+    """Indices of `count` tokens that cover the image and all levels evenly, in such an order that every stretch does.
+
+    An additive recurrence in three dimensions (level, y, x) with the powers of the root of x⁴ = x + 1, the
+    generalised golden ratio.
+
+    Args:
+        count: number of tokens Q.
+        shapes: (h, w) of the levels.
+        valid: (B, 2) share of the width and height inside the image; tokens beyond are not chosen.
+
+    Returns:
+        (B, Q) indices into the concatenated levels. The outermost 2 % of an image are left out.
+    """
+    steps = torch.tensor([1.2207440846057596**-power for power in (1, 2, 3)], dtype=torch.float64)
+    level, y, x = ((0.5 + torch.arange(count)[:, None] * steps) % 1).to(valid.device).unbind(1)
+    sizes = torch.tensor(shapes, device=valid.device)
+    starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+    level = (level * len(shapes)).long()
+    inner = [0.02 + 0.96 * share for share in (x, y)]
+    column, row = (
+        (inner[i] * valid[:, i, None] * sizes[level, 1 - i]).long().clamp(max=sizes[level, 1 - i] - 1) for i in (0, 1)
+    )
+    return starts[level] + row * sizes[level, 1] + column
+
+
+def run_encoder_layers(layers: Iterable[Any], tokens: Tensor, mask: Any, positions: Tensor) -> Tensor:
+    """The encoder layers of DETR and its siblings, through their own sub-modules.
+
+    Equal to calling the layers, bit for bit, but without their finiteness test, which in training costs a
+    device synchronisation per layer. Gradient checkpointing, where enabled in the model, is honoured.
+    """
+
+    def run(layer: Any, tokens: Tensor) -> Tensor:
+        attended, _ = layer.self_attn(hidden_states=tokens, attention_mask=mask, position_embeddings=positions)
+        tokens = layer.self_attn_layer_norm(tokens + dropout(attended, layer.dropout, layer.training))
+        return layer.final_layer_norm(tokens + feed_forward(layer.mlp, tokens))
+
+    for layer in layers:
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            tokens = checkpoint(run, layer, tokens, use_reentrant=False)
+        else:
+            tokens = run(layer, tokens)
+    return tokens

@@ -1,0 +1,223 @@
+"""LW-DETR (Chen et al., 2024) and RF-DETR (Robinson et al., 2025): a windowed ViT, a convolutional projector in place
+of an encoder, and a decoder whose queries are learned contents at the boxes predicted from the best tokens.
+
+The region feature is added to the learned content. Which tokens the queries start from while there are no classes to
+score tokens with, and what is learned there, is as for RT-DETR (see `rt_detr`). Behind the frozen ViT the projector,
+the box proposals and the decoder are pre-trained.
+
+Both train 13 groups of queries and use the first alone afterwards. Here that first group is all there is: a
+checkpoint's other groups are dropped on loading, which leaves its predictions as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LwDetrConfig,
+    LwDetrForObjectDetection,
+    PretrainedConfig,
+    PreTrainedModel,
+    RfDetrConfig,
+    RfDetrForObjectDetection,
+)
+
+from siamese_detr.errors import UserError
+
+from . import initialise
+from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from .backbones import Backbone
+from .functional import at_least_float32, spread_tokens
+
+
+def refine(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Boxes cxcywh shifted by `deltas` times their size and scaled by e to the power of `deltas`."""
+    deltas = at_least_float32(deltas)
+    return torch.cat((deltas[..., :2] * boxes[..., 2:] + boxes[..., :2], deltas[..., 2:].exp() * boxes[..., 2:]), -1)
+
+
+class LwDetrAdapter(DetectorAdapter):
+    """Option: `points` sampled per head and level."""
+
+    family = "lw-detr"
+    model_class: ClassVar[type[PreTrainedModel]] = LwDetrForObjectDetection
+    config_class: ClassVar[type[PretrainedConfig]] = LwDetrConfig
+    backbone_type: ClassVar[str] = "lw_detr_vit"
+    processor_class = "DeformableDetrImageProcessor"
+    selects_queries = True
+    defaults: ClassVar[dict[str, Any]] = {
+        "num_queries": 300,
+        "decoder_layers": 3,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+    }
+
+    def __init__(self, model: PreTrainedModel, *arguments: Any, **keywords: Any) -> None:
+        keep_first_group(model)
+        super().__init__(model, *arguments, **keywords)
+
+    @classmethod
+    def backbone_config(cls, backbone: Backbone, strides: list[int], dilation: bool) -> PretrainedConfig:
+        network = backbone.network
+        if not isinstance(network, PretrainedConfig) or network.model_type != cls.backbone_type:
+            raise UserError(
+                f"{cls.family} has a ViT of its own ({cls.backbone_type}) and takes no other backbone, such as "
+                f"{backbone.name!r}; start from one of its checkpoints"
+            )
+        return network
+
+    @classmethod
+    def configure(cls, backbone: PretrainedConfig, size: DetectorSize, points: int = 4) -> PretrainedConfig:
+        values: dict[str, Any] = dict(
+            backbone_config=backbone,
+            projector_scale_factors=[1.0],
+            d_model=size.hidden_size,
+            num_queries=size.num_queries,
+            decoder_layers=size.decoder_layers,
+            decoder_ffn_dim=size.ffn_size,
+            decoder_self_attention_heads=size.heads,
+            decoder_cross_attention_heads=2 * size.heads,
+            decoder_n_points=points,
+            group_detr=1,
+            dropout=size.dropout,
+            attention_dropout=size.attention_dropout,
+            activation_dropout=size.activation_dropout,
+            num_labels=size.num_labels,
+        )
+        return cls.config_class(**values)
+
+    @property
+    def block(self) -> int:
+        """Sides of the input must be multiples of this many pixels: whole patches in whole windows."""
+        config = self.config.backbone_config
+        return config.patch_size * config.num_windows_side
+
+    @property
+    def square_side(self) -> int:  # type: ignore[override]
+        return self.block
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.model.backbone.backbone
+
+    @property
+    def class_heads(self) -> nn.ModuleList:
+        return nn.ModuleList([self.model.model.enc_out_class_embed[0], self.model.class_embed])
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.decoder_layers + 1
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.config.projector_scale_factors)
+
+    def initialise(self) -> None:
+        detr = self.model.model
+        initialise.reset(detr.backbone.projector)
+        initialise.xavier(detr.decoder)
+        initialise.packed_attention(detr.decoder)
+        initialise.deformable_attention(detr.decoder)
+        for module in (detr.enc_output, detr.enc_output_norm, detr.query_feat):
+            initialise.reset(module)
+        nn.init.zeros_(detr.reference_point_embed.weight)
+        for head in (detr.enc_out_bbox_embed[0], self.model.bbox_embed):
+            initialise.box_head(head)
+        for head in self.class_heads:
+            initialise.class_head(head)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(B, ..., H, W) padded with zeros on the right and at the bottom to whole windows."""
+        height, width = x.shape[-2:]
+        return nn.functional.pad(x, (0, -width % self.block, 0, -height % self.block))
+
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor, *, fast: bool = False) -> list[Tensor]:
+        return super().features(self.pad(pixel_values), self.pad(pixel_mask), fast=fast)
+
+    def project(self, maps: list[Tensor]) -> list[Tensor]:
+        """The projector: maps of the ViT's layers -> one map per level."""
+        return self.model.model.backbone.projector(maps)
+
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+        detr, pixel_mask = self.model.model, self.pad(pixel_mask)
+        masks, _ = self.level_masks(maps, pixel_mask)
+        # The projector knows no mask: at least there is nothing in the padding.
+        sources = self.project([x * mask[:, None].to(x.dtype) for x, mask in zip(maps, masks, strict=True)])
+        masks, shapes = self.level_masks(sources, pixel_mask)
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
+        spatial = torch.as_tensor(shapes, dtype=torch.long, device=tokens.device)
+        extra = dict(
+            spatial_shapes=spatial,
+            spatial_shapes_list=shapes,
+            level_start_index=torch.cat((spatial.new_zeros((1,)), spatial.prod(1).cumsum(0)[:-1])),
+            valid_ratios=torch.stack([detr.get_valid_ratio(mask, dtype=tokens.dtype) for mask in masks], 1),
+        )
+        return Memory(tokens, torch.cat([mask.flatten(1) for mask in masks], 1), shapes, None, extra)
+
+    def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
+        if query_mask is not None:
+            raise UserError(f"{self.family} cannot keep queries from each other, as UP-DETR does; use another pretext")
+        detr = self.model.model
+        tokens, grid, outside = detr.gen_encoder_output_proposals(memory.tokens, ~memory.mask, memory.shapes)
+        tokens = detr.enc_output_norm[0](detr.enc_output[0](tokens))
+        if region_queries is None:
+            scores = detr.enc_out_class_embed[0](tokens).masked_fill(outside, float("-inf"))
+            chosen = scores.max(-1).values.topk(self.num_queries, dim=1).indices
+        else:
+            chosen = spread_tokens(self.num_queries, memory.shapes, memory.extra["valid_ratios"][:, 0])
+        token = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+        proposed = refine(grid.gather(1, chosen[..., None].expand(-1, -1, 4)), detr.enc_out_bbox_embed[0](token))
+        anchors = refine(proposed.detach(), detr.reference_point_embed.weight)
+        out = detr.decoder(
+            inputs_embeds=self.add_regions(detr.query_feat.weight, region_queries, len(tokens)),
+            reference_points=anchors,
+            encoder_hidden_states=memory.tokens,
+            encoder_attention_mask=memory.mask,
+            **memory.extra,
+        )
+        states = out.intermediate_hidden_states
+        boxes = torch.stack([refine(anchors, self.model.bbox_embed(state)) for state in states])
+        return Decoded(torch.cat((token[None], states)), torch.cat((proposed[None], boxes)))
+
+
+class RfDetrAdapter(LwDetrAdapter):
+    """RF-DETR: the ViT is a DINOv2 (whose published weights fit), whose windows only square inputs fill correctly."""
+
+    family = "rf-detr"
+    model_class = RfDetrForObjectDetection
+    config_class = RfDetrConfig
+    backbone_type = "rf_detr_dinov2"
+    processor_class = "RfDetrImageProcessor"
+
+    @property
+    def block(self) -> int:
+        config = self.config.backbone_config
+        return config.patch_size * config.num_windows
+
+    @property
+    def num_levels(self) -> int:
+        return 1
+
+    def pad(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        side = -(-max(height, width) // self.block) * self.block
+        return nn.functional.pad(x, (0, side - width, 0, side - height))
+
+    def project(self, maps: list[Tensor]) -> list[Tensor]:
+        return [self.model.model.backbone.projector(maps)]
+
+
+def keep_first_group(model: Any) -> None:
+    """Reduce a model in place to its first group of queries."""
+    config, detr = model.config, model.model
+    if config.group_detr == 1:
+        return
+    config.group_detr = detr.group_detr = 1
+    for name in ("enc_output", "enc_output_norm", "enc_out_bbox_embed", "enc_out_class_embed"):
+        setattr(detr, name, getattr(detr, name)[:1])
+    for name in ("reference_point_embed", "query_feat"):
+        weight = getattr(detr, name).weight.detach()[: config.num_queries].clone()
+        setattr(detr, name, nn.Embedding.from_pretrained(weight, freeze=False))

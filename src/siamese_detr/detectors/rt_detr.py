@@ -1,0 +1,241 @@
+"""RT-DETR (Zhao et al., CVPR 2024), RT-DETRv2 (Lv et al., 2024) and D-FINE (Peng et al., ICLR 2025).
+
+These detectors have no learned queries: the encoder's tokens are scored by a class head, and the best ones become the
+queries, each with the token as its content and the box predicted at the token as its reference. While pre-training
+there are no classes to score with. Then query n takes the n-th token of a fixed, evenly spread sequence of tokens, of
+which every stretch covers the whole image and all levels: each region's copies start everywhere, as the learned
+queries of the other families do. Its content is the token plus the region feature, its reference the box predicted at
+the token, both without gradient, as in the detector itself. What is predicted *at the tokens* is returned as a first
+layer, so that the losses also train the head that proposes boxes, again as in the detector itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DFineConfig,
+    DFineForObjectDetection,
+    PretrainedConfig,
+    PreTrainedModel,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrV2Config,
+    RTDetrV2ForObjectDetection,
+)
+
+from . import initialise
+from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from .functional import additive_mask, at_least_float32, spread_tokens
+
+SIDE = 32
+"""Sides of the input must be multiples of this, or the levels of the encoder do not fit on each other."""
+
+
+def pad_to_multiple(x: Tensor) -> Tensor:
+    """(B, ..., H, W) padded with zeros on the right and at the bottom to multiples of `SIDE`."""
+    height, width = x.shape[-2:]
+    return nn.functional.pad(x, (0, -width % SIDE, 0, -height % SIDE))
+
+
+class RTDetrAdapter(DetectorAdapter):
+    """Option: `points` sampled per head and level."""
+
+    family = "rt-detr"
+    model_class: ClassVar[type[PreTrainedModel]] = RTDetrForObjectDetection
+    config_class: ClassVar[type[PretrainedConfig]] = RTDetrConfig
+    processor_class = "RTDetrImageProcessor"
+    square_side = SIDE
+    selects_queries = True
+    defaults: ClassVar[dict[str, Any]] = {
+        "num_queries": 300,
+        "encoder_layers": 1,
+        "ffn_size": 1024,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+    }
+
+    @classmethod
+    def wanted_strides(cls, **options: Any) -> list[int]:
+        return [8, 16, 32]
+
+    @classmethod
+    def configure(cls, backbone: PretrainedConfig, size: DetectorSize, points: int = 4) -> PretrainedConfig:
+        values: dict[str, Any] = dict(
+            backbone_config=backbone,
+            freeze_backbone_batch_norms=True,
+            encoder_hidden_dim=size.hidden_size,
+            encoder_in_channels=backbone_channels(backbone),
+            encoder_layers=size.encoder_layers,
+            encoder_ffn_dim=size.ffn_size,
+            encoder_attention_heads=size.heads,
+            d_model=size.hidden_size,
+            num_queries=size.num_queries,
+            decoder_in_channels=[size.hidden_size] * 3,
+            decoder_layers=size.decoder_layers,
+            decoder_ffn_dim=size.ffn_size,
+            decoder_attention_heads=size.heads,
+            decoder_n_points=points,
+            num_denoising=0,
+            dropout=size.dropout,
+            attention_dropout=size.attention_dropout,
+            activation_dropout=size.activation_dropout,
+            num_labels=size.num_labels,
+        )
+        return cls.config_class(**values)
+
+    @property
+    def class_heads(self) -> nn.ModuleList:
+        return nn.ModuleList([self.model.model.enc_score_head, *self.model.model.decoder.class_embed])
+
+    @property
+    def projections(self) -> nn.ModuleList:
+        """The projection of every backbone map to the encoder's width."""
+        return self.model.model.encoder_input_proj
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.decoder_layers + 1
+
+    @property
+    def num_levels(self) -> int:
+        return self.config.num_feature_levels
+
+    def untrained(self) -> list[nn.Module]:
+        denoising = getattr(self.model.model, "denoising_class_embed", None)
+        return [] if denoising is None else [denoising]
+
+    def initialise(self) -> None:
+        detr = self.model.model
+        for part in (
+            self.projections,
+            detr.encoder,
+            detr.enc_output,
+            detr.enc_bbox_head,
+            detr.decoder_input_proj,
+            detr.decoder,
+        ):
+            initialise.reset(part)
+            initialise.packed_attention(part)
+            initialise.deformable_attention(part)
+        nn.init.xavier_uniform_(detr.enc_output[0].weight)
+        for layer in detr.decoder.query_pos_head.layers:
+            nn.init.xavier_uniform_(layer.weight)
+        for head in (detr.enc_bbox_head, *detr.decoder.bbox_embed):
+            initialise.box_head(head)
+        for head in self.class_heads:
+            initialise.class_head(head)
+
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor, *, fast: bool = False) -> list[Tensor]:
+        return super().features(pad_to_multiple(pixel_values), pad_to_multiple(pixel_mask), fast=fast)
+
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+        detr, pixel_mask = self.model.model, pad_to_multiple(pixel_mask)
+        masks, _ = self.level_masks(maps, pixel_mask)
+        # There is no attention mask to keep the padding out with: at least there is nothing in it.
+        maps = [x * mask[:, None].to(x.dtype) for x, mask in zip(maps, masks, strict=True)]
+        encoded = detr.encoder([project(x) for project, x in zip(self.projections, maps, strict=True)])[0]
+        sources = [project(x) for project, x in zip(detr.decoder_input_proj, encoded, strict=False)]
+        sources += [project(encoded[-1]) for project in detr.decoder_input_proj[len(sources) :]]
+        masks, shapes = self.level_masks(sources, pixel_mask)
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
+        spatial = torch.as_tensor(shapes, dtype=torch.long, device=tokens.device)
+        # Boxes come relative to the whole input; valid / whole makes them relative to the un-padded image.
+        valid = torch.stack((pixel_mask[:, 0].sum(1), pixel_mask[:, :, 0].sum(1)), 1)
+        whole = valid.new_tensor([pixel_mask.shape[2], pixel_mask.shape[1]])
+        extra = dict(
+            valid=valid / whole,
+            spatial_shapes=spatial,
+            spatial_shapes_list=shapes,
+            level_start_index=torch.cat((spatial.new_zeros((1,)), spatial.prod(1).cumsum(0)[:-1])),
+        )
+        return Memory(tokens, torch.cat([mask.flatten(1) for mask in masks], 1), shapes, None, extra)
+
+    def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
+        detr, extra = self.model.model, dict(memory.extra)
+        valid = extra.pop("valid")
+        dtype = torch.promote_types(memory.tokens.dtype, torch.float32)
+        anchors, inside = detr.generate_anchors(tuple(memory.shapes), device=memory.tokens.device, dtype=dtype)
+        tokens = detr.enc_output(inside.to(memory.tokens.dtype) * memory.tokens)
+        if region_queries is None:
+            chosen = detr.enc_score_head(tokens).max(-1).values.topk(self.num_queries, dim=1).indices
+        else:
+            chosen = spread_tokens(self.num_queries, memory.shapes, valid)
+        token = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+        anchor = anchors.expand(len(tokens), -1, -1).gather(1, chosen[..., None].expand(-1, -1, 4))
+        proposed = at_least_float32(detr.enc_bbox_head(token)) + anchor
+        content = token.detach() if region_queries is None else self.add_regions(token.detach(), region_queries)
+        states, boxes, logits = self.decode_layers(
+            inputs_embeds=content,
+            encoder_hidden_states=memory.tokens,
+            encoder_attention_mask=additive_mask(query_mask, content.dtype),  # of the self-attention, despite its name
+            reference_points=proposed.detach(),
+            **extra,
+        )
+        boxes = torch.cat((proposed.sigmoid()[None], boxes)) / torch.cat((valid, valid), -1)[:, None]
+        if logits is not None:
+            logits = torch.cat((detr.enc_score_head(token)[None], logits))
+        return Decoded(torch.cat((token[None], states)), boxes, logits)
+
+    def decode_layers(self, **inputs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run the stock decoder: states (layers, B, Q, D), boxes (layers, B, Q, 4), and logits if only it has them."""
+        out = self.model.model.decoder(**inputs)
+        return out.intermediate_hidden_states.transpose(0, 1), out.intermediate_reference_points.transpose(0, 1), None
+
+
+class RTDetrV2Adapter(RTDetrAdapter):
+    family = "rt-detr-v2"
+    model_class = RTDetrV2ForObjectDetection
+    config_class = RTDetrV2Config
+
+
+class DFineAdapter(RTDetrAdapter):
+    """D-FINE refines a distribution over each box edge, starting from the box `pre_bbox_head` predicts after the first
+    layer: one more layer of boxes. Its class scores are corrected by a location quality estimate."""
+
+    family = "d-fine"
+    model_class: ClassVar[type[PreTrainedModel]] = DFineForObjectDetection
+    config_class: ClassVar[type[PretrainedConfig]] = DFineConfig
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.decoder_layers + 2
+
+    def untrained(self) -> list[nn.Module]:
+        return [*super().untrained(), self.model.model.decoder.lqe_layers]
+
+    def constants(self) -> list[nn.Parameter]:
+        return [self.model.model.decoder.reg_scale, self.model.model.decoder.up]
+
+    def initialise(self) -> None:
+        super().initialise()
+        decoder = self.model.model.decoder
+        initialise.box_head(decoder.pre_bbox_head)
+        for layer in decoder.layers:
+            if getattr(layer, "gateway", None) is not None:
+                nn.init.zeros_(layer.gateway.gate.weight)
+                nn.init.zeros_(layer.gateway.gate.bias)
+        for estimate in decoder.lqe_layers:
+            initialise.box_head(estimate.reg_conf)
+
+    def decode_layers(self, **inputs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        decoder = self.model.model.decoder
+        training, decoder.training = decoder.training, True  # this flag alone: in evaluation it returns one layer only
+        try:
+            out = decoder(**inputs)
+        finally:
+            decoder.training = training
+        states = out.intermediate_hidden_states
+        boxes, logits = out.intermediate_reference_points.transpose(0, 1), out.intermediate_logits.transpose(0, 1)
+        return torch.cat((states[:1], states)), boxes, logits
+
+
+def backbone_channels(config: PretrainedConfig) -> list[int]:
+    """Channels of the maps a backbone of this configuration gives."""
+    from transformers import AutoBackbone
+
+    with torch.device("meta"):
+        return list(AutoBackbone.from_config(config).channels)

@@ -1,0 +1,80 @@
+"""What goes into and comes out of a detector's parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DetectorSize:
+    """Sizes of a detector; every family reads those that apply to it.
+
+    Args:
+        num_queries: object queries per image.
+        hidden_size: width D of the Transformer.
+        heads: attention heads; must divide `hidden_size`.
+        encoder_layers, decoder_layers: depth.
+        ffn_size: hidden width of the feed-forward blocks.
+        num_labels: outputs of the class head.
+        dropout, attention_dropout, activation_dropout: probabilities (the papers: 0.1 each).
+        dilation: last backbone stage at half its stride (DC5), for families that use one map.
+    """
+
+    num_queries: int = 100
+    hidden_size: int = 256
+    heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    ffn_size: int = 2048
+    num_labels: int = 1
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.1
+    dilation: bool = False
+
+
+@dataclass
+class Memory:
+    """Encoder output of a batch of B images.
+
+    Args:
+        tokens: (B, L, D), the levels one after the other, each row-major.
+        mask: (B, L) boolean, True = inside the image.
+        shapes: (h, w) of every level; the products sum to L.
+        positions: (B, L, D) position embedding of the tokens, or None where the family uses none.
+        extra: whatever else the family's decoder needs.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    shapes: list[tuple[int, int]]
+    positions: Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def pooled(self) -> Tensor:
+        """Mean over the valid tokens of each level, levels concatenated: (B, D * levels)."""
+        sizes = [height * width for height, width in self.shapes]
+        levels = zip(self.tokens.split(sizes, 1), self.mask.split(sizes, 1), strict=True)
+        return torch.cat(
+            [(x * m[..., None]).sum(1) / m.sum(1, keepdim=True).clamp(min=1).to(x.dtype) for x, m in levels], dim=1
+        )
+
+
+@dataclass
+class Decoded:
+    """Decoder output.
+
+    Args:
+        states: (layers, B, Q, D), every layer's queries as the heads see them (after the shared final norm, if any).
+        boxes: (layers, B, Q, 4) cxcywh in [0, 1], by the detector's own box head, relative to the un-padded image
+            (not clamped: where the family knows no padding, a box in the padding exceeds 1).
+        logits: (layers, B, Q, labels) where a family's class logits are more than its heads on `states`.
+    """
+
+    states: Tensor
+    boxes: Tensor
+    logits: Tensor | None = None

@@ -1,0 +1,67 @@
+"""Read state dicts from files, safely: nothing in a file is ever executed."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from siamese_detr.errors import UserError
+
+NESTS = ("state_dict", "model", "model_state_dict", "student", "teacher")
+"""Entries under which training codes put the state dict."""
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file or of a PyTorch checkpoint, un-nested, names as in the file.
+
+    Args:
+        path: the file. PyTorch checkpoints are read with `weights_only=True`.
+
+    Raises:
+        UserError: no such file, damaged, with more than tensors and plain values in it, or without tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            loaded: object = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # options stored by many training codes
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"weights {path} is damaged or holds Python objects besides tensors, which are never loaded; "
+            "save its state dict alone, best as .safetensors"
+        ) from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"weights {path} cannot be read: {str(error).splitlines()[0]}; fetch the file again") from None
+    for _ in range(2):
+        for nest in NESTS:
+            if isinstance(loaded, dict) and isinstance(loaded.get(nest), dict):
+                loaded = loaded[nest]
+                break
+    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
+    if not tensors:
+        raise UserError(f"weights {path}: no tensors in it; a state dict is wanted")
+    return tensors
+
+
+def strip_prefixes(state: dict[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
+    """`state` without the prefixes, outermost first.
+
+    A prefix is removed where it stands if any tensor has it; tensors without it are then left out, unless the prefix
+    is one that wraps everything ("module.").
+    """
+    for prefix in prefixes:
+        inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if inside:
+            state = inside
+    return state

@@ -1,0 +1,99 @@
+"""Our sampling of deformable attention computes what Transformers' does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+from siamese_detr.detectors.deformable_attention import BagSampling, install, sample, uninstall
+from tiny_detectors import tiny_batch, tiny_detector
+
+
+def stock(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    return MultiScaleDeformableAttention()(value, None, shapes, None, locations, weights, 64)
+
+
+def random_inputs(
+    shapes: list[tuple[int, int]], seed: int, dtype: torch.dtype = torch.float64, reach: float = 2.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """2 images, 7 queries, 2 heads of 4 channels, 3 points, some of them outside the maps."""
+    random = torch.Generator().manual_seed(seed)
+    cells = sum(height * width for height, width in shapes)
+    value = torch.randn(2, cells, 2, 4, generator=random, dtype=dtype)
+    locations = 0.5 + reach * (torch.rand(2, 7, 2, len(shapes), 3, 2, generator=random, dtype=dtype) - 0.5)
+    weights = torch.randn(2, 7, 2, len(shapes), 3, generator=random, dtype=dtype)
+    return value, locations, weights
+
+
+def outputs_and_gradients(function, inputs: tuple[Tensor, ...], shapes: list[tuple[int, int]]) -> list[Tensor]:
+    inputs = tuple(x.clone().requires_grad_() for x in inputs)
+    out = function(*inputs, shapes)
+    above = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, inputs, above)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    st.integers(0, 1000),
+    st.sampled_from([0.5, 2.0, 100.0]),
+)
+def test_values_and_gradients_are_the_stock_ones(shapes: list[tuple[int, int]], seed: int, reach: float) -> None:
+    inputs = random_inputs(shapes, seed, reach=reach)
+    ours, theirs = (outputs_and_gradients(function, inputs, shapes) for function in (sample, stock))
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_single_precision_rounds_alike() -> None:
+    shapes = [(12, 15), (6, 8)]
+    inputs = random_inputs(shapes, 0, torch.float32)
+    ours, theirs = (outputs_and_gradients(function, inputs, shapes) for function in (sample, stock))
+    for got, want in zip(ours, theirs, strict=True):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_half_precision_is_computed_in_single() -> None:
+    shapes = [(6, 8)]
+    value, locations, weights = random_inputs(shapes, 0, torch.float32)
+    half = sample(value.bfloat16(), locations, weights, shapes)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half, sample(value.bfloat16().float(), locations, weights, shapes).bfloat16())
+
+
+def test_points_that_are_no_numbers_give_no_numbers() -> None:
+    shapes = [(6, 8), (3, 4)]
+    value, locations, weights = random_inputs(shapes, 0)
+    locations[1, 3, 0, 1, 2] = float("nan")
+    out = sample(value, locations, weights, shapes)
+    assert out[1, 3, :4].isnan().all()
+    assert out.isfinite().sum() == out.numel() - 4
+
+
+def test_gradients_only_where_wanted() -> None:
+    shapes = [(6, 8)]
+    value, locations, weights = random_inputs(shapes, 0)
+    locations.requires_grad_()
+    sample(value, locations, weights, shapes).sum().backward()
+    assert locations.grad is not None
+    assert value.grad is None
+
+
+@pytest.mark.parametrize("case", ["deformable-detr", "deformable-detr-one-scale", "deformable-detr-refined"])
+def test_a_detector_is_what_it_was(case: str) -> None:
+    detector = tiny_detector(case).double().eval()
+    images, mask = tiny_batch()
+    names = list(detector.state_dict())
+    assert any(isinstance(module, BagSampling) for module in detector.modules())
+    _, ours = detector(images.double(), mask)
+    assert uninstall(detector.model)
+    assert not any(isinstance(module, BagSampling) for module in detector.modules())
+    _, theirs = detector(images.double(), mask)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert list(detector.state_dict()) == names
+    assert install(detector.model)
+    assert not install(detector.model)

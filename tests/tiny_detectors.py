@@ -1,0 +1,88 @@
+"""One tiny detector of every family, of random weights, for the suite all of them share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LwDetrViTConfig, PretrainedConfig, ResNetConfig, RfDetrDinov2Config
+
+from siamese_detr.detectors import DetectorAdapter, build_detector
+
+QUERIES, WIDTH = 12, 32
+CASES = {
+    "detr": ("detr", {}),
+    "conditional-detr": ("conditional-detr", {}),
+    "deformable-detr": ("deformable-detr", {}),
+    "deformable-detr-one-scale": ("deformable-detr", {"num_feature_levels": 1}),
+    "deformable-detr-refined": ("deformable-detr", {"with_box_refine": True}),
+    "dab-detr": ("dab-detr", {}),
+    "rt-detr": ("rt-detr", {}),
+    "rt-detr-v2": ("rt-detr-v2", {}),
+    "d-fine": ("d-fine", {}),
+    "deimv2": ("deimv2", {}),
+    "lw-detr": ("lw-detr", {}),
+    "rf-detr": ("rf-detr", {}),
+}
+UNMASKED = ("rt-detr", "rt-detr-v2", "d-fine", "deimv2", "lw-detr", "rf-detr")
+"""Families whose encoder or projector knows no padding mask: the adapters empty the padding, stock models do not."""
+every_detector = pytest.mark.parametrize("case", CASES)
+
+
+def tiny_backbone(family: str = "") -> PretrainedConfig:
+    """A ResNet, or the ViT that alone fits the family."""
+    vit: dict[str, Any] = dict(
+        hidden_size=24, num_hidden_layers=4, num_attention_heads=2, out_features=["stage2", "stage4"], num_windows=4
+    )
+    if family == "lw-detr":
+        return LwDetrViTConfig(**vit, window_block_indices=[0, 2], pretrain_image_size=64, image_size=64, patch_size=16)
+    if family == "rf-detr":
+        return RfDetrDinov2Config(**{**vit, "num_windows": 2}, image_size=56, patch_size=14)
+    return ResNetConfig(embedding_size=4, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], layer_type="basic")
+
+
+def fitting_side(detector: DetectorAdapter) -> int:
+    """Side, at least 128, of a square the detector takes without padding it."""
+    return -(-128 // (detector.square_side or 1)) * (detector.square_side or 1)
+
+
+def tiny_detector(case: str, *, classes: int = 3, dropout: float = 0.0, **changes: object) -> DetectorAdapter:
+    """A detector with 2 + 2 layers of width 32, its vectors moved off their initial constants."""
+    family, options = CASES[case]
+    sizes: dict[str, object] = dict(
+        num_queries=QUERIES,
+        hidden_size=WIDTH,
+        heads=4,
+        encoder_layers=2,
+        decoder_layers=2,
+        ffn_size=40,
+        num_labels=classes,
+        dropout=dropout,
+        attention_dropout=dropout,
+        activation_dropout=dropout,
+        seed=0,
+    )
+    detector = build_detector(family, tiny_backbone(family), **{**sizes, **options, **changes})
+    random = torch.Generator().manual_seed(1)
+    constants = {id(parameter) for parameter in detector.constants()}
+    for name, parameter in detector.named_parameters():
+        if id(parameter) not in constants and not name.startswith("model.model.backbone"):
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=random)
+    return detector
+
+
+def tiny_batch(padded: bool = True, side: int | None = None) -> tuple[Tensor, Tensor]:
+    """Three images and their masks; the second and third are padded on the right and at the bottom."""
+    random = torch.Generator().manual_seed(2)
+    height, width = (side, side) if side else (96, 128)
+    images, mask = torch.randn(3, 3, height, width, generator=random), torch.ones(3, height, width, dtype=torch.bool)
+    if padded:
+        mask[1, height * 3 // 4 :] = False
+        mask[2, :, width // 2 :] = False
+    return images * mask[:, None], mask
+
+
+def region_queries(batch: int = 3) -> Tensor:
+    return torch.randn(batch, QUERIES, WIDTH, generator=torch.Generator().manual_seed(3))
