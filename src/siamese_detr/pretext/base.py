@@ -1,0 +1,161 @@
+"""What the pretext tasks share: their configuration, the detection losses after matching, and the sum of terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from siamese_detr.errors import UserError
+from siamese_detr.pretext import heads, losses
+from siamese_detr.pretext.features import FrozenFeatures, check_queries, freeze
+from siamese_detr.pretext.matching import MatchCosts, match
+
+if TYPE_CHECKING:
+    from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, Memory
+    from siamese_detr.views.batch import ViewInputs
+
+
+@dataclass
+class PretextConfig:
+    """What every pretext task can be told.
+
+    Args:
+        class_weight: weight of the class loss.
+        box_weight: weight of the L1 box loss.
+        giou_weight: weight of the GIoU loss.
+        class_cost: weight of the object probability in the matching cost.
+        box_cost: weight of the L1 distance in the matching cost.
+        giou_cost: weight of the GIoU in the matching cost.
+        no_object_weight: weight of unmatched queries in the class loss.
+    """
+
+    class_weight: float = 1.0
+    box_weight: float = 5.0
+    giou_weight: float = 2.0
+    class_cost: float = 1.0
+    box_cost: float = 5.0
+    giou_cost: float = 2.0
+    no_object_weight: float = 0.1
+
+    @property
+    def costs(self) -> MatchCosts:
+        """The weights of the matching cost."""
+        return MatchCosts(self.class_cost, self.box_cost, self.giou_cost)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UserError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UserError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+
+
+@dataclass
+class PretextOutput:
+    """A step's result.
+
+    Args:
+        loss: scalar with gradient: the weighted sum over terms and layers.
+        terms: the un-weighted terms, detached scalars still on the device (reading one waits for it). ``loss_box`` is
+            the last decoder layer's, ``loss_box_0`` the first's; per-direction losses are averaged over directions.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Answers:
+    """Matched predictions of all layers and directions.
+
+    Args:
+        states: (layers, V, B, P, D) decoder states of the matched queries.
+        matches: int64 (layers, V, B, P).
+        valid: bool (V, B, P).
+        counts: the normalisation of the losses.
+        terms: loss_cls, loss_box and loss_giou, each (layers, V).
+    """
+
+    states: Tensor
+    matches: Tensor
+    valid: Tensor
+    counts: losses.Counts
+    terms: dict[str, Tensor]
+
+
+class Pretext(nn.Module):
+    """A detector and the heads of a pretext task.
+
+    Args:
+        detector: the detector whose Transformer learns; its backbone stays frozen.
+        config: the task's configuration.
+    """
+
+    def __init__(self, detector: DetectorAdapter, config: PretextConfig) -> None:
+        super().__init__()
+        self.detector = detector
+        self.base_config = config
+        self.class_head = heads.class_head(detector.hidden_size)
+
+    @property
+    def needs_crops(self) -> bool:
+        """Whether batches must hold the regions' crops."""
+        return True
+
+    def frozen_features(self, inputs: ViewInputs) -> FrozenFeatures:
+        """Everything :meth:`forward` needs, computed without gradient by the frozen backbone."""
+        return freeze(self.detector, inputs, crops=self.needs_crops)
+
+    def predict(self, features: FrozenFeatures) -> tuple[Memory, Decoded]:
+        """What the detector makes of a batch when asked as this task asks it; the decoder's batch is view-major."""
+        raise NotImplementedError
+
+    def forward(self, features: FrozenFeatures) -> PretextOutput:
+        """The losses of a batch."""
+        raise NotImplementedError
+
+    def answer(self, decoded: Decoded, features: FrozenFeatures) -> Answers:
+        """Match the decoder's predictions to the boxes of the view whose memory was decoded, and score them."""
+        lead = features.boxes.shape[:2]
+        states = decoded.states.unflatten(1, lead)
+        boxes = decoded.boxes.unflatten(1, lead)
+        logits = self.class_head(states)
+        targets, valid = features.targets, features.valid
+        config = self.base_config
+        check_queries(boxes.shape[3], targets.shape[2])
+        with torch.autocast(states.device.type, enabled=False):
+            matches = match(logits, boxes, targets, valid, config.costs)
+            counts = losses.count(valid, torch.promote_types(boxes.dtype, torch.float32))
+            found = losses.at_matches(boxes, matches)
+            box, giou = losses.box_losses(found, targets, valid, counts)
+            label = losses.class_loss(logits, matches, valid, counts, config.no_object_weight)
+        return Answers(
+            states=losses.at_matches(states, matches),
+            matches=matches,
+            valid=valid,
+            counts=counts,
+            terms={"loss_cls": label, "loss_box": box, "loss_giou": giou},
+        )
+
+    def weighted(self, weights: dict[str, float], terms: dict[str, Tensor]) -> PretextOutput:
+        """Sum ``terms`` (scalars, or (layers, V): mean over directions, sum over layers) with ``weights`` and the box
+        weights.
+        """
+        config = self.base_config
+        weights = {
+            "loss_cls": config.class_weight,
+            "loss_box": config.box_weight,
+            "loss_giou": config.giou_weight,
+        } | weights
+        weighted = [weights[name] * (term.mean(-1).sum() if term.ndim else term) for name, term in terms.items()]
+        scalars: dict[str, Tensor] = {}
+        for name, term in terms.items():
+            if term.ndim == 0:
+                scalars[name] = term.detach()
+                continue
+            *auxiliary, last = term.detach().mean(-1).unbind()
+            scalars[name] = last
+            scalars |= {f"{name}_{layer}": value for layer, value in enumerate(auxiliary)}
+        return PretextOutput(loss=torch.stack(weighted).sum(), terms=scalars)

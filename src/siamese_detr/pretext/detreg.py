@@ -1,0 +1,67 @@
+"""DETReg (Bar et al., CVPR 2022): find the object proposals without being told them, and embed them as the frozen
+backbone does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from siamese_detr.pretext import heads, losses
+from siamese_detr.pretext.base import Pretext, PretextConfig, PretextOutput
+from siamese_detr.pretext.features import FrozenFeatures
+
+if TYPE_CHECKING:
+    from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, Memory
+
+
+@dataclass
+class DetRegConfig(PretextConfig):
+    """DETReg's losses; the defaults are the paper's.
+
+    Args:
+        embedding_weight: weight of the object embedding loss.
+    """
+
+    embedding_weight: float = 1.0
+
+
+class DetRegPretext(Pretext):
+    """One view; ordinary object queries; the object embedding is learned at the last decoder layer only.
+
+    Objectness is scored by the softmax over {unused, object, no-object} that all pretext tasks share.
+
+    Args:
+        detector: the detector to pre-train.
+        config: weights.
+    """
+
+    def __init__(self, detector: DetectorAdapter, config: DetRegConfig | None = None) -> None:
+        config = config or DetRegConfig()
+        super().__init__(detector, config)
+        self.config = config
+        self.region_head = heads.FeatureHead(detector.hidden_size, sum(detector.channels))
+
+    def forward(self, features: FrozenFeatures) -> PretextOutput:
+        """The losses of a batch of images with their proposals (whose number may differ: rows without area are
+        padding).
+
+        Raises:
+            UserError: fewer queries than proposals, or features without crops.
+            NonFiniteError: the predictions are NaN or infinite.
+        """
+        crops = features.crops()
+        _, decoded = self.predict(features)
+        answers = self.answer(decoded, features)
+        said = self.region_head(answers.states[-1:])
+        with torch.autocast(said.device.type, enabled=False):
+            embedding = losses.embedding_loss(said, crops, answers.valid, answers.counts)
+        terms = answers.terms | {"loss_embedding": embedding}
+        return self.weighted({"loss_embedding": self.config.embedding_weight}, terms)
+
+    def predict(self, features: FrozenFeatures) -> tuple[Memory, Decoded]:
+        """Decode the ordinary object queries."""
+        memory = self.detector.encode(features.maps, features.pixel_mask)
+        return memory, self.detector.decode(memory, self.detector.blank_queries(memory))

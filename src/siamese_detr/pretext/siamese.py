@@ -1,0 +1,159 @@
+"""Siamese DETR: find in one view the regions given by the other, and agree with it about what they are (paper §3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from siamese_detr.errors import UserError
+from siamese_detr.pretext import heads, losses
+from siamese_detr.pretext.base import Answers, Pretext, PretextConfig, PretextOutput, check_choice
+from siamese_detr.pretext.features import FrozenFeatures, pool_regions, region_of_query
+
+if TYPE_CHECKING:
+    from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, Memory
+
+
+@dataclass
+class SiameseConfig(PretextConfig):
+    """Siamese DETR's losses and ablations; the defaults are the paper's for Conditional DETR on ImageNet.
+
+    Args:
+        lambda_region: weight of region discrimination (paper: 5 Conditional, 3 others and COCO).
+        lambda_global: weight of global discrimination (paper: 10; 0.3 on COCO).
+        discrimination: which of the two is learned: none, region, global or both.
+        region_target: where a region's feature comes from: its crop (the paper), or RoIAlign of the view (saves the
+            crops).
+        target_view: the view of that feature: the query's own (the paper), or the other one, in which the query
+            searches.
+        cross_view: decode a view's regions on the other view's memory (the paper); off: on its own, the single-view
+            ablation.
+        jitter: pool the queries' features at jittered boxes (the paper) rather than at the regions themselves.
+        pool_padding: let padding into the pooled features, as the paper's code does: averaged into the global ones, and
+            at the picture's edge interpolated into the regions'. Off: only the picture counts.
+        global_hidden_size: width of the global projector.
+        global_size: width of the global projection and prediction.
+        global_predictor_size: width of the global predictor's inner layer.
+    """
+
+    lambda_region: float = 5.0
+    lambda_global: float = 10.0
+    discrimination: Literal["none", "region", "global", "both"] = "both"
+    region_target: Literal["crop", "roi"] = "crop"
+    target_view: Literal["own", "other"] = "own"
+    cross_view: bool = True
+    jitter: bool = True
+    pool_padding: bool = False
+    global_hidden_size: int = 256
+    global_size: int = 256
+    global_predictor_size: int = 256
+
+    def __post_init__(self) -> None:
+        check_choice("discrimination", self.discrimination, ("none", "region", "global", "both"))
+        check_choice("region_target", self.region_target, ("crop", "roi"))
+        check_choice("target_view", self.target_view, ("own", "other"))
+
+    @property
+    def learns_regions(self) -> bool:
+        """Whether L_region is computed."""
+        return self.discrimination in ("region", "both")
+
+    @property
+    def learns_globally(self) -> bool:
+        """Whether L_global is computed."""
+        return self.discrimination in ("global", "both")
+
+
+class SiamesePretext(Pretext):
+    """Both views and both directions pass as one batch: direction v decodes, on the memory of view v, the other view's
+    regions.
+
+    Args:
+        detector: the detector to pre-train.
+        config: weights and ablations.
+    """
+
+    def __init__(self, detector: DetectorAdapter, config: SiameseConfig | None = None) -> None:
+        config = config or SiameseConfig()
+        super().__init__(detector, config)
+        self.config = config
+        channels = sum(detector.channels)
+        self.region_embedding = nn.Linear(channels, detector.hidden_size)
+        self.region_head = heads.FeatureHead(detector.hidden_size, channels) if config.learns_regions else None
+        self.global_head = None
+        if config.learns_globally:
+            self.global_head = heads.GlobalHead(
+                detector.hidden_size * detector.num_levels,
+                config.global_hidden_size,
+                config.global_size,
+                config.global_predictor_size,
+            )
+
+    @property
+    def needs_crops(self) -> bool:
+        """Whether batches must hold the regions' crops."""
+        return self.config.learns_regions and self.config.region_target == "crop"
+
+    def forward(self, features: FrozenFeatures) -> PretextOutput:
+        """The losses of a batch of view pairs.
+
+        Raises:
+            UserError: not two views, or fewer queries than regions.
+            NonFiniteError: the predictions are NaN or infinite.
+        """
+        if features.views != 2:
+            raise UserError(f"Siamese DETR compares two views of an image, not {features.views}")
+        memory, decoded = self.predict(features)
+        answers = self.answer(decoded, features)
+        terms = dict(answers.terms)
+        if self.region_head is not None:
+            terms["loss_region"] = self._region_loss(answers, features)
+        if self.global_head is not None:
+            predictions, projections = self.global_head(self._pooled(memory).unflatten(0, (2, -1)))
+            terms["loss_global"] = losses.global_loss(predictions, projections, answers.counts)
+        config = self.config
+        return self.weighted({"loss_region": config.lambda_region, "loss_global": config.lambda_global}, terms)
+
+    def predict(self, features: FrozenFeatures) -> tuple[Memory, Decoded]:
+        """Decode on each view's memory the other view's regions."""
+        memory = self.detector.encode(features.maps, features.pixel_mask)
+        return memory, self.detector.decode(memory, self._other(self.queries(features)).flatten(0, 1))
+
+    def queries(self, features: FrozenFeatures) -> Tensor:
+        """q (V, B, Q, D): the region features of each view, embedded and repeated; the detector adds its own query
+        embedding.
+        """
+        boxes = features.query_boxes if self.config.jitter else features.boxes
+        pooled = self._pool(features, boxes)
+        region = region_of_query(self.detector.num_queries, boxes.shape[2], boxes.device)
+        return self.region_embedding(pooled).index_select(2, region)
+
+    def _pool(self, features: FrozenFeatures, boxes: Tensor) -> Tensor:
+        sizes = None if self.config.pool_padding else features.sizes
+        return pool_regions(features.maps, boxes, self.detector.strides, sizes)
+
+    def _other(self, x: Tensor) -> Tensor:
+        """From the view of a query to the view it is decoded on (and back)."""
+        return x.flip(0) if self.config.cross_view else x
+
+    def _region_loss(self, answers: Answers, features: FrozenFeatures) -> Tensor:
+        assert self.region_head is not None
+        if self.config.region_target == "roi":
+            target = self._pool(features, features.boxes)
+        else:
+            target = features.crops()
+        # Direction v's queries come from view _other(v); its own crops are that view's.
+        own = self._other(target)
+        target = own if self.config.target_view == "own" else own.flip(0)
+        said = self.region_head(answers.states)
+        with torch.autocast(said.device.type, enabled=False):
+            return losses.region_loss(said, target, answers.valid, answers.counts)
+
+    def _pooled(self, memory: Memory) -> Tensor:
+        if not self.config.pool_padding:
+            return memory.pooled()
+        levels = memory.tokens.split([height * width for height, width in memory.shapes], dim=1)
+        return torch.cat([level.mean(1) for level in levels], dim=-1)
