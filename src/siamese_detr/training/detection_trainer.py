@@ -1,0 +1,189 @@
+"""Fine-tuning on labels: the training loop with the set criterion, COCO metrics after every so many steps, best and
+last detector."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from siamese_detr.detectors.adapter import DetectorAdapter
+from siamese_detr.detectors.saving import image_processor
+from siamese_detr.evaluation.evaluate import evaluate_detector
+from siamese_detr.evaluation.inference import Detector
+from siamese_detr.images.labels import DetectionDataset
+from siamese_detr.training.criterion import CriterionConfig, SetCriterion, Targets
+from siamese_detr.training.journal import JsonLines
+from siamese_detr.training.labelled_dataset import EpochBatches, TrainingImages, collate, prepare
+from siamese_detr.training.optimizer import decayed_names
+from siamese_detr.training.rundir import write_json
+from siamese_detr.training.settings import RunSettings
+from siamese_detr.training.trainer import BaseTrainer
+
+SLOW = ("sampling_offsets", "reference_points")
+"""Layers that learn at a tenth of the rate (Deformable DETR, appendix A.3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSize:
+    """What the detector's image processor does at evaluation.
+
+    Args:
+        shortest_edge: short side in pixels, or the side of the square.
+        longest_edge: limit of the long side.
+        square: stretch to a square.
+    """
+
+    shortest_edge: int
+    longest_edge: int
+    square: bool
+
+
+class DetectionTrainer(BaseTrainer):
+    """Trains a detector on labelled images.
+
+    Writes ``history.jsonl`` (one line of COCO metrics per evaluation), ``metrics.json`` (the best and the last of
+    them), and the Hugging Face directories ``best`` and ``last`` into the run directory.
+
+    Args:
+        detector: with the class head that fits ``images``.
+        settings: how the run is driven.
+        optimizer: over the detector's parameters.
+        images: augmented training images.
+        validation: labelled images to evaluate on; None: there is no evaluation, and only ``last`` is written.
+        input_size: of evaluation, stored with the detector.
+        evaluation_batch: images per forward pass in evaluation.
+        options: passed on.
+    """
+
+    def __init__(
+        self,
+        detector: DetectorAdapter,
+        settings: RunSettings,
+        optimizer: torch.optim.Optimizer,
+        images: TrainingImages,
+        validation: DetectionDataset | None,
+        input_size: InputSize,
+        evaluation_batch: int = 8,
+        **options: Any,
+    ) -> None:
+        batches = EpochBatches(
+            len(images), settings.batch_size // settings.accumulate, settings.steps * settings.accumulate, settings.seed
+        )
+        self.detector = detector
+        self.criterion = SetCriterion(CriterionConfig.of("focal" if detector.focal else "softmax"))
+        self.validation = validation
+        self.input_size = input_size
+        self.evaluation_batch = evaluation_batch
+        self.processor = image_processor(detector, **dataclasses.asdict(input_size))
+        self.evaluated = -1  # step of the last evaluation
+        self.history = JsonLines(settings.out / "history.jsonl")
+        super().__init__(
+            detector, settings, optimizer, images, batches, collate, eval_dataset=validation or [], **options
+        )
+        self.add_callback(_RewindHistory(self))
+
+    def terms(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        pixel_values, pixel_mask = prepare(batch, self.detector.image_mean, self.detector.image_std)
+        logits, boxes = model(pixel_values, pixel_mask)
+        output = self.criterion(logits, boxes, Targets(batch["classes"], batch["boxes"]))
+        return output.loss, output.terms
+
+    def fit(self, resume: bool = False) -> None:
+        """Train, evaluate what was not yet evaluated, and write ``last``."""
+        super().fit(resume)
+        if self.validation is not None and self.evaluated != self.state.global_step:
+            self.evaluate()
+        if self.args.should_save:
+            self.save(self.settings.out / "last")
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """COCO metrics on the validation images, on all processes; the best detector so far is kept."""
+        assert self.validation is not None
+        step = self.state.global_step
+        self.detector.eval()
+        found = evaluate_detector(
+            Detector(self.detector.model, self.processor, self.args.device),
+            self.validation,
+            batch_size=self.evaluation_batch,
+            workers=self.settings.workers,
+        )
+        self.detector.train()
+        overall = found.metrics.overall()
+        if self.args.should_save:
+            before = [record["AP"] or 0.0 for record in self.history.rewind(step - 1)]
+            record: dict[str, Any] = {"step": step, "epoch": step * self.settings.batch_size / self.epoch_size}
+            record |= {"train_loss": self.mean_loss(step), **found.metrics.to_dict()}
+            self.history.append([record])
+            if self.journal is not None:
+                for name, value in overall.items():
+                    if value is not None:
+                        self.journal.board.add_scalar(f"validation/{name}", value, step)
+            if (overall["AP"] or 0.0) > max(before, default=-1.0):
+                self.save(self.settings.out / "best")
+            records = self.records()
+            write_json(self.settings.out / "metrics.json", {"best": best_of(records), "last": records[-1]})
+        self.evaluated = step
+        metrics = {f"eval_{name}": value for name, value in overall.items() if value is not None}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def records(self) -> list[dict[str, Any]]:
+        """The evaluations so far."""
+        return self.history.read()
+
+    def mean_loss(self, step: int) -> float | None:
+        """Mean logged training loss since the evaluation before ``step``."""
+        since = max((record["step"] for record in self.records() if record["step"] < step), default=0)
+        lines = JsonLines(self.settings.out / "log.jsonl").read()
+        losses = [line["loss"] for line in lines if "loss" in line and since < line["step"] <= step]
+        return sum(losses) / len(losses) if losses else None
+
+    def save(self, directory: Path) -> None:
+        """Write the detector as an ordinary Hugging Face directory."""
+        self.detector.save(
+            directory,
+            **dataclasses.asdict(self.input_size),
+            provenance={"finetuned": {"steps": self.state.global_step, "of": self.settings.steps}},
+        )
+
+
+def best_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The evaluation of highest AP, the first of equals."""
+    return max(records, key=lambda record: (record["AP"] or 0.0, -record["step"]))
+
+
+class _RewindHistory(transformers.TrainerCallback):
+    """A resumed run evaluates again what lies behind its checkpoint."""
+
+    def __init__(self, trainer: DetectionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.trainer.history.rewind(state.global_step)
+
+
+def detector_optimizer(
+    detector: DetectorAdapter, lr: float, backbone_lr: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW with a rate of its own for the backbone, a tenth for deformable attention's geometry, and decay on
+    weights only."""
+    decayed = decayed_names(detector)
+    backbone = {id(parameter) for parameter in detector.backbone.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            slow = any(part in name for part in SLOW)
+            rate = backbone_lr if id(parameter) in backbone else lr * (0.1 if slow else 1.0)
+            groups.setdefault((rate, weight_decay if name in decayed else 0.0), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
+        lr=lr,
+        fused=True,
+    )

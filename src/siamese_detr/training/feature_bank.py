@@ -1,0 +1,293 @@
+"""A bank of frozen features: the backbone sees K view sets of each image once; training costs the Transformer alone.
+
+For small collections and machines without an accelerator. A bank is a directory of flat arrays, memory-mapped: half
+precision maps and crop features, single precision boxes, one byte per entry that says whether it is there. Its name is
+a hash of everything it was made from. Views must have one size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from siamese_detr.errors import UserError
+from siamese_detr.pretext.features import FrozenFeatures
+from siamese_detr.training.journal import JsonLines
+from siamese_detr.training.signals import ignore_in_worker
+from siamese_detr.views.two_views import Rows, TwoViewDataset, collate
+
+FORMAT = 1
+MISSING, PRESENT, UNREADABLE = 0, 1, 2
+FLUSH_EVERY = 32
+"""Batches after which entries are forced to the disk and only then marked as present."""
+
+
+def fingerprint(store: Rows, rows: np.ndarray, dataset: TwoViewDataset, **facts: Any) -> str:
+    """Hash of all a bank's content depends on.
+
+    Args:
+        store, rows: the images used, their sizes and proposals.
+        dataset: decides the views (its configuration and seed).
+        facts: further JSON values: backbone checksum, normalisation, crop size.
+    """
+    digest = hashlib.sha256()
+    views = dataclasses.asdict(dataset.config)
+    digest.update(json.dumps([FORMAT, views, dataset.seed, facts], sort_keys=True, default=str).encode())
+    for index in rows.tolist():
+        row = store.row(index)
+        digest.update(f"{row.path}\0{row.width}x{row.height}\0".encode(errors="surrogateescape"))
+        digest.update(np.ascontiguousarray(row.boxes).tobytes())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Shapes of one entry (one image's views).
+
+    Args:
+        maps: (V, C, h, w) of each level.
+        crops: (V, P, C), or None if the task needs none.
+        boxes: (V, P, 4).
+    """
+
+    maps: tuple[tuple[int, ...], ...]
+    crops: tuple[int, ...] | None
+    boxes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, features: FrozenFeatures) -> Layout:
+        """The layout of features of a batch of one."""
+        views = features.views
+        return cls(
+            maps=tuple((views, *level.shape[1:]) for level in features.maps),
+            crops=None if features.crop_features is None else (views, *features.crop_features.shape[2:]),
+            boxes=(views, *features.boxes.shape[2:]),
+        )
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Name -> (shape, type) of an entry's arrays."""
+        arrays: dict[str, tuple[tuple[int, ...], type]] = {
+            f"maps{i}": (shape, np.float16) for i, shape in enumerate(self.maps)
+        }
+        if self.crops is not None:
+            arrays["crops"] = (self.crops, np.float16)
+        return arrays | {"boxes": (self.boxes, np.float32), "query_boxes": (self.boxes, np.float32)}
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry."""
+        return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in self.arrays().values())
+
+
+class FeatureBank(Dataset[dict[str, Any]]):
+    """An open bank; ``bank[(epoch, row)]`` gives the entry that the row has in that epoch (number epoch mod K).
+
+    Args:
+        directory: of this bank.
+        layout: shapes of an entry.
+        rows: rows of the store, in ascending or any fixed order.
+        sets: K, view sets per image.
+        view_size: side of the square views, pixels.
+    """
+
+    def __init__(self, directory: Path, layout: Layout, rows: np.ndarray, sets: int, view_size: int) -> None:
+        self.directory, self.layout, self.sets, self.view_size = directory, layout, sets, view_size
+        self.rows = np.asarray(rows)
+        self._sorted = np.argsort(self.rows, kind="stable")
+        self._arrays: dict[str, np.memmap] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_arrays": None}  # data workers map the files themselves
+
+    @property
+    def entries(self) -> int:
+        """Entries in all: images x K."""
+        return len(self.rows) * self.sets
+
+    @property
+    def bytes(self) -> int:
+        """Size on the disk."""
+        return self.entries * (self.layout.entry_bytes + 1)
+
+    @property
+    def arrays(self) -> dict[str, np.memmap]:
+        """The mapped arrays (entries, ...), and ``state`` (entries,)."""
+        if self._arrays is None:
+            kinds = self.layout.arrays() | {"state": ((), np.uint8)}
+            self._arrays = {
+                name: np.memmap(self.directory / name, kind, "r+", shape=(self.entries, *shape))
+                for name, (shape, kind) in kinds.items()
+            }
+        return self._arrays
+
+    def slot(self, epoch: int, row: int) -> int:
+        """Where the entry of a row in an epoch is."""
+        place = self._sorted[np.searchsorted(self.rows, row, sorter=self._sorted)]
+        return int(epoch % self.sets) * len(self.rows) + int(place)
+
+    def key(self, slot: int) -> tuple[int, int]:
+        """(number of the view set, row) of an entry: the key of the data set it is made from."""
+        return slot // len(self.rows), int(self.rows[slot % len(self.rows)])
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        slot = self.slot(*key)
+        if self.arrays["state"][slot] != PRESENT:
+            return {"row": key[1]}
+        return {name: np.asarray(self.arrays[name][slot]) for name in self.layout.arrays()}
+
+    def create(self) -> None:
+        """Reserve the files, if they are not there.
+
+        Raises:
+            UserError: the disk has no room for them.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            sizes = {
+                name: self.entries * int(np.prod(shape)) * np.dtype(kind).itemsize
+                for name, (shape, kind) in (self.layout.arrays() | {"state": ((), np.uint8)}).items()
+            }
+            missing = sum(size for name, size in sizes.items() if not (self.directory / name).exists())
+            free = shutil.disk_usage(self.directory).free
+            if missing > free:
+                raise UserError(
+                    f"the feature bank needs {missing / 1e9:.2f} GB in {self.directory.parent}, where {free / 1e9:.2f} "
+                    "GB are free: lower feature_bank or view_size, or name another place with bank_dir"
+                )
+            for name, size in sizes.items():
+                with open(self.directory / name, "ab") as file:
+                    # Real blocks, now: a mapped write that finds the disk full would kill the process.
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, max(size, 1))
+                    else:
+                        os.ftruncate(file.fileno(), max(size, 1))
+        except OSError as error:
+            raise UserError(f"cannot write the feature bank {self.directory}: {error.strerror}") from error
+
+    def missing(self) -> np.ndarray:
+        """Entries not yet computed."""
+        return np.flatnonzero(self.arrays["state"] == MISSING)
+
+    def put(self, slots: Sequence[int], features: FrozenFeatures) -> None:
+        """Write the entries of a batch; they count once :meth:`commit` has marked them."""
+        views = features.views
+        values = {f"maps{i}": level.unflatten(0, (views, -1)).transpose(0, 1) for i, level in enumerate(features.maps)}
+        values |= {"boxes": features.boxes.transpose(0, 1), "query_boxes": features.query_boxes.transpose(0, 1)}
+        if features.crop_features is not None:
+            values["crops"] = features.crop_features.transpose(0, 1)
+        for name, value in values.items():
+            half = self.arrays[name].dtype == np.float16
+            self.arrays[name][slots] = value.to("cpu", torch.float16 if half else torch.float32).numpy()
+
+    def commit(self, states: dict[int, int]) -> None:
+        """Force what was written to the disk, then mark the entries (slot -> state)."""
+        for name, array in self.arrays.items():
+            if name != "state":
+                array.flush()
+        if states:
+            self.arrays["state"][list(states)] = list(states.values())
+        self.arrays["state"].flush()
+
+    def collate(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Entries -> a batch of tensors; images that could not be read are left out and listed."""
+        good = [entry for entry in entries if "row" not in entry]
+        batch: dict[str, Any] = {
+            name: torch.from_numpy(np.stack([entry[name] for entry in good]))
+            if good
+            else torch.zeros(0, *shape, dtype=torch.float16 if kind is np.float16 else torch.float32)
+            for name, (shape, kind) in self.layout.arrays().items()
+        }
+        bad = [entry["row"] for entry in entries if "row" in entry]
+        return batch | {"skipped": [self._failure(row) for row in bad]}
+
+    def _failure(self, row: int) -> tuple[str, str]:
+        for record in JsonLines(self.directory / "failures.jsonl").read():
+            if record["row"] == row:
+                return record["path"], record["reason"]
+        return f"row {row}", "its features were not computed"
+
+    def features(self, batch: dict[str, Tensor]) -> FrozenFeatures:
+        """What the pretext task takes, from a batch on its device."""
+        maps = [batch[f"maps{i}"].transpose(0, 1).flatten(0, 1).float() for i in range(len(self.layout.maps))]
+        images = maps[0].shape[0]
+        side = self.view_size
+        return FrozenFeatures(
+            maps=maps,
+            pixel_mask=torch.ones(images, side, side, dtype=torch.bool, device=maps[0].device),
+            sizes=torch.full((images, 2), side, dtype=torch.int64, device=maps[0].device),
+            boxes=batch["boxes"].transpose(0, 1),
+            query_boxes=batch["query_boxes"].transpose(0, 1),
+            crop_features=batch["crops"].transpose(0, 1).float() if "crops" in batch else None,
+        )
+
+
+def fill(
+    bank: FeatureBank,
+    dataset: TwoViewDataset,
+    freeze: Callable[[dict[str, Any]], FrozenFeatures],
+    batch_size: int,
+    workers: int,
+    share: tuple[int, int] = (0, 1),
+    track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, total: batches,
+) -> int:
+    """Compute what is missing; a kill loses no more than the last :data:`FLUSH_EVERY` batches.
+
+    Args:
+        bank: created.
+        dataset: what the bank was fingerprinted with.
+        freeze: batch of views -> features.
+        batch_size: images at a time.
+        workers: data processes.
+        share: (this process, processes): each computes its part.
+        track: wraps the batches to show progress.
+
+    Returns:
+        entries computed now, by this process.
+    """
+    slots = bank.missing()[share[0] :: share[1]]
+    of_set = slots // len(bank)
+    # A batch holds entries of one view set only: then its rows tell them apart.
+    batches = [
+        members[first : first + batch_size].tolist()
+        for number in range(bank.sets)
+        for members in [slots[of_set == number]]
+        for first in range(0, len(members), batch_size)
+    ]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[[bank.key(slot) for slot in batch] for batch in batches],
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=ignore_in_worker,
+    )
+    failures = JsonLines(bank.directory / "failures.jsonl")
+    states: dict[int, int] = {}
+    for number, (members, batch) in enumerate(zip(batches, track(loader, len(batches)), strict=True)):
+        slot_of = {bank.key(slot)[1]: slot for slot in members}
+        present = [slot_of.pop(row) for row in batch["index"].tolist()]
+        if present:
+            bank.put(present, freeze(batch))
+        states |= dict.fromkeys(present, PRESENT) | dict.fromkeys(slot_of.values(), UNREADABLE)
+        failures.append(
+            {"row": row, "path": path, "reason": reason}
+            for row, (path, reason) in zip(slot_of, batch["skipped"], strict=True)
+        )
+        if number % FLUSH_EVERY == FLUSH_EVERY - 1:
+            bank.commit(states)
+            states = {}
+    bank.commit(states)
+    return len(slots)

@@ -1,0 +1,162 @@
+"""The verb ``finetune``: a detector and labels -> a fine-tuned detector, with its metrics on validation images."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from siamese_detr.config import verb
+from siamese_detr.detectors.adapter import DetectorAdapter
+from siamese_detr.detectors.build import build_detector, load_detector
+from siamese_detr.evaluation.evaluate import class_map
+from siamese_detr.evaluation.inference import find_detector, quiet_loading
+from siamese_detr.images.labels import DetectionDataset, read_labels
+from siamese_detr.training.detection_trainer import DetectionTrainer, best_of, detector_optimizer
+from siamese_detr.training.finetune_config import FinetuneConfig
+from siamese_detr.training.journal import JsonLines
+from siamese_detr.training.labelled_dataset import TrainingImages
+from siamese_detr.training.processes import lost_process_explained
+from siamese_detr.training.progress import ProgressBar
+from siamese_detr.training.rundir import begin, check_place, record_session, write_json
+from siamese_detr.training.signals import RunLock
+
+
+@dataclass
+class FinetuneResult:
+    """What fine-tuning gave.
+
+    Args:
+        out: the run directory; ``out/best`` and ``out/last`` are the detectors.
+        metrics: the best evaluation's COCO metrics (AP, AP50, … in [0, 1]); empty without validation labels.
+        last: the last evaluation's.
+        history: every evaluation: step, epoch, train_loss, the metrics, and those of each class.
+        skipped: how often an image could not be read (each is in ``skipped.jsonl``).
+        replay: with ``replay``: what was found.
+    """
+
+    out: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    replay: str | None = None
+
+
+@verb(FinetuneConfig)
+def finetune(config: FinetuneConfig) -> FinetuneResult:
+    """Train a detector on labels, from a pre-trained detector or from scratch, and measure it on validation images.
+
+    Killed at any moment, the same command with --resume continues exactly. On SIGTERM or SIGUSR1 the run saves itself
+    and exits with code 75.
+
+    Raises:
+        UserError: bad input or a run that cannot go on; one line with the remedy.
+        Preempted: asked to stop; the run is saved (a SystemExit with code 75).
+    """
+    out = Path(config.out)
+    state = PartialState(cpu=config.device == "cpu")
+    main = state.is_main_process
+    console = Console(stderr=True, quiet=not main, soft_wrap=True)
+    dataset = read_labels(config.train, config.train_images)
+    for problem in dataset.problems[:3]:
+        console.print(f"{config.train}: {problem}", markup=False)
+    dataset = dataset.take(config.fraction, config.seed)
+    validation = read_labels(config.val, config.val_images, default_split="val") if config.val is not None else None
+    if validation is not None:
+        class_map(dataset.class_names, validation.class_names)  # fails now, not after hours of training
+    detector, origin = starting_detector(config, dataset.class_names)
+    detector.set_trainable(backbone=config.backbone_lr > 0, class_head=True)
+    size = config.input_size(detector)
+    with lost_process_explained(), contextlib.ExitStack() as stack:
+        if main and config.replay is None:
+            check_place(out)
+            stack.enter_context(RunLock(out))
+            begin(out, config)
+            record_session(out, images=len(dataset))
+            write_json(out / "start.json", origin)
+            if config.fraction < 1:
+                write_json(out / "train.json", dataset.to_coco(original_ids=True))
+        console.print(describe(origin, dataset, validation), markup=False)
+        trainer = DetectionTrainer(
+            detector,
+            config.settings(len(dataset), validation is not None),
+            detector_optimizer(detector, config.lr, config.backbone_lr, config.weight_decay),
+            TrainingImages(dataset, config.transform(size), config.seed),
+            validation,
+            size,
+            config.eval_batch_size or config.batch_size,
+        )
+        if config.replay is not None:
+            found = trainer.replay(Path(config.replay))
+            console.print(found, markup=False)
+            return FinetuneResult(out, replay=found)
+        bar = ProgressBar("fine-tuning")
+        if config.progress and main:
+            trainer.add_callback(bar)
+        stack.callback(bar.close)
+        trainer.fit(config.resume)
+    result = read_result(out)
+    if result.history:
+        best = best_of(result.history)
+        console.print(
+            f"AP {100 * (best['AP'] or 0):.1f}  AP50 {100 * (best['AP50'] or 0):.1f} at epoch {best['epoch']:.1f} of "
+            f"{result.history[-1]['epoch']:.1f}: {out / 'best'}",
+            markup=False,
+        )
+    else:
+        console.print(f"the detector: {out / 'last'}", markup=False)
+    return result
+
+
+def read_result(out: Path) -> FinetuneResult:
+    """What the run directory says of the run."""
+    history = JsonLines(out / "history.jsonl").read()
+    skipped = len(JsonLines(out / "skipped.jsonl").read())
+    if not history:
+        return FinetuneResult(out, skipped=skipped)
+    return FinetuneResult(out, overall(best_of(history)), overall(history[-1]), history, skipped)
+
+
+def overall(record: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if name.startswith(("AP", "AR")) and value is not None}
+
+
+def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[DetectorAdapter, dict[str, Any]]:
+    """The detector before the first step, and a record of where its tensors come from."""
+    source = config.model or config.init
+    if source is None:
+        detector = build_detector(
+            config.detector, config.backbone, class_names=class_names, seed=config.seed, **config.sizes()
+        )
+        return detector, {"from": "scratch", "detector": config.detector, "backbone": config.backbone}
+    path = find_detector(source)
+    with torch.random.fork_rng(), quiet_loading():  # the report says it
+        torch.manual_seed(config.seed)
+        detector = load_detector(path, class_names, **config.dropouts())
+    report = detector.load_report
+    tensors = len(detector.model.state_dict())
+    made = {"class_head": list(report.remade), "missing": list(report.missing), "ignored": list(report.unexpected)}
+    return detector, {"from": str(path), "kept": tensors - len(report.remade) - len(report.missing), **made}
+
+
+def describe(origin: dict[str, Any], dataset: DetectionDataset, validation: DetectionDataset | None) -> str:
+    boxes = int(dataset.class_counts()[:, 0].sum())
+    lines = [f"{len(dataset)} training images, {boxes} boxes, {len(dataset.class_names)} classes"]
+    if validation is not None:
+        lines[0] += f"; {len(validation)} validation images"
+    if origin["from"] == "scratch":
+        lines.append(f"from scratch: {origin['detector']} on {origin['backbone']}")
+    else:
+        lines.append(f"from {origin['from']}: {origin['kept']} tensors kept")
+        for name, label in (("class_head", "re-made"), ("missing", "not in the file, fresh"), ("ignored", "ignored")):
+            if origin[name]:
+                lines[-1] += (
+                    f"; {len(origin[name])} {label} ({', '.join(origin[name][:2])}{', …' * (len(origin[name]) > 2)})"
+                )
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""What a run writes down while it goes: means of the loss terms, ``log.jsonl``, TensorBoard, the images it skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class WindowMeans:
+    """Means of scalars over the steps since the last log, summed on the device: reading them is the only sync.
+
+    The sums are part of a checkpoint, so that the first log after a resume is that of the uninterrupted run.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # names of the terms added together -> vector of their sums
+        self.count = 0
+
+    def add(self, terms: Mapping[str, Tensor], weight: float = 1.0) -> None:
+        """Add scalars of one micro-batch, each counting ``weight`` (the micro-batch's share of its step)."""
+        names = tuple(terms)
+        values = torch.stack([value.detach() for value in terms.values()])
+        values = values.to(precise(values.device)) * weight
+        self.sums[names] = self.sums[names] + values if names in self.sums else values
+
+    def groups(self, local: bool = False) -> dict[tuple[str, ...], list[float]]:
+        """The sums as numbers, averaged over the processes (a collective) unless ``local``."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        values = torch.cat([self.sums[group] for group in names])
+        if not local and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+            values /= torch.distributed.get_world_size()
+        numbers = iter(values.tolist())
+        return {group: [next(numbers) for _ in group] for group in names}
+
+    def read(self, local: bool = False) -> dict[str, float]:
+        """The sum of each term; see :meth:`groups`."""
+        total: dict[str, float] = {}
+        for names, values in self.groups(local).items():
+            for name, value in zip(names, values, strict=True):
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    def drain(self) -> dict[str, float]:
+        """Means over the window, which then starts anew."""
+        means = {name: value / max(self.count, 1) for name, value in self.read().items()}
+        self.sums, self.count = {}, 0
+        return means
+
+    def state(self, local: bool = False) -> dict[str, Any]:
+        """What :meth:`restore` takes, of JSON types; grouped, so that what is added later rounds as it would."""
+        return {"sums": [[names, values] for names, values in self.groups(local).items()], "count": self.count}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.sums = {
+            tuple(names): torch.tensor(values, dtype=precise(device), device=device) for names, values in state["sums"]
+        }
+        self.count = state["count"]
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with the ``step`` it belongs to; full float precision."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        # One write per call: lines of processes that share the file do not mix.
+        text = "".join(json.dumps(dict(record)) + "\n" for record in records)
+        if text:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
+
+    def read(self) -> list[dict[str, Any]]:
+        """The records; a last line cut short by a kill is left out."""
+        records = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop the records after ``step`` (a resumed run writes them again) and return those kept."""
+        records = self.read()
+        kept = [record for record in records if record["step"] <= step]
+        if self.path.exists():
+            temporary = self.path.with_name(f".{self.path.name}.writing")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            temporary.replace(self.path)
+        return kept
+
+
+class Journal:
+    """The logs of a run directory: ``log.jsonl`` and ``tensorboard/``. Only the main process has one."""
+
+    def __init__(self, directory: Path, step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.lines = JsonLines(directory / "log.jsonl")
+        self.lines.rewind(step)
+        # purge_step hides what was logged after the checkpoint that the run continues from.
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.lines.append([{"step": step, **values}])
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.board.close()

@@ -1,0 +1,277 @@
+"""Labelled images for fine-tuning: DETR's augmentation as one crop and one resize per image, counted randomness,
+collation.
+
+DETR's recipe is: flip; then, with equal odds, either resize to a random scale, or resize to 400–600, cut a random
+window of 384–600 and resize that to a random scale. Composed, both are *one* rectangle of the original image and
+*one* output size, so an image is resampled once, from a JPEG decoded no larger than needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from siamese_detr.errors import ImageError
+from siamese_detr.images.decode import read_image
+from siamese_detr.images.labels import DetectionDataset, LabelledImage
+from siamese_detr.randomness import rng
+
+# What separates the random streams that share (seed, epoch): sample augmentation and sample order.
+AUGMENT, ORDER = 1, 2
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """How training images are cut and resized.
+
+    Args:
+        image_size: largest short side, or the side of the square.
+        max_size: limit of the long side (not used for squares).
+        min_size: smallest short side drawn (multiples of 32 from here to image_size); None: 60 % of image_size.
+        square: stretch to image_size × image_size, as evaluation then does: no padding, one shape, the cheapest
+            on a CPU.
+        crop: probability of the random-size crop.
+        flip: probability of the horizontal flip.
+        colour_jitter: brightness, contrast and saturation factors are drawn from 1 ± this.
+    """
+
+    image_size: int = 800
+    max_size: int = 1333
+    min_size: int | None = None
+    square: bool = False
+    crop: float = 0.5
+    flip: float = 0.5
+    colour_jitter: float = 0.1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One image's geometry: the rectangle (x1, y1, x2, y2) of the original taken, its output (height, width), and
+    the flip."""
+
+    rectangle: tuple[float, float, float, float]
+    size: tuple[int, int]
+    flip: bool
+
+
+def short_sides(config: TransformConfig) -> list[int]:
+    """The short sides training draws from: DETR's 480, 512, … 800 for image_size 800."""
+    least = config.min_size or round(0.6 * config.image_size)
+    return [*range(config.image_size, least - 1, -max(round(0.04 * config.image_size), 1))][::-1]
+
+
+def resized(width: float, height: float, short_side: int, max_size: int) -> tuple[int, int]:
+    """(height, width) with the short side at ``short_side`` unless the long one would exceed ``max_size``."""
+    scale = min(short_side / min(width, height), max_size / max(width, height))
+    return max(round(height * scale), 1), max(round(width * scale), 1)
+
+
+def draw_cut(width: int, height: int, config: TransformConfig, random: np.random.Generator) -> Cut:
+    """Draw flip, crop and output size for an image of ``width`` × ``height`` pixels."""
+    flip = bool(random.random() < config.flip)
+    rectangle = (0.0, 0.0, float(width), float(height))
+    if random.random() < config.crop:
+        # DETR's numbers (scales 400/500/600, windows of 384–600) are for images of 800: keep the proportions at other
+        # sizes.
+        unit = config.image_size / 800
+        scale = float(random.choice([400, 500, 600])) * unit / min(width, height)
+        least, most = 384 * unit / scale, 600 * unit / scale
+        w = random.uniform(min(least, width), min(most, width))
+        h = random.uniform(min(least, height), min(most, height))
+        x, y = random.uniform(0, width - w), random.uniform(0, height - h)
+        rectangle = (x, y, x + w, y + h)
+    else:
+        w, h = float(width), float(height)
+    if config.square:
+        size = (config.image_size, config.image_size)
+    else:
+        size = resized(w, h, int(random.choice(short_sides(config))), config.max_size)
+    return Cut(rectangle, size, flip)
+
+
+def cut_image(image: np.ndarray, cut: Cut, original_size: tuple[int, int]) -> np.ndarray:
+    """Apply ``cut`` to the image, (H, W, 3) uint8, that may have been decoded smaller than ``original_size``
+    (width, height)."""
+    fx, fy = image.shape[1] / original_size[0], image.shape[0] / original_size[1]
+    x1, y1, x2, y2 = cut.rectangle
+    box = (x1 * fx, y1 * fy, min(x2 * fx, image.shape[1]), min(y2 * fy, image.shape[0]))
+    taken = Image.fromarray(image).resize(cut.size[::-1], Image.Resampling.BILINEAR, box=box)
+    return np.ascontiguousarray(np.asarray(taken)[:, ::-1] if cut.flip else np.asarray(taken))
+
+
+def cut_boxes(boxes: np.ndarray, classes: np.ndarray, cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (N, 4) xyxy px of the original → cxcywh in [0, 1] of the cut, with their classes.
+
+    Boxes are clipped to the cut; those of less than one output pixel in width or height are dropped.
+    """
+    x1, y1, x2, y2 = cut.rectangle
+    height, width = cut.size
+    frame = np.array([x2 - x1, y2 - y1] * 2)
+    corners = ((boxes.astype(np.float64) - [x1, y1, x1, y1]) / frame).clip(0, 1)
+    if cut.flip:
+        corners = corners[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [1, 0, 1, 0]
+    sides = corners[:, 2:] - corners[:, :2]
+    keep = (sides * [width, height] >= 1).all(axis=1)
+    centres = (corners[:, :2] + corners[:, 2:]) / 2
+    return np.concatenate([centres, sides], axis=1)[keep].astype(np.float32), classes[keep]
+
+
+@dataclass(frozen=True)
+class LabelledSample:
+    """One augmented image, or the reason why there is none.
+
+    Args:
+        pixels: (H, W, 3) uint8, or None for an unreadable file.
+        boxes: (N, 4) float32, cxcywh in [0, 1] of this image.
+        classes: (N,) int64.
+        jitter: (3,) float32 factors for brightness, contrast, saturation.
+        index: row of the data set.
+        problem: (path, reason) when pixels is None.
+    """
+
+    pixels: np.ndarray | None
+    boxes: np.ndarray
+    classes: np.ndarray
+    jitter: np.ndarray
+    index: int
+    problem: tuple[str, str] | None = None
+
+
+class TrainingImages(Dataset):
+    """Augmented samples by ``(epoch, index)``: a pure function of the seed and these two, whoever asks, in whatever
+    order."""
+
+    def __init__(self, dataset: DetectionDataset, transform: TransformConfig, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> LabelledSample:
+        epoch, index = key
+        item: LabelledImage = self.dataset.images[index]
+        random = rng(self.seed, AUGMENT, epoch, index)
+        cut = draw_cut(item.width, item.height, self.transform, random)
+        jitter = random.uniform(1 - self.transform.colour_jitter, 1 + self.transform.colour_jitter, 3).astype(
+            np.float32
+        )
+        # Decode no larger than the cut needs: its rectangle must still hold at least the output's pixels.
+        x1, y1, x2, y2 = cut.rectangle
+        scale = max(cut.size[1] / (x2 - x1), cut.size[0] / (y2 - y1))
+        try:
+            image = read_image(item.path, min_side=math.ceil(min(scale, 1) * min(item.width, item.height)))
+        except ImageError as error:
+            nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+            return LabelledSample(None, *nothing, jitter, index, (error.path, error.reason))
+        wanted = ~np.asarray(item.crowd, bool)
+        boxes, classes = cut_boxes(item.boxes[wanted], item.classes[wanted], cut)
+        return LabelledSample(cut_image(image, cut, (item.width, item.height)), boxes, classes, jitter, index)
+
+
+def collate(samples: Sequence[LabelledSample]) -> dict[str, Any]:
+    """A batch, zero-padded right and below.
+
+    Returns:
+        images uint8 (B, 3, H, W); sizes int64 (B, 2) = valid (height, width); jitter float32 (B, 3);
+        boxes float32 (B, T, 4) cxcywh in [0, 1] of the valid part, classes int64 (B, T), −1 where an image has fewer
+        than T boxes;
+        index int64 (B,); skipped: list of (path, reason) of unreadable images, which are left out.
+        With no readable image at all B is 0.
+    """
+    good = [sample for sample in samples if sample.pixels is not None]
+    sizes = np.array([sample.pixels.shape[:2] for sample in good], np.int64).reshape(-1, 2)  # type: ignore[union-attr]
+    height, width = sizes.max(axis=0) if good else (1, 1)
+    counts = [len(sample.classes) for sample in good]
+    images = np.zeros((len(good), height, width, 3), np.uint8)
+    boxes = np.zeros((len(good), max(counts, default=0), 4), np.float32)
+    classes = np.full(boxes.shape[:2], -1, np.int64)
+    for row, sample in enumerate(good):
+        assert sample.pixels is not None
+        images[row, : sizes[row, 0], : sizes[row, 1]] = sample.pixels
+        boxes[row, : counts[row]] = sample.boxes
+        classes[row, : counts[row]] = sample.classes
+    return {
+        "images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        "sizes": torch.from_numpy(sizes),
+        "jitter": torch.from_numpy(np.array([s.jitter for s in good], np.float32).reshape(-1, 3)),
+        "boxes": torch.from_numpy(boxes),
+        "classes": torch.from_numpy(classes),
+        "index": torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        "skipped": [sample.problem for sample in samples if sample.problem is not None],
+    }
+
+
+class EpochBatches:
+    """Batches of ``(epoch, index)``: every epoch a new permutation of all images, batches running on across epochs.
+
+    The order is a pure function of (seed, position): a resumed run begins where it was, and a longer run has the
+    shorter one as its prefix.
+
+    Args:
+        images: number of images.
+        batch_size: images per batch, over all processes.
+        batches: number of batches.
+        seed: of the order.
+    """
+
+    def __init__(self, images: int, batch_size: int, batches: int, seed: int) -> None:
+        self.images, self.batch_size, self.batches, self.seed = images, batch_size, batches, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, position: int) -> list[tuple[int, int]]:
+        if not 0 <= position < self.batches:
+            raise IndexError(position)
+        keys: list[tuple[int, int]] = []
+        while len(keys) < self.batch_size:
+            epoch, offset = divmod(position * self.batch_size + len(keys), self.images)
+            if self._order[0] != epoch:
+                self._order = epoch, rng(self.seed, ORDER, epoch).permutation(self.images)
+            keys += [(epoch, int(i)) for i in self._order[1][offset : offset + self.batch_size - len(keys)]]
+        return keys
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.iterate_from(0)
+
+    def iterate_from(self, start: int) -> Iterator[list[tuple[int, int]]]:
+        """The batches from ``start`` on."""
+        return (self[position] for position in range(start, self.batches))
+
+
+def jitter_colours(images: Tensor, factors: Tensor) -> Tensor:
+    """Brightness, contrast, saturation of (B, 3, H, W) float images in [0, 1], by the (B, 3) factors; clamped to [0,
+    1].
+
+    Contrast is taken around mid-grey rather than the image's mean, which padding would shift.
+    """
+    brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
+    images = images * brightness
+    images = (images - 0.5) * contrast + 0.5
+    grey = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    return (grey + (images - grey) * saturation).clamp(0, 1)
+
+
+def prepare(batch: dict[str, Any], mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """On the device: jitter and normalise.
+
+    Returns:
+        pixel_values float32 (B, 3, H, W), zero in the padding, and pixel_mask bool (B, H, W), True = valid.
+    """
+    images, sizes = batch["images"], batch["sizes"]
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device) < sizes[:, :1]
+    columns = torch.arange(width, device=images.device) < sizes[:, 1:]
+    mask = rows[:, :, None] & columns[:, None, :]
+    values = jitter_colours(images.float() / 255, batch["jitter"])
+    values = (values - values.new_tensor(mean).view(3, 1, 1)) / values.new_tensor(std).view(3, 1, 1)
+    return values * mask[:, None], mask

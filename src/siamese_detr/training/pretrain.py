@@ -1,0 +1,245 @@
+"""``pretrain``: unlabelled images and proposals -> a detector whose Transformer is pre-trained (paper, section 3)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from siamese_detr.config import verb
+from siamese_detr.detectors.adapter import DetectorAdapter
+from siamese_detr.detectors.build import build_detector, load_detector
+from siamese_detr.errors import UserError
+from siamese_detr.evaluation.inference import find_detector
+from siamese_detr.images.listing import list_images
+from siamese_detr.pretext import FrozenFeatures, Pretext, PretextOutput, build_pretext
+from siamese_detr.proposals.store import ProposalStore
+from siamese_detr.randomness import seed_torch
+from siamese_detr.training.journal import JsonLines
+from siamese_detr.training.optimizer import adamw, lr_factor
+from siamese_detr.training.pretrain_config import DROPOUTS, PretrainConfig
+from siamese_detr.training.processes import Team, default_workers, lost_process_explained
+from siamese_detr.training.progress import ProgressBar
+from siamese_detr.training.rundir import begin, check_place, record_session, sessions
+from siamese_detr.training.settings import RunSettings
+from siamese_detr.training.signals import RunLock
+from siamese_detr.training.source import checksum, find_source
+from siamese_detr.training.trainer import BaseTrainer
+from siamese_detr.views.sampler import ViewBatchSampler
+from siamese_detr.views.two_views import TwoViewDataset
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a run leaves.
+
+    Args:
+        out: the run directory.
+        detector: the pre-trained detector, an ordinary Hugging Face directory.
+        steps: updates done in all (of a replay: the last one logged).
+        loss: the last logged mean of the loss (NaN if nothing was logged).
+        skipped: how often an image could not be read (each is in ``skipped.jsonl``).
+        replay: with ``--replay``: what was found.
+    """
+
+    out: Path
+    detector: Path
+    steps: int
+    loss: float
+    skipped: int = 0
+    replay: str | None = None
+
+
+class PretextTrainer(BaseTrainer):
+    """Trains a pretext task: the frozen backbone runs without autograd, then the task on what it saw.
+
+    Args:
+        model: the pretext task.
+        freeze: batch -> what the task takes, without gradient.
+        save_detector: writes the detector; called with the step on the main process after each checkpoint.
+        options: as :class:`BaseTrainer`.
+    """
+
+    model: Pretext
+
+    def __init__(
+        self,
+        model: Pretext,
+        *args: Any,
+        freeze: Callable[[dict[str, Any]], FrozenFeatures],
+        save_detector: Callable[[int], None],
+        **options: Any,
+    ) -> None:
+        self.freeze = freeze
+        self.save_detector = save_detector
+        super().__init__(model, *args, **options)
+
+    def terms(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        output: PretextOutput = model(self.freeze(batch))
+        if "padded" not in batch:  # stored features do not tell
+            return output.loss, output.terms
+        return output.loss, {**output.terms, "padded_regions": batch["padded"].float().mean()}
+
+    def saved(self, checkpoint: Path) -> None:
+        self.save_detector(self.state.global_step)
+
+
+@verb(PretrainConfig)
+def pretrain(config: PretrainConfig) -> PretrainResult:
+    """Pre-train a detector's Transformer on unlabelled images (Siamese DETR, UP-DETR or DETReg).
+
+    Writes OUT/detector, which `transformers` and `siamese-detr finetune` load. Killed at any moment, the same command
+    with --resume continues exactly. On SIGTERM or SIGUSR1 the run saves itself and exits with code 75.
+
+    Raises:
+        UserError: bad input or a run that cannot go on; one line with the remedy.
+        Preempted: asked to stop; the run is saved (a SystemExit with code 75).
+    """
+    out = Path(config.out)
+    team = Team(PartialState(cpu=config.device == "cpu"))
+    # Mistakes are found before anything is written, and before hours of proposals.
+    images = list_images(config.images)
+    seed_torch(config.seed)
+    pretext = build(config).to(team.state.device)
+    with lost_process_explained(), contextlib.ExitStack() as stack:
+        if team.main and config.replay is None:
+            check_place(out)
+            stack.enter_context(RunLock(out))
+            begin(out, config)
+        if team.main:
+            store = find_proposals(config, out)
+        team.wait()
+        if not team.main:
+            store = ProposalStore.open(config.proposals or out / "proposals")
+        rows = store.select(images)
+        steps = config.total_steps(len(rows))
+        dataset = TwoViewDataset(store, config.views(), config.seed)
+        if team.main and config.replay is None:
+            check_session(out, images=len(rows), backbone=checksum(pretext.detector.backbone))
+        source = find_source(config, pretext, dataset, rows, team)
+        batch_size, count = config.batch_size // config.accumulate, steps * config.accumulate
+        trainer = PretextTrainer(
+            pretext,
+            run_settings(config, steps),
+            adamw(pretext, config.lr, config.weight_decay, config.decay_all),
+            source.dataset,
+            ViewBatchSampler(store, config.views(), batch_size, count, config.seed, rows),
+            source.collate,
+            epoch_size=len(rows),
+            freeze=source.freeze,
+            save_detector=lambda step: save_detector(config, pretext.detector, out, step),
+        )
+        if config.replay is not None:
+            diagnosis = trainer.replay(Path(config.replay))
+            print(diagnosis)
+            return result(out, diagnosis)
+        if config.progress and team.main:
+            bar = ProgressBar(f"pre-training {config.detector}")
+            trainer.add_callback(bar)
+            stack.callback(bar.close)
+        trainer.fit(config.resume)
+    done = dataclasses.replace(result(out), steps=trainer.state.global_step)
+    if team.main:
+        unreadable = {record["path"] for record in JsonLines(out / "skipped.jsonl").read()}
+        skipped = f", without {len(unreadable)} unreadable images ({out / 'skipped.jsonl'})" if unreadable else ""
+        print(
+            f"pre-trained for {done.steps} updates{skipped}. The detector is {done.detector}; fine-tune it with: "
+            f"siamese-detr finetune TRAIN.json OUT --val VAL.json --model {out}",
+            file=sys.stderr,
+        )
+    return done
+
+
+def build(config: PretrainConfig) -> Pretext:
+    """The pretext task around a new detector, or around the one to start from."""
+    if config.init is None:
+        detector = build_detector(config.detector, config.backbone, seed=config.seed, **config.sizes())
+    else:
+        dropouts = {name: getattr(config, name) for name in DROPOUTS}
+        detector = load_detector(find_detector(config.init), family=config.detector, **dropouts)
+    if config.regions > detector.num_queries:
+        raise UserError(
+            f"too few queries for the number of regions: {detector.num_queries} queries, {config.regions} regions; "
+            "raise num_queries or lower num_regions"
+        )
+    if config.checkpoint_activations:
+        model = detector.model  # the newer name first: the older one warns where both exist
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return build_pretext(config.method, detector, config.pretext())
+
+
+def run_settings(config: PretrainConfig, steps: int) -> RunSettings:
+    """The trainer's part of the configuration."""
+    return RunSettings(
+        out=Path(config.out),
+        steps=steps,
+        batch_size=config.batch_size,
+        lr_factor=lr_factor(config.schedule, steps, config.drop_at, config.warmup),
+        clip=config.clip,
+        accumulate=config.accumulate,
+        precision=config.precision,
+        device=config.device,
+        seed=config.seed,
+        workers=default_workers() if config.workers is None else config.workers,
+        save_every=config.save_every,
+        keep=config.keep,
+        log_every=config.log_every,
+        max_bad_share=config.max_bad_share,
+        compile=config.compile,
+        report_to=config.report_to,
+    )
+
+
+def find_proposals(config: PretrainConfig, out: Path) -> ProposalStore:
+    """The store given, or the run's own, which is first brought up to date."""
+    if config.proposals is None and config.replay is None:
+        from siamese_detr.proposals.propose import propose
+
+        # Images that could not be read may have been mended since.
+        propose(images=config.images, out=str(out / "proposals"), method=config.proposal_method, retry_failed=True)
+    return ProposalStore.open(config.proposals or out / "proposals")
+
+
+def save_detector(config: PretrainConfig, detector: DetectorAdapter, out: Path, step: int) -> None:
+    """Write OUT/detector; an interrupted save leaves the one before."""
+    shape: dict[str, Any] = {}
+    if config.init is None and config.view_size is not None:
+        shape = {"shortest_edge": config.view_size, "square": True}
+    detector.save(
+        out / "detector",
+        provenance={"method": config.method, "pretrained_steps": step, "run": str(out.absolute()), "init": config.init},
+        **shape,
+    )
+
+
+def check_session(out: Path, **facts: Any) -> None:
+    """Record this session; refuse to continue a run on other images or another backbone than it began with."""
+    before = sessions(out)
+    for name, value in facts.items():
+        if before and before[0].get(name, value) != value:
+            raise UserError(
+                f"{out} began with {name} {before[0][name]}, and now there are {value}: "
+                "a run cannot be continued on something else; begin another one (with --init, from this one's detector)"
+            )
+    record_session(out, step=0, **facts)
+
+
+def result(out: Path, replay: str | None = None) -> PretrainResult:
+    """What the run directory says of the run."""
+    log = [record for record in JsonLines(out / "log.jsonl").read() if "loss" in record]
+    return PretrainResult(
+        out=out,
+        detector=out / "detector",
+        steps=log[-1]["step"] if log else 0,
+        loss=log[-1]["loss"] if log else float("nan"),
+        skipped=len(JsonLines(out / "skipped.jsonl").read()),
+        replay=replay,
+    )

@@ -1,0 +1,74 @@
+"""The processes of a run, on one machine or many."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import PartialState
+
+from siamese_detr.errors import UserError
+
+
+class Team:
+    """The processes of this run.
+
+    Args:
+        state: Accelerate's.
+    """
+
+    def __init__(self, state: PartialState) -> None:
+        self.state, self.main = state, state.is_main_process
+        self.rank, self.size = state.process_index, state.num_processes
+        # A group of its own: the default one gives up after minutes, and computing proposals may take days.
+        self._group: Any = None
+        if self.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier(self._group)
+
+
+def join(device: str) -> bool:
+    """Meet the other processes, if a launcher (torchrun, accelerate launch) started several; whether this is the main.
+
+    Args:
+        device: ``cpu``, or anything else for the accelerators, if there are any.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    return PartialState(cpu=device == "cpu").is_main_process
+
+
+@contextlib.contextmanager
+def lost_process_explained() -> Iterator[None]:
+    """Turn the failure of a collective operation, which is how a process learns that another has ended, into one line.
+
+    The process that ended, or whoever killed it, has said why; the launcher ends what still runs.
+
+    Raises:
+        UserError: in place of the communication library's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL's errors have a type; gloo's are told by the source file they name.
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).splitlines()[0].rpartition("] ")[2].split(" This is ")[0]
+        raise UserError(
+            f"another process of this run ended or cannot be reached ({reason[:150]}): its own message, if it had time "
+            "for one, tells why; checkpoints are intact, continue with --resume"
+        ) from error
+
+
+def default_workers() -> int:
+    """All cores but one, shared by the processes of this machine, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, (cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -1,0 +1,121 @@
+"""The run directory: begun once, refused when it is another's, and a record of what ran in it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+import siamese_detr
+from siamese_detr.config import write_config
+from siamese_detr.errors import UserError
+from siamese_detr.training.checkpoint import clean
+from siamese_detr.training.journal import JsonLines
+
+CONFIG = "config.yaml"
+SESSIONS = "sessions.jsonl"
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "timm", "safetensors", "numpy", "scipy", "pillow")
+
+
+class RunConfig(Protocol):
+    """What a verb's configuration must have to own a run directory."""
+
+    resume: bool
+
+    def changes(self, before: dict[str, Any]) -> list[str]: ...
+
+
+def check_place(out: Path) -> None:
+    """Raise :class:`UserError` if ``out`` holds something that is no run; nothing is written."""
+    try:
+        visible = {path.name for path in out.iterdir() if not path.name.startswith(".")} - {"proposals"}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: {error.strerror}") from error
+    if {CONFIG, SESSIONS} <= visible or not visible:
+        return
+    try:
+        before = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")) if visible == {CONFIG} else None
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not (isinstance(before, dict) and "resume" in before):
+        raise UserError(f"{out} is not empty and holds no run: choose another directory")
+
+
+def begin(out: Path, config: RunConfig) -> None:
+    """Prepare ``out`` for a new run, or for one that goes on.
+
+    Raises:
+        UserError: there is a run already and ``config.resume`` is off; there is something else; or the run there began
+            with settings that compute something else.
+    """
+    check_place(out)
+    file = out / CONFIG
+    # A run that stopped before it began (bad input) may begin again with other settings.
+    if (out / SESSIONS).is_file():
+        if not config.resume:
+            raise UserError(f"{out} already holds a run: continue it with --resume, or choose another directory")
+        try:
+            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+            changes = config.changes(dict(before))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read {file}, so the run cannot be continued: {error}") from error
+        if changes:
+            raise UserError(f"--resume continues the run in {out} as it began, but {'; '.join(changes)}")
+        clean(out / "checkpoints")
+        return
+    try:
+        temporary = out / f".{CONFIG}"
+        write_config(config, temporary)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+
+
+def record_session(out: Path, **facts: Any) -> None:
+    """Append to ``sessions.jsonl`` what is about to run, in which environment.
+
+    Args:
+        facts: JSON values to add, e.g. the step that the session starts from.
+    """
+    record = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "siamese_detr": siamese_detr.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in PACKAGES if (version := installed(name))},
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **facts,
+    }
+    JsonLines(out / SESSIONS).append([record])
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def sessions(out: Path) -> list[dict[str, Any]]:
+    """What ran in ``out`` so far, oldest first."""
+    return JsonLines(out / SESSIONS).read()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader finds the old or the new file, never half of one."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,129 @@
+"""How a run is driven, and how its batches are dealt to the processes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+from siamese_detr.errors import UserError
+
+
+class Batches(Protocol):
+    """Batches of a whole run, lists of dataset keys, the same in every process."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[Any]]: ...
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunSettings:
+    """How a run is driven, whatever it trains.
+
+    Args:
+        out: the run directory.
+        steps: updates in all.
+        batch_size: samples per update over all processes and micro-batches.
+        lr_factor: step (0, 1, …) -> what the learning rates are multiplied by.
+        clip: largest gradient norm (0: no clipping).
+        accumulate: micro-batches per update.
+        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
+        device: ``auto`` (the accelerator if there is one) or ``cpu``.
+        seed: of everything random.
+        workers: data processes per training process.
+        save_every: updates between checkpoints.
+        keep: newest checkpoints that remain (0: all).
+        log_every: updates between logs.
+        evaluate_every: updates between calls of :meth:`BaseTrainer.evaluate` (0: none).
+        max_bad_share: largest share of unreadable images that a run tolerates, 0 to 1.
+        compile: run the model through ``torch.compile``.
+        progress: show a progress bar.
+        report_to: further experiment trackers known to Transformers, e.g. ``wandb``.
+    """
+
+    out: Path
+    steps: int
+    batch_size: int
+    lr_factor: Callable[[int], float]
+    clip: float = 0.1
+    accumulate: int = 1
+    precision: str = "fp32"
+    device: str = "auto"
+    seed: int = 0
+    workers: int = 0
+    save_every: int = 1000
+    keep: int = 2
+    log_every: int = 10
+    evaluate_every: int = 0
+    max_bad_share: float = 0.05
+    compile: bool = False
+    progress: bool = True
+    report_to: Sequence[str] = ()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    def arguments(self) -> transformers.TrainingArguments:
+        """The stock Trainer's arguments, its own habits (pickles, filters, column removal, printing) switched off."""
+        if self.precision == "fp16" and (self.device == "cpu" or not torch.accelerator.is_available()):
+            raise UserError("precision fp16 needs an accelerator: use bf16 or fp32 here")
+        return transformers.TrainingArguments(
+            output_dir=str(self.checkpoints),
+            max_steps=self.steps,
+            gradient_accumulation_steps=self.accumulate,
+            max_grad_norm=self.clip,
+            bf16=self.precision == "bf16",
+            fp16=self.precision == "fp16",
+            use_cpu=self.device == "cpu",
+            seed=self.seed,
+            save_strategy="steps",
+            save_steps=self.save_every,
+            save_total_limit=None,
+            logging_strategy="steps",
+            logging_steps=self.log_every,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if self.evaluate_every else "no",
+            eval_steps=self.evaluate_every or None,
+            torch_compile=self.compile,
+            report_to=list(self.report_to) or "none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=[],
+            ddp_find_unused_parameters=False,
+            ignore_data_skip=True,
+        )
+
+
+class RankBatches:
+    """The batches that one process loads: its share of each, from batch ``start`` on.
+
+    Batches are cut, not dealt out, so the samples of a step do not depend on the number of processes.
+    """
+
+    def __init__(self, batches: Batches, rank: int, world: int, start: int = 0) -> None:
+        self.batches, self.rank, self.world, self.start = batches, rank, world, start
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.start
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in skip(self.batches, self.start):
+            yield batch[self.rank :: self.world]
+
+
+def skip(batches: Batches, start: int) -> Iterator[list[Any]]:
+    """Iterate from batch ``start`` on; those before are not even formed where ``batches`` can begin anywhere."""
+    if hasattr(batches, "start"):
+        later = copy.copy(batches)
+        later.start = start
+        yield from later
+    else:
+        yield from itertools.islice(iter(batches), start, None)

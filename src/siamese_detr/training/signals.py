@@ -1,0 +1,93 @@
+"""Pre-emption and exclusion: stop cleanly when asked to, and never run twice in one directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from siamese_detr.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one directory are not detected there
+    fcntl = None  # type: ignore[assignment]
+
+EXIT_PREEMPTED = 75
+"""Exit code (EX_TEMPFAIL) of a run that saved itself on SIGTERM or SIGUSR1: start it again with ``--resume``."""
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop, and has saved itself; exit code :data:`EXIT_PREEMPTED`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(EXIT_PREEMPTED)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class StopRequest:
+    """Context in which SIGTERM and SIGUSR1 only set ``requested``; a second SIGTERM acts as it did outside."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number).name
+        signal.signal(number, self._previous[number])
+
+
+def ignore_in_worker(worker: int) -> None:
+    """``worker_init_fn``: clusters signal whole process groups; data workers must outlive the step being finished."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class RunLock:
+    """Context that holds a directory for one process; :class:`UserError` if another has it.
+
+    A POSIX record lock: the kernel frees it when the process ends, however it ends, and children do not inherit it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / ".lock"
+
+    def __enter__(self) -> RunLock:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"cannot write into {self.path.parent}: {error.strerror}") from error
+        if fcntl is None:
+            return self
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(self._descriptor, 64).decode(errors="replace").strip()
+            os.close(self._descriptor)
+            raise UserError(
+                f"another run ({holder or 'unknown'}) is writing into {self.path.parent}: wait for it, or use another"
+            ) from error
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        return self
+
+    def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
+        os.close(self._descriptor)

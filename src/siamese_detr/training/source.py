@@ -1,0 +1,128 @@
+"""Where a pre-training run's features come from: fresh views through the frozen backbone, or a bank of stored ones."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.progress
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from siamese_detr.errors import UserError
+from siamese_detr.pretext import FrozenFeatures, Pretext
+from siamese_detr.training import feature_bank
+from siamese_detr.training.feature_bank import FeatureBank
+from siamese_detr.training.pretrain_config import PretrainConfig
+from siamese_detr.training.processes import Team, default_workers
+from siamese_detr.views.augment import prepare
+from siamese_detr.views.two_views import TwoViewDataset, collate
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where batches come from.
+
+    Args:
+        dataset: indexed by (epoch, row).
+        collate: its samples -> a batch.
+        freeze: a batch on its device -> frozen features.
+    """
+
+    dataset: Dataset
+    collate: Callable[[list[Any]], Any]
+    freeze: Callable[[dict[str, Any]], FrozenFeatures]
+
+
+def find_source(
+    config: PretrainConfig, pretext: Pretext, dataset: TwoViewDataset, rows: np.ndarray, team: Team
+) -> Source:
+    """Fresh views, or a bank of features, which is completed first."""
+    detector = pretext.detector
+    crop_size = config.crop_size if pretext.needs_crops else None
+
+    def freeze(batch: Any) -> FrozenFeatures:
+        inputs = prepare(batch, detector.image_mean, detector.image_std, crop_size)
+        # The backbone has the run's precision; a bank is computed in the best, whatever the runs that will use it.
+        precision = AUTOCAST.get(config.precision) if not config.feature_bank else None
+        with torch.autocast(inputs.pixel_values.device.type, precision, enabled=precision is not None):
+            return pretext.frozen_features(inputs)
+
+    if not config.feature_bank:
+        return Source(dataset, collate, freeze)
+    bank = find_bank(config, pretext, dataset, rows, team, freeze)
+    return Source(bank, bank.collate, bank.features)
+
+
+def find_bank(
+    config: PretrainConfig,
+    pretext: Pretext,
+    dataset: TwoViewDataset,
+    rows: np.ndarray,
+    team: Team,
+    freeze: Callable[[Any], FrozenFeatures],
+) -> FeatureBank:
+    """The complete bank of this run's features."""
+    detector = pretext.detector
+    device = team.state.device
+    pretext.eval()
+
+    def on_device(batch: dict[str, Any]) -> FrozenFeatures:
+        return freeze({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+
+    first = next((batch for row in rows if len((batch := collate([dataset[0, int(row)]]))["index"])), None)
+    if first is None:
+        raise UserError(f"none of the {len(rows)} images of {config.images} can be read")
+    name = feature_bank.fingerprint(
+        dataset.store,
+        rows,
+        dataset,
+        backbone=checksum(detector.backbone),
+        normalisation=[detector.image_mean, detector.image_std],
+        crop_size=config.crop_size if pretext.needs_crops else None,
+    )
+    parent = Path(config.bank_dir) if config.bank_dir else Path(config.out) / "feature_bank"
+    assert config.view_size is not None
+    layout = feature_bank.Layout.of(on_device(first))  # type: ignore[arg-type]
+    sets = config.feature_bank
+    bank = FeatureBank(parent / f"{name[:16]}-{sets}", layout, rows, sets, config.view_size)
+    if team.main:
+        if not bank.directory.exists():
+            size = f"{len(rows)} images x {sets} view sets, {bank.bytes / 1e6:.0f} MB"
+            print(f"feature bank: {size} in {bank.directory}", file=sys.stderr)
+        bank.create()
+    team.wait()
+    workers = default_workers() if config.workers is None else config.workers
+    share = (team.rank, team.size)
+    feature_bank.fill(
+        bank, dataset, on_device, config.batch_size, workers, share, track if config.progress else untracked
+    )
+    team.wait()
+    pretext.train()
+    return bank
+
+
+def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
+    return rich.progress.track(batches, "feature bank", total, console=Console(stderr=True)) if total else batches
+
+
+def untracked(batches: Iterable[Any], total: int) -> Iterable[Any]:
+    return batches
+
+
+def checksum(module: nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

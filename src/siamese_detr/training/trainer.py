@@ -1,0 +1,352 @@
+"""The training loop of every run: Transformers' ``Trainer`` with checkpoints that hold no pickle and continue exactly.
+
+What differs from the stock ``Trainer``, besides :mod:`.persistence`: every step seeds torch from its number, so there
+is no random state to save; a non-finite loss or gradient stops the run before the update; SIGTERM and SIGUSR1 save at
+the next step boundary; unreadable images are listed and counted; loss terms are averaged without a sync a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from siamese_detr.errors import UserError
+from siamese_detr.pretext.matching import NonFiniteError
+from siamese_detr.randomness import seed_torch
+from siamese_detr.training import checkpoint as checkpoints
+from siamese_detr.training.diagnose import watch
+from siamese_detr.training.journal import Journal, JsonLines
+from siamese_detr.training.persistence import PersistentTrainer
+from siamese_detr.training.settings import Batches, RankBatches, RunSettings, skip
+from siamese_detr.training.signals import Preempted, StopRequest, ignore_in_worker
+
+
+class BaseTrainer(PersistentTrainer):
+    """Trains ``model`` on ``batches`` of ``dataset``; subclasses say in :meth:`terms` what the loss of a batch is.
+
+    Args:
+        model: the module whose state is saved; frozen parameters must have ``requires_grad`` False.
+        settings: how the run is driven.
+        optimizer: made from the model's parameters, with the base learning rates.
+        dataset: indexed by the keys that ``batches`` holds.
+        batches: ``settings.steps * settings.accumulate`` lists of keys, each of all processes together.
+        collate: samples -> batch, a dict; ``batch["skipped"]``, if there, lists (path, reason) of unreadable images.
+        epoch_size: samples in an epoch (default: all of ``dataset``).
+        options: passed on to the stock Trainer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: RunSettings,
+        optimizer: torch.optim.Optimizer,
+        dataset: Dataset,
+        batches: Batches,
+        collate: Callable[[list[Any]], Any],
+        epoch_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.batches = batches
+        self.epoch_size = epoch_size or len(dataset)  # type: ignore[arg-type]
+        self.journal: Journal | None = None
+        self.stop = StopRequest()
+        self.preempted: str | None = None
+        self._micro: list[Tensor] = []  # losses of the current update's micro-batches
+        self._skipped: list[dict[str, Any]] = []
+        self._skipped_before = self._seen = 0
+        self._start = 0
+        self._replaying = False
+        self._began = datetime.datetime.now()
+        super().__init__(model, settings, optimizer, data_collator=collate, train_dataset=dataset, **options)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it when accumulating
+        self.remove_callback(transformers.PrinterCallback)
+        self.add_callback(_StopAtBoundary(self))
+        if settings.batch_size % (self.args.world_size * settings.accumulate):
+            raise UserError(
+                f"batch_size {settings.batch_size} must be a multiple of processes x accumulate "
+                f"({self.args.world_size} x {settings.accumulate})"
+            )
+
+    # ---- what subclasses define
+
+    def terms(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of one micro-batch (a mean over it) and its named terms to log. ``model`` may be wrapped."""
+        raise NotImplementedError
+
+    # ---- the run
+
+    def fit(self, resume: bool = False) -> None:
+        """Train to the end; with ``resume`` from the newest valid checkpoint, if there is one.
+
+        Raises:
+            Preempted: SIGTERM or SIGUSR1 came; the run is saved.
+            UserError: a non-finite number, too many unreadable images, no checkpoint that can be read, a full disk.
+        """
+        checkpoint = self._find_checkpoint() if resume else None
+        step = checkpoints.step_of(checkpoint) if checkpoint else 0
+        self._start = step * self.settings.accumulate
+        self._seen = step * self.settings.batch_size
+        self._skipped_before = len(self._skipped_lines().rewind(step)) if self.args.should_save else 0
+        if self.args.should_save:
+            self.journal = Journal(self.settings.out, step)
+        try:
+            with self.stop, self._explained():
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except BaseException as error:
+            # Data workers end with their iterator, which the traceback would keep alive: the process could not exit.
+            traceback.clear_frames(error.__traceback__)
+            if error.__cause__ is not None:
+                traceback.clear_frames(error.__cause__.__traceback__)
+            raise
+        finally:
+            if self.journal is not None:
+                self.journal.close()
+        if self.preempted is not None:
+            raise Preempted(
+                f"{self.preempted}: saved at step {self.state.global_step} of {self.settings.steps} in "
+                f"{self.settings.out}; continue with the same command and --resume"
+            )
+
+    def replay(self, document: Path) -> str:
+        """Do the step that ended a run again from its saved state, watching for the first non-finite number.
+
+        Args:
+            document: the ``nonfinite.json`` of the run.
+
+        Returns:
+            what was found. No update is made and nothing is written.
+        """
+        try:
+            values = json.loads(document.read_text(encoding="utf-8"))
+            checkpoint = document.parent / values["checkpoint"]
+            step = int(values["step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot read {document}: give the nonfinite.json of a run ({error})") from error
+        checkpoints.verify(checkpoint)
+        self._start = step * self.settings.accumulate
+        with watch(self.model) as found:
+            try:
+                self._replaying = True
+                self.train(resume_from_checkpoint=str(checkpoint))
+                outcome = f"step {step + 1} is done, and was finite"
+            except _ReplayDone as done:
+                outcome = str(done)
+            except (RuntimeError, NonFiniteError) as error:
+                outcome = f"{str(error).splitlines()[0]}"
+        return f"step {step + 1}: {outcome}" + "".join(f"\n  not finite: {name}" for name in found[:10])
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what machines do to long runs into one line each; the last checkpoint is whole in every case."""
+        out = self.settings.out
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "out of memory on the accelerator: raise accumulate, lower batch_size or the views' size, use bf16 or "
+                f"checkpoint_activations, and continue {out} with --resume"
+            ) from error
+        except (MemoryError, RuntimeError) as error:
+            if "can't allocate memory" in str(error):  # PyTorch's words for the host's
+                raise UserError(
+                    "out of memory: raise accumulate, lower batch_size, workers or the views' size, and continue "
+                    f"{out} with --resume"
+                ) from error
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a data process ended ({' '.join(str(error).split())[:200] or 'out of memory'}): if memory ran out, "
+                f"lower workers; continue {out} with --resume"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{error}; mend that and continue {out} with --resume") from error
+
+    def _find_checkpoint(self) -> Path | None:
+        """The newest valid checkpoint, as the main process sees it."""
+        step = -1
+        if self.args.should_save:
+            found = checkpoints.latest_valid(self.settings.checkpoints)
+            step = checkpoints.step_of(found) if found else -1
+        step = int(self._across(torch.tensor([float(step + 1) if self.args.should_save else 0.0]))[0]) - 1
+        return self.settings.checkpoints / f"{checkpoints.PREFIX}{step}" if step >= 0 else None
+
+    # ---- data
+
+    def get_train_dataloader(self) -> DataLoader:
+        assert self.train_dataset is not None
+        workers = self.settings.workers
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=RankBatches(self.batches, self.args.process_index, self.args.world_size, self._start),
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            worker_init_fn=ignore_in_worker,
+            pin_memory=self.args.device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+        )
+
+    # ---- a step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self._note_skipped(inputs)
+        seed_torch(self.settings.seed, self.state.global_step, len(self._micro), self.args.process_index)
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except NonFiniteError as error:  # found before the loss was: the other processes end with this one
+            if self._replaying:
+                raise
+            raise self._nonfinite([str(error)], "not computed", self.means.read(local=True)) from error
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, terms = self.terms(model, inputs)
+        self._micro.append(loss.detach())
+        self.means.add({"loss": loss, **terms}, 1 / self.current_gradient_accumulation_steps)
+        return (loss, terms) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+    def _note_skipped(self, inputs: dict[str, Any]) -> None:
+        skipped = inputs.pop("skipped", None) or ()
+        step = self.state.global_step + 1
+        records = [{"step": step, "path": str(path), "reason": str(reason)} for path, reason in skipped]
+        if records:
+            self._skipped_lines().append(records)
+            self._skipped += records
+            sizes = {len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim}
+            if not sizes or sizes == {0}:
+                raise UserError(
+                    f"none of the {len(records)} images of step {step} can be read, e.g. {records[0]['path']}: "
+                    f"{records[0]['reason']}; is the disk still mounted? Continue with --resume"
+                )
+
+    def _skipped_lines(self) -> JsonLines:
+        return JsonLines(self.settings.out / "skipped.jsonl")
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Called between the backward pass and the update: the place to stop, for all processes alike."""
+        self.accelerator.unscale_gradients()
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._before_update(norm)
+        if self.settings.clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    def _before_update(self, norm: Tensor) -> None:
+        """Stop on non-finite numbers before they spread, note requests to stop; one sync for all of it."""
+        losses = torch.stack(self._micro).float()
+        if self._replaying:
+            raise _ReplayDone(f"loss {losses.tolist()}, gradient norm {norm.item()}; no update made")
+        skipped_here = self._skipped_before + len(self._skipped)
+        local = torch.tensor([self.stop.requested is not None, skipped_here], dtype=torch.float32)
+        flags = torch.stack([(~losses.isfinite()).any().float(), (~norm.isfinite()).float()])
+        bad_loss, bad_norm, stop, skipped = self._across(torch.cat([flags, local.to(flags, non_blocking=True)]))
+        overflow = bad_norm and not bad_loss and self._scaler_can_lower()
+        if (bad_loss or bad_norm) and not overflow:
+            terms = self.means.read()  # a collective: every process
+            if self.args.should_save:
+                raise self._nonfinite([str(value) for value in losses.tolist()], str(norm.item()), terms)
+            raise UserError("loss or gradient is not finite: stopped, see the main process")
+        if not overflow:
+            self.means.add({"grad_norm": norm})
+        self.means.count += 1
+        self._seen += self.settings.batch_size
+        self._stop_if_too_many_bad(int(skipped))
+        if stop and self.preempted is None:
+            self.preempted = self.stop.requested or "another process was asked to stop"
+        self._micro = []
+
+    def _scaler_can_lower(self) -> bool:
+        """With fp16, gradients overflow until the loss scale fits: the scaler skips those steps. Below 1: an error."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
+
+    def _stop_if_too_many_bad(self, total: int) -> None:
+        enough = min(self.epoch_size, 1000)
+        if self._seen >= enough and total > self.settings.max_bad_share * self._seen:
+            raise UserError(
+                f"{total} of {self._seen} images could not be read (listed in {self._skipped_lines().path}): more "
+                f"than max_bad_share {self.settings.max_bad_share}; mend or remove them, or raise it, and use --resume"
+            )
+
+    def _nonfinite(self, losses: list[str], norm: str, terms: Mapping[str, Any]) -> UserError:
+        """Save the state before the update and all that is needed to do this step again; what to stop with."""
+        step, out = self.state.global_step, self.settings.out
+        batches = skip(self.batches, step * self.settings.accumulate)
+        document = {
+            "step": step,
+            "seed": self.settings.seed,
+            "processes": self.args.world_size,
+            "process": self.args.process_index,
+            "checkpoint": f"nonfinite/{checkpoints.PREFIX}{step}",
+            "loss": losses,
+            "terms": {name: str(float(value)) for name, value in terms.items()},
+            "grad_norm": norm,
+            "parameters": [
+                name
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None and not parameter.grad.isfinite().all()
+            ],
+            "samples": [next(batches) for _ in range(self.settings.accumulate)],
+        }
+        self._write_checkpoint(out / "nonfinite", self.means.state(local=True))
+        (out / "nonfinite.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        return UserError(
+            f"loss or gradient is not finite at step {step + 1}: stopped before the update. Samples and state are in "
+            f"{out / 'nonfinite.json'}; do that step again, to see which operation is at fault, by the same command "
+            f"with --replay {out / 'nonfinite.json'}"
+        )
+
+    # ---- logs
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if "train_runtime" in logs:  # Trainer's summary at the end: nothing that is not in the logs before it
+            return
+        if "loss" in logs:
+            rate = {"learning_rate": logs["learning_rate"]}
+            epoch = {"epoch": self.state.global_step * self.settings.batch_size / self.epoch_size}
+            logs = {**self.means.drain(), **rate, **epoch}
+        if self.journal is not None:
+            seconds = (datetime.datetime.now() - self._began).total_seconds()
+            self.journal.log(self.state.global_step, {**logs, "seconds": round(seconds, 3)})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+
+class _ReplayDone(Exception):
+    """Ends a replayed step before its update."""
+
+
+class _StopAtBoundary(transformers.TrainerCallback):
+    """Turns a request to stop into a save and the end of training, at the end of a step."""
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.trainer.preempted is not None:
+            if state.global_step >= state.max_steps:
+                self.trainer.preempted = None  # the run is complete
+            else:
+                control.should_save = control.should_training_stop = True

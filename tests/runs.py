@@ -1,0 +1,141 @@
+"""Real processes for tests of training runs: started in milliseconds, because a server imports everything once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+TINY: dict[str, Any] = dict(
+    backbone="random:test_efficientnet",
+    hidden_size=16,
+    heads=2,
+    encoder_layers=1,
+    decoder_layers=2,
+    ffn_size=16,
+    num_queries=6,
+    num_regions=3,
+    global_hidden_size=8,
+    global_size=8,
+    global_predictor_size=8,
+    view_size=48,
+    crop_size=32,
+    batch_size=4,
+    steps=8,
+    save_every=2,
+    log_every=1,
+    lr=1e-3,
+    workers=0,
+    device="cpu",
+    progress=False,
+    proposal_method="random",
+)
+"""Options of ``pretrain`` for a run of a second."""
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["runs", "siamese_detr.training.pretrain", "siamese_detr.proposals.propose"])
+
+
+def child(log: str, options: dict[str, Any], env: dict[str, str], kill_at_flush: int | None, verb: str) -> None:
+    """Run a verb as a command would: its exit code is the process's."""
+    import warnings
+
+    import torch
+
+    from siamese_detr import load_verb
+    from siamese_detr.errors import UserError
+    from siamese_detr.training import checkpoint
+
+    multiprocessing.set_start_method("fork", force=True)  # data workers: as outside, not through another server
+    os.environ.update(env)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if kill_at_flush is not None:
+        flush, calls = checkpoint.flush, [0]
+
+        def flush_or_die(path: Path) -> None:
+            calls[0] += 1
+            if calls[0] == kill_at_flush:
+                os.kill(os.getpid(), signal.SIGKILL)
+            flush(path)
+
+        checkpoint.flush = flush_or_die
+    try:
+        load_verb(verb)(**options)
+    except UserError as error:
+        os.write(2, f"error: {error}\n".encode())
+        raise SystemExit(2) from None
+    except Exception:
+        os.write(2, traceback.format_exc().encode())
+        raise SystemExit(1) from None
+
+
+class Run:
+    """A running verb."""
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        env: dict[str, str] | None = None,
+        kill_at_flush: int | None = None,
+        verb: str = "pretrain",
+    ) -> None:
+        self.out = Path(options["out"])
+        rank = (env or {}).get("RANK", "0")
+        self.log = self.out.with_name(f"{self.out.name}-{rank}.log")
+        self.process = context.Process(target=child, args=(str(self.log), options, env or {}, kill_at_flush, verb))
+        self.process.start()
+
+    def wait(self, timeout: float = 60) -> int | None:
+        """The exit code (negative: the signal)."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"still running:\n{self.text}")
+        return self.process.exitcode
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def until_step(self, step: int, timeout: float = 60) -> None:
+        """Return once the run has logged ``step`` or ended."""
+        end = time.monotonic() + timeout
+        while self.process.is_alive() and time.monotonic() < end:
+            if logged(self.out) and logged(self.out)[-1]["step"] >= step:
+                return
+            time.sleep(0.005)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def team(options: dict[str, Any], processes: int, verb: str = "pretrain") -> list[Run]:
+    """A verb in several processes, as torchrun starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    env["LOCAL_WORLD_SIZE"] = str(processes)
+    return [Run(options, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, verb=verb) for rank in range(processes)]
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    """The records of a run's log, without the clock."""
+    path = out / "log.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # being written
+            break
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]

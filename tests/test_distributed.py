@@ -1,0 +1,198 @@
+"""Several processes: the results of one, a clear end when one is lost, and going on with any number of them.
+
+They talk over the loopback interface, as machines do over theirs. Tests of four processes and of torchrun's restarts
+take a minute on two cores and run where SIAMESE_DETR_SLOW_TESTS is set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_finetuning
+from conftest import textured
+from runs import TINY, Run, logged, team
+from siamese_detr.training.checkpoint import list_checkpoints
+
+slow = pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
+PATIENCE = 300  # seconds; the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run without dropout on 16 images, one of them unreadable: processes get shares of different size."""
+    from siamese_detr.proposals.propose import propose
+
+    root = tmp_path_factory.mktemp("distributed")
+    photos = root / "photos"
+    photos.mkdir()
+    for n in range(16):
+        textured(n, *((120, 90) if n % 3 else (90, 120))).save(photos / f"{n:02}.jpg")
+    propose(images=str(photos), out=str(root / "store"), method="random", workers=1)
+    (photos / "05.jpg").write_bytes((photos / "05.jpg").read_bytes()[:700])
+    still = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "lr": 1e-5, "batch_size": 8}
+    return TINY | still | {"images": str(photos), "proposals": str(root / "store"), "max_bad_share": 0.5, "steps": 6}
+
+
+@pytest.fixture(scope="module")
+def alone(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    run = Run(base | {"out": str(out)})
+    assert run.wait(PATIENCE) == 0, run.text
+    return out
+
+
+def assert_alike(out: Path, other: Path, first: float = 5e-6, later: float = 2e-4) -> None:
+    """The same losses: nearly to float32's precision at the first step, which rounding has not yet spread from."""
+    ours, theirs = logged(out), logged(other)
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    for step, (one, two) in enumerate(zip(ours, theirs, strict=True)):
+        losses = {name: value for name, value in two.items() if name.startswith("loss")}
+        found = {name: one[name] for name in losses}
+        assert found == pytest.approx(losses, rel=later if step else first, abs=1e-6)
+
+
+def skipped(out: Path) -> list[tuple[int, str]]:
+    lines = (out / "skipped.jsonl").read_text().splitlines()
+    return sorted((record["step"], record["path"]) for record in map(json.loads, lines))
+
+
+def ends(runs: list[Run]) -> list[int | None]:
+    return [run.wait(PATIENCE) for run in runs]
+
+
+@slow
+def test_four_processes_train_as_one(base: dict[str, Any], alone: Path, tmp_path: Path) -> None:
+    runs = team(base | {"out": str(tmp_path / "run")}, 4)
+    assert ends(runs) == [0] * 4, "".join(run.text for run in runs)
+    assert_alike(tmp_path / "run", alone)
+    assert skipped(tmp_path / "run") == skipped(alone) != []
+    # Views of many sizes: every process pads its share to another size.
+    readable = tmp_path / "readable.txt"
+    readable.write_text("\n".join(str(path) for path in sorted(Path(base["images"]).iterdir()) if path.stem != "05"))
+    options = base | {"images": str(readable), "view_size": None, "short_sides": (40, 48, 56), "max_size": 80}
+    runs = [*team(options | {"out": str(tmp_path / "four")}, 4), Run(options | {"out": str(tmp_path / "one")})]
+    assert ends(runs) == [0] * 5, "".join(run.text for run in runs)
+    assert_alike(tmp_path / "four", tmp_path / "one")
+
+
+def test_one_killed_ends_all_and_another_number_goes_on(base: dict[str, Any], alone: Path, tmp_path: Path) -> None:
+    """Two processes refuse two more, die together, and are continued by one, whose run two others finish."""
+    options = base | {"out": str(tmp_path / "run"), "resume": True, "save_every": 1, "steps": 10_000}
+    runs = team(options, 2)
+    runs[0].until_step(2, PATIENCE)
+    intruders = team(options | {"out": str(tmp_path / "run")}, 2)
+    assert ends(intruders) == [2, 2]
+    victim = random.Random(time.time_ns()).randrange(2)
+    began = time.monotonic()
+    runs[victim].signal(signal.SIGKILL)
+    assert runs[victim].wait(60) == -signal.SIGKILL
+    survivor = runs[1 - victim]
+    assert survivor.wait(60) == 2, survivor.text
+    assert time.monotonic() - began < 60
+    assert "another process of this run ended" in survivor.text
+    assert "Traceback" not in survivor.text
+
+    step = max(logged(tmp_path / "run")[-1]["step"], 4) + 1
+    one = Run(options | {"steps": step})
+    assert one.wait(PATIENCE) == 0, one.text
+    two = team(options | {"steps": step + 1}, 2)
+    assert ends(two) == [0, 0], two[0].text + two[1].text
+    assert logged(tmp_path / "run")[-1]["step"] == step + 1
+    shorter = {record["step"]: record for record in logged(alone)}
+    for record in logged(tmp_path / "run"):
+        if record["step"] in shorter:
+            assert record["loss"] == pytest.approx(shorter[record["step"]]["loss"], rel=2e-4)
+
+
+def test_one_asked_to_stop_stops_all(base: dict[str, Any], tmp_path: Path) -> None:
+    """A signal to any one process saves at the end of the step that all are in."""
+    runs = team(base | {"out": str(tmp_path / "run"), "steps": 10_000, "save_every": 5000}, 2)
+    runs[0].until_step(1, PATIENCE)
+    runs[1].signal(signal.SIGUSR1)
+    assert ends(runs) == [75, 75], runs[0].text + runs[1].text
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_fine_tuning_and_evaluation_in_two_processes(tmp_path: Path) -> None:
+    """The losses and the AP of one process; the verb ``evaluate`` shares its images too."""
+    labels = str(tiny_finetuning.write_scenes(tmp_path / "scenes", count=6))
+    options = tiny_finetuning.TINY | tiny_finetuning.QUICK
+    options |= {"train": labels, "val": labels, "steps": 4, "eval_every": 4, "flip": 0.0, "lr": 1e-4}
+    options |= {"backbone": "random:test_efficientnet", "hidden_size": 16, "heads": 2, "eval_batch_size": 2}
+    alone = Run(options | {"out": str(tmp_path / "one")}, verb="finetune")
+    assert alone.wait(PATIENCE) == 0, alone.text
+    runs = team(options | {"out": str(tmp_path / "two")}, 2, verb="finetune")
+    assert ends(runs) == [0, 0], runs[0].text + runs[1].text
+    assert_alike(tmp_path / "two", tmp_path / "one")
+
+    measure = {"model": str(tmp_path / "one" / "last"), "labels": labels, "device": "cpu", "batch_size": 2}
+    for name, runs in {
+        "a": [Run(measure | {"out": str(tmp_path / "a.json")}, verb="evaluate")],
+        "b": team(measure | {"out": str(tmp_path / "b.json")}, 2, verb="evaluate"),
+    }.items():
+        assert set(ends(runs)) == {0}, name + runs[0].text
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads((tmp_path / "b.json").read_text())
+
+
+@slow
+def test_torchrun_restarts_after_a_kill(base: dict[str, Any], tmp_path: Path) -> None:
+    """With --max-restarts a killed process costs the steps since the checkpoint; the weights are the undisturbed ones.
+
+    SIGTERM to torchrun reaches the processes, which save.
+    """
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    verb = ["-m", "siamese_detr.cli", "pretrain", "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def command(out: str, **changes: Any) -> list[str]:
+        options = base | {"out": str(tmp_path / out), "save_every": 2} | changes
+        return [word for k, v in options.items() if not isinstance(v, bool) for word in (f"--{k}", str(v))] + [
+            "--no-progress"
+        ]
+
+    whole = subprocess.run([*run, *verb, *command("whole")], env=environment, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+
+    with open(tmp_path / "log", "w") as log:
+        broken = subprocess.Popen(
+            [*run, "--max-restarts=2", *verb, *command("broken")], env=environment, stdout=log, stderr=log
+        )
+        wait_for(lambda: any(record["step"] >= 3 for record in logged(tmp_path / "broken")), broken)
+        os.kill(int((tmp_path / "broken" / ".lock").read_text().split()[1]), signal.SIGKILL)
+        assert broken.wait(PATIENCE) == 0, (tmp_path / "log").read_text()[-3000:]
+    sessions = (tmp_path / "broken" / "sessions.jsonl").read_text().splitlines()
+    assert len(sessions) == 2
+    assert logged(tmp_path / "broken") == logged(tmp_path / "whole")
+    weights = [
+        load_file(list_checkpoints(tmp_path / name / "checkpoints")[-1] / "model.safetensors")
+        for name in ("broken", "whole")
+    ]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+    with open(tmp_path / "log", "w") as log:
+        asked = subprocess.Popen(
+            [*run, *verb, *command("asked", steps=10_000, save_every=5000)], env=environment, stdout=log, stderr=log
+        )
+        wait_for(lambda: bool(logged(tmp_path / "asked")), asked)
+        asked.terminate()
+        asked.wait(PATIENCE)
+    assert len(list_checkpoints(tmp_path / "asked" / "checkpoints")) == 1, (tmp_path / "log").read_text()[-3000:]
+
+
+def wait_for(condition: Any, process: subprocess.Popen) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)

@@ -1,0 +1,215 @@
+"""What machines do to long runs: disks fill up and vanish, processes are killed, memory ends.
+
+Real processes and real faults; each must end the run with one clear line, leave the last checkpoint intact, and be got
+over by the same command with --resume.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import textured
+from runs import TINY, Run, logged
+from siamese_detr.errors import UserError
+from siamese_detr.training.checkpoint import latest_valid, list_checkpoints, verify
+
+PATIENCE = 120
+ENDLESS = 10_000
+slow = pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of an endless tiny run on eight images."""
+    from siamese_detr.proposals.propose import propose
+
+    root = tmp_path_factory.mktemp("faults")
+    (root / "photos").mkdir()
+    for n in range(8):
+        textured(n, 120, 90).save(root / "photos" / f"{n}.jpg")
+    propose(images=str(root / "photos"), out=str(root / "store"), method="random", workers=1)
+    images = {"images": str(root / "photos"), "proposals": str(root / "store")}
+    return TINY | images | {"steps": ENDLESS, "resume": True, "schedule": "constant"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 24 MB, in memory."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if not mount("-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)):
+        pytest.skip("mounting needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=False, capture_output=True)
+
+
+def mount(*arguments: str) -> bool:
+    try:
+        return subprocess.run(["mount", *arguments], check=False, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def assert_continues(options: dict[str, Any]) -> None:
+    """What the fault left is intact, and --resume goes on from there, three steps."""
+    out = Path(options["out"])
+    newest = latest_valid(out / "checkpoints", report=pytest.fail)
+    step = 0
+    if newest is not None:
+        verify(newest)
+        step = int(newest.name.rpartition("-")[2])
+    again = Run(options | {"steps": step + 3})
+    assert again.wait(PATIENCE) == 0, again.text
+    assert logged(out)[-1]["step"] == step + 3
+
+
+def assert_clear(run: Run, *words: str) -> None:
+    """The run ends by itself, with exit code 2 and one line that says what happened."""
+    assert run.wait(PATIENCE) == 2, run.text
+    errors = [line for line in run.text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, run.text
+    assert all(word in errors[0] for word in words), errors[0]
+    assert "Traceback" not in run.text
+
+
+def on(disk: Path, tmp_path: Path) -> str:
+    """A run directory on that disk, by a link: the process's own output goes beside the link."""
+    (disk / "run").mkdir()
+    (tmp_path / "run").symlink_to(disk / "run")
+    return str(tmp_path / "run")
+
+
+def test_a_full_disk(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
+    options = base | {"out": on(small_disk, tmp_path)}
+    run = Run(options)
+    run.until_step(3, PATIENCE)
+    filler = small_disk / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        block = b"\0" * 4096
+        while run.process.is_alive():
+            try:
+                file.write(block * 256)
+            except OSError:
+                block = block[: len(block) // 2] or b"\0"
+                time.sleep(0.01)
+    assert_clear(run, "No space left")
+    filler.unlink()
+    assert_continues(options)
+
+
+def test_a_directory_that_cannot_be_written(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
+    options = base | {"out": on(small_disk, tmp_path)}
+    mount("-o", "remount,ro", str(small_disk))
+    assert_clear(Run(options), "cannot write into", "Read-only")
+
+
+def test_images_whose_disk_vanishes(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
+    shutil.copytree(base["images"], small_disk / "photos")
+    options = base | {"images": str(small_disk / "photos"), "out": str(tmp_path / "run"), "workers": 1}
+    options["proposals"] = str(tmp_path / "store")
+    from siamese_detr.proposals.propose import propose
+
+    propose(images=options["images"], out=options["proposals"], method="random", workers=1)
+    run = Run(options)
+    run.until_step(3, PATIENCE)
+    subprocess.run(["umount", "-l", str(small_disk)], check=True)
+    assert_clear(run, "can be read", "is the disk still mounted?", "--resume")
+    assert_clear(Run(options), "does not exist", str(small_disk))
+    shutil.copytree(base["images"], small_disk / "photos")
+    assert_continues(options)
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def test_a_data_worker_killed(base: dict[str, Any], tmp_path: Path) -> None:
+    """As the kernel does when memory ends."""
+    options = base | {"out": str(tmp_path / "run"), "workers": 2}
+    run = Run(options)
+    run.until_step(3, PATIENCE)
+    assert run.process.is_alive(), run.text
+    workers = children(run.process.pid)  # type: ignore[arg-type]
+    assert len(workers) >= 2
+    os.kill(workers[-1], signal.SIGKILL)
+    assert_clear(run, "a data process ended", "lower workers", "--resume")
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert_continues(options)
+
+
+def test_memory_that_ends(base: dict[str, Any], tmp_path: Path) -> None:
+    """The process may take no more memory than it has: whichever allocation fails, it is said."""
+    options = base | {"out": str(tmp_path / "run")}
+    run = Run(options)
+    run.until_step(3, PATIENCE)
+    assert run.process.is_alive(), run.text
+    resource.prlimit(run.process.pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))  # type: ignore[arg-type]
+    code = run.wait(PATIENCE)
+    assert code not in (0, None), run.text
+    if code == 2:  # else the limit struck inside the interpreter, which then cannot even say so
+        assert "memory" in run.text
+    assert_continues(options)
+
+
+def test_an_allocation_too_large(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from siamese_detr.training.pretrain import PretextTrainer, pretrain
+
+    def terms(self: PretextTrainer, *args: Any) -> Any:
+        return torch.empty(2**50)
+
+    monkeypatch.setattr(PretextTrainer, "terms", terms)
+    with pytest.raises(UserError, match=r"out of memory.*--resume"):
+        pretrain(**base | {"out": str(tmp_path / "run"), "steps": 1})
+
+
+FAMILIES = ("detr", "conditional-detr", "deformable-detr", "dab-detr", "rt-detr", "rt-detr-v2", "d-fine")
+
+
+@pytest.mark.parametrize(
+    ("detector", "method"),
+    [pytest.param(family, "siamese", marks=() if family == "deformable-detr" else slow) for family in FAMILIES]
+    + [("conditional-detr", "up-detr"), pytest.param("detr", "detreg")],
+)
+def test_every_detector_and_method_continues_exactly(
+    base: dict[str, Any], tmp_path: Path, detector: str, method: str
+) -> None:
+    """Killed while it writes its second checkpoint, continued with another number of workers: the same bits."""
+    options = base | {
+        "detector": detector,
+        "method": method,
+        "steps": 4,
+        "save_every": 1,
+        "view_size": 64,
+        "hidden_size": 32,
+    }
+    whole = Run(options | {"out": str(tmp_path / "whole")})
+    killed = Run(options | {"out": str(tmp_path / "run"), "workers": 1}, kill_at_flush=15)
+    assert whole.wait(PATIENCE) == 0, whole.text
+    assert killed.wait(PATIENCE) == -signal.SIGKILL, killed.text
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["checkpoint-1"]
+    again = Run(options | {"out": str(tmp_path / "run")})
+    assert again.wait(PATIENCE) == 0, again.text
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+    for name in ("model", "optimizer"):
+        ours, theirs = (
+            load_file(tmp_path / run / "checkpoints" / "checkpoint-4" / f"{name}.safetensors")
+            for run in ("run", "whole")
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())

@@ -1,0 +1,218 @@
+"""Fine-tuning: it learns, continues exactly, keeps what was pre-trained, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForObjectDetection
+
+from siamese_detr.detectors.build import build_detector
+from siamese_detr.errors import UserError
+from siamese_detr.training.finetune import finetune
+from siamese_detr.training.finetune_config import FinetuneConfig
+from tiny_finetuning import CLASSES, QUICK, TINY, learned, write_scenes
+
+HEAD = ("class_labels_classifier", "class_embed")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines(run / "log.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory) -> str:
+    return str(write_scenes(tmp_path_factory.mktemp("data") / "scenes", 6))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """What a pre-training run leaves: a detector with one nameless class, inside a run directory."""
+    run = tmp_path_factory.mktemp("pretrained")
+    build_detector("conditional-detr", "random:efficientnet-lite0", seed=3, **TINY).save(run / "detector")
+    return run
+
+
+def test_it_learns():
+    result, _ = learned()
+    history = [loss for _, loss, _ in losses(result.out)]
+    assert sum(history[-5:]) < 0.5 * sum(history[:5])
+    assert result.metrics["AP50"] > 0.1
+    assert result.metrics["AP"] == max(record["AP"] for record in result.history)
+    assert [record["step"] for record in result.history] == [30, 60]
+    metrics = json.loads((result.out / "metrics.json").read_text())
+    assert metrics["best"]["AP"] == result.metrics["AP"]
+    assert [row["name"] for row in metrics["last"]["classes"]] == list(CLASSES)
+    assert lines(result.out / "history.jsonl") == result.history
+
+
+def test_the_detector_knows_its_classes_and_size():
+    result, _ = learned()
+    for name in ("best", "last"):
+        model = AutoModelForObjectDetection.from_pretrained(result.out / name)
+        assert model.config.id2label == dict(enumerate(CLASSES))
+        processor = json.loads((result.out / name / "preprocessor_config.json").read_text())
+        assert {k: v for k, v in processor["size"].items() if v} == {"height": 96, "width": 96}
+
+
+def test_a_frozen_backbone_stays_as_it_was():
+    result, _ = learned()
+    trained = load_file(result.out / "last" / "model.safetensors")
+    fresh = build_detector("conditional-detr", "efficientnet-lite0", num_labels=2, seed=0, **TINY).model.state_dict()
+    backbone = [name for name in trained if ".backbone." in name or "backbone" in name.split(".")]
+    assert len(backbone) > 100
+    differing = [name for name in fresh if name in trained and not torch.equal(fresh[name], trained[name])]
+    assert differing
+    assert not set(differing) & set(backbone)
+
+
+def test_only_the_class_head_is_made_anew(pretrained, labels, tmp_path):
+    out = tmp_path / "run"
+    # At a learning rate of zero every tensor stays where it started.
+    finetune(train=labels, out=str(out), model=str(pretrained), steps=1, **{**QUICK, "lr": 0.0})
+    before = load_file(pretrained / "detector" / "model.safetensors")
+    after = load_file(out / "last" / "model.safetensors")
+    assert before.keys() == after.keys()
+    differing = {name for name in before if not torch.equal(before[name], after[name])}
+    assert differing
+    assert all(any(part in name for part in HEAD) for name in differing)
+    start = json.loads((out / "start.json").read_text())
+    assert sorted(start["class_head"]) == sorted(differing)
+    assert start["kept"] + len(differing) >= len(before)
+    assert start["missing"] == start["ignored"] == []
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(labels, tmp_path):
+    options = {**TINY, **QUICK, "dropout": 0.1, "crop": 0.5, "square": False, "image_size": 64, "backbone_lr": 1e-4}
+    options |= {"train": labels, "val": labels, "steps": 7, "save_every": 2, "eval_every": 2}
+    whole = finetune(out=str(tmp_path / "whole"), **options)
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps({**options, "out": str(tmp_path / "killed"), "workers": 2}))
+    script = (
+        "import json, os, signal, sys\n"
+        "from siamese_detr.training.detection_trainer import DetectionTrainer\n"
+        "from siamese_detr.training.finetune import finetune\n"
+        "terms = DetectionTrainer.terms\n"
+        "def killed(self, *args):\n"
+        "    if self.state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return terms(self, *args)\n"
+        "DetectionTrainer.terms = killed\n"
+        "finetune(**json.load(open(sys.argv[1])))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    threads = torch.get_num_threads()
+    process = subprocess.run([sys.executable, "-c", script, str(config)], env=environment, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    assert (tmp_path / "killed" / "checkpoints" / "checkpoint-4").is_dir()
+    again = finetune(**{**options, "out": str(tmp_path / "killed"), "resume": True})
+    if threads == 1:  # sums over several threads are added in another order than over one
+        assert losses(again.out) == losses(whole.out)
+        assert again.history == whole.history
+        for name in ("best", "last"):
+            one = load_file(whole.out / name / "model.safetensors")
+            other = load_file(again.out / name / "model.safetensors")
+            assert all(torch.equal(one[key], other[key]) for key in one)
+    finished = finetune(**{**options, "out": str(tmp_path / "killed"), "resume": True})
+    assert finished.history == again.history
+    assert losses(finished.out) == losses(again.out)
+
+
+def test_sigterm_saves_and_ends_with_the_documented_code(labels, tmp_path):
+    out = tmp_path / "run"
+    options = [f"--{k}={v}" for k, v in {"train": labels, "out": out, "steps": 500, "save_every": 500}.items()]
+    quick = {k: v for k, v in QUICK.items() if not isinstance(v, bool)} | {"image_size": 64}
+    options += [f"--{k}={v}" for k, v in {**TINY, **quick}.items()] + ["--no-progress"]
+    process = subprocess.Popen([sys.executable, "-m", "siamese_detr.cli", "finetune", *options], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not (out / "log.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors.decode()[-2000:]
+    assert list((out / "checkpoints").glob("checkpoint-*"))
+
+
+def test_labels_of_a_fraction_are_kept(labels, tmp_path):
+    out = tmp_path / "run"
+    finetune(train=labels, out=str(out), fraction=0.34, steps=1, **TINY, **QUICK)
+    part = json.loads((out / "train.json").read_text())
+    assert len(part["images"]) == 2
+    assert {a["category_id"] for a in part["annotations"]} == {5, 6}
+    assert not (out / "best").exists()
+    assert not (out / "metrics.json").exists()
+
+
+def test_unreadable_images_are_skipped_and_listed(tmp_path):
+    labels = write_scenes(tmp_path / "scenes", 6)
+    (tmp_path / "scenes" / "2.jpg").write_bytes((tmp_path / "scenes" / "2.jpg").read_bytes()[:300])
+    result = finetune(
+        train=str(labels), val=str(labels), out=str(tmp_path / "run"), steps=3, max_bad_share=0.5, **TINY, **QUICK
+    )
+    assert result.skipped == 2
+    assert all(line["path"].endswith("2.jpg") for line in lines(result.out / "skipped.jsonl"))
+    with pytest.raises(UserError, match="max_bad_share"):
+        finetune(train=str(labels), out=str(tmp_path / "strict"), steps=9, max_bad_share=0.01, **TINY, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "nowhere"}, "nowhere"),
+        ({"model": "a", "init": "b"}, "one of them"),
+        ({"train": "missing.json"}, "missing.json"),
+        ({"detector": "conditional-dert"}, "conditional-detr"),
+        ({"lr": -1.0}, "lr must not be negative"),
+        ({"fraction": 0.0}, "fraction"),
+        ({"image_size": 8}, "image_size"),
+        ({"min_size": 200}, "min_size"),
+        ({"learning_rate": 1.0}, "learning_rate"),
+        ({"batch_size": 3, "accumulate": 2}, "multiple"),
+    ],
+)
+def test_mistakes_are_named(labels, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        finetune(**{"train": labels, "out": str(tmp_path / "run"), "steps": 1, **TINY, **QUICK, **options})
+
+
+def test_a_directory_belongs_to_one_run(labels, tmp_path):
+    options = {"train": labels, "out": str(tmp_path / "run"), "steps": 1, **TINY, **QUICK}
+    finetune(**options)
+    with pytest.raises(UserError, match="--resume"):
+        finetune(**options)
+    with pytest.raises(UserError, match=r"lr: 0\.001 -> 0\.1"):
+        finetune(**{**options, "lr": 0.1, "resume": True})
+
+
+def test_validation_without_a_known_class_is_refused_before_training(labels, tmp_path):
+    other = json.loads(Path(labels).read_text())
+    for category in other["categories"]:
+        category["name"] += " of another kind"
+    path = Path(labels).with_name("other.json")
+    path.write_text(json.dumps(other))
+    with pytest.raises(UserError, match="no name in common"):
+        finetune(
+            train=labels,
+            val=str(path),
+            val_images=str(Path(labels).with_suffix("")),
+            out=str(tmp_path / "run"),
+            **QUICK,
+        )
+
+
+def test_evaluations_end_with_the_run() -> None:
+    config = FinetuneConfig(train="t.json", out="out", val="v.json", batch_size=8, epochs=20, eval_every=10)
+    settings = config.settings(402, evaluates=True)  # 50.25 updates an epoch
+    assert settings.steps == 1005
+    assert settings.steps - settings.evaluate_every * (settings.steps // settings.evaluate_every) in (0, 502)

@@ -1,0 +1,308 @@
+"""The verb ``pretrain`` through its public face, at the smallest sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForObjectDetection
+
+from conftest import textured
+from runs import TINY, logged
+from siamese_detr.config import read_sources, recipe_names, validate
+from siamese_detr.errors import UserError
+from siamese_detr.pretext import PRETEXTS, SiamesePretext
+from siamese_detr.training import pretrain as module
+from siamese_detr.training.feature_bank import FeatureBank
+from siamese_detr.training.pretrain import pretrain
+from siamese_detr.training.pretrain_config import PretrainConfig
+from siamese_detr.views.config import ViewConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:backbone 'random")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of a tiny run on 10 images with their proposals."""
+    from siamese_detr.proposals.propose import propose
+
+    root = tmp_path_factory.mktemp("pretrain")
+    (root / "photos").mkdir()
+    for n in range(10):
+        textured(n, *((120, 90) if n % 3 else (90, 120))).save(root / "photos" / f"{n:02}.jpg")
+    propose(images=str(root / "photos"), out=str(root / "store"), method="random", workers=1)
+    return TINY | {"images": str(root / "photos"), "proposals": str(root / "store"), "steps": 4}
+
+
+def saved(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+
+
+def test_a_run_leaves_what_it_promises(base: dict[str, Any], tmp_path: Path) -> None:
+    """Config, logs of every term, checkpoints, and a detector that Transformers loads alone; proposals made first."""
+    out = tmp_path / "run"
+    result = pretrain(**{**base, "out": str(out), "proposals": None, "precision": "bf16", "accumulate": 2})
+    assert result.steps == 4
+    assert result.detector == out / "detector"
+    assert np.isfinite(result.loss)
+    names = {"loss", "loss_cls", "loss_box", "loss_giou", "loss_region", "loss_global", "grad_norm", "learning_rate"}
+    names |= {"padded_regions"}
+    assert all(names <= record.keys() for record in logged(out))
+    assert (out / "proposals" / "meta.json").exists()
+    assert list((out / "tensorboard").iterdir())
+    session = json.loads((out / "sessions.jsonl").read_text())
+    assert (session["images"], session["packages"]["torch"]) == (10, torch.__version__.split("+")[0])
+    kinds = {path.suffix for path in out.rglob("*") if path.is_file()} - {""}
+    assert not kinds & {".pt", ".pth", ".bin", ".pkl"}
+    model = AutoModelForObjectDetection.from_pretrained(out / "detector")
+    trained = saved(out, 4)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, trained[f"detector.model.{name}"]), name
+    again = pretrain(config=str(out / "config.yaml"), resume=True)  # complete: nothing is done
+    assert again.steps == 4
+
+
+def test_the_frozen_stay_frozen_and_all_else_learns(base: dict[str, Any], tmp_path: Path) -> None:
+    """Backbone, its statistics and the class head are bit-identical after training; every other parameter moved."""
+    out = tmp_path / "run"
+    pretrain(**{**base, "out": str(out), "save_every": 1, "keep": 0})
+    first, last = saved(out, 1), saved(out, 4)
+    frozen = [name for name in first if ".backbone." in name or "class_labels_classifier" in name]
+    assert len(frozen) > 10
+    assert all(torch.equal(first[name], last[name]) for name in frozen)
+    stuck = [name for name in first.keys() - set(frozen) if torch.equal(first[name], last[name])]
+    assert stuck == []
+
+
+def test_a_longer_run_begins_as_the_shorter_one(base: dict[str, Any], tmp_path: Path) -> None:
+    """More steps and another logging interval may be asked for on resume; settings that change updates may not."""
+    options = {**base, "schedule": "constant"}
+    pretrain(**{**options, "out": str(tmp_path / "long"), "steps": 6})
+    short = {**options, "out": str(tmp_path / "short")}
+    pretrain(**{**short, "steps": 3})
+    with pytest.raises(UserError, match=r"lr: 0\.001 -> 0\.5"):
+        pretrain(**{**short, "lr": 0.5, "resume": True})
+    with pytest.raises(UserError, match=r"already holds a run.*--resume"):
+        pretrain(**short)
+    pretrain(**{**short, "steps": 6, "log_every": 2, "save_every": 5, "resume": True})
+    long, both = logged(tmp_path / "long"), logged(tmp_path / "short")
+    assert both[:3] == long[:3]
+    assert [record["step"] for record in both] == [1, 2, 3, 4, 6]
+    assert both[-1]["loss"] == pytest.approx((long[4]["loss"] + long[5]["loss"]) / 2, rel=1e-12)
+    checkpoints = {path.name for path in (tmp_path / "short" / "checkpoints").iterdir()}
+    assert checkpoints == {"checkpoint-5", "checkpoint-6"}
+    assert all(torch.equal(saved(tmp_path / "long", 6)[k], v) for k, v in saved(tmp_path / "short", 6).items())
+
+
+def test_a_directory_of_something_else_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="holds no run"):
+        pretrain(**{**base, "out": str(tmp_path), "resume": True})
+
+
+def test_a_run_is_not_continued_on_other_images(base: dict[str, Any], tmp_path: Path) -> None:
+    from siamese_detr.proposals.propose import propose
+
+    options = {**base, "out": str(tmp_path / "run"), "steps": 1, "proposals": str(tmp_path / "store")}
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for n in range(5):
+        textured(n).save(photos / f"{n}.jpg")
+        if n > 2:
+            propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
+            if n == 3:
+                pretrain(**{**options, "images": str(photos)})
+    with pytest.raises(UserError, match="began with images 4, and now there are 5"):
+        pretrain(**{**options, "images": str(photos), "steps": 2, "resume": True})
+
+
+class Poison(SiamesePretext):
+    """Gives a NaN from step 3 on: in the loss, or only in the gradient of one bias."""
+
+    where = "loss"
+    calls = 0
+
+    def forward(self, features: Any) -> Any:
+        output = super().forward(features)
+        Poison.calls += 1
+        if Poison.calls >= 3 and self.where == "loss":
+            output.loss = output.loss * float("nan")
+        if Poison.calls >= 3 and self.where == "gradient":
+            output.loss = output.loss + 0 * (self.region_embedding.bias.sum() * 0).sqrt()
+        if Poison.calls >= 3 and self.where == "matching":
+            with torch.no_grad():
+                self.class_head.bias.fill_(float("inf"))
+            super().forward(features)
+        return output
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "matching"])
+def test_a_nan_stops_before_the_update(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """State before the step is kept, the samples are named, and one command does the step again."""
+    monkeypatch.setattr(module, "build_pretext", lambda method, detector, config: Poison(detector, config))
+    monkeypatch.setattr(Poison, "where", where)
+    monkeypatch.setattr(Poison, "calls", 0)
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=r"not finite at step 3: stopped before the update.*--replay"):
+        pretrain(**{**base, "out": str(out), "save_every": 1, "keep": 0})
+    document = json.loads((out / "nonfinite.json").read_text())
+    assert (document["step"], len(document["samples"]), len(document["samples"][0])) == (2, 1, 4)
+    if where == "gradient":
+        assert document["parameters"] == ["region_embedding.bias"]
+    state = load_file(out / "nonfinite" / "checkpoint-2" / "model.safetensors")
+    if where != "matching":
+        before = {name: value for name, value in saved(out, 2).items() if "running" not in name and "num_b" not in name}
+        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    assert not (out / "checkpoints" / "checkpoint-3").exists()
+
+    Poison.calls = 2
+    result = pretrain(**{**base, "out": str(out), "replay": str(out / "nonfinite.json")})
+    assert result.replay.startswith("step 3: ")
+    assert {"loss": "nan", "gradient": "SqrtBackward", "matching": "class_head"}[where] in result.replay
+    Poison.calls = -100
+    if where != "matching":
+        assert "no update made" in pretrain(**{**base, "out": str(out), "replay": str(out / "nonfinite.json")}).replay
+
+
+def test_unreadable_images_are_listed_and_limited(base: dict[str, Any], tmp_path: Path) -> None:
+    """Skipped, counted and listed with reasons; too many of them, or a whole batch, end the run."""
+    import shutil
+
+    from siamese_detr.proposals.propose import propose
+
+    photos = tmp_path / "photos"
+    shutil.copytree(base["images"], photos)
+    propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
+    options = {**base, "images": str(photos), "proposals": str(tmp_path / "store"), "workers": 1}
+    (photos / "03.jpg").write_bytes(b"\xff\xd8 no longer an image")
+    result = pretrain(**{**options, "out": str(tmp_path / "some"), "max_bad_share": 0.5, "epochs": 1.6, "steps": None})
+    records = [json.loads(line) for line in (tmp_path / "some" / "skipped.jsonl").read_text().splitlines()]
+    assert 1 <= result.skipped == len(records) <= 2
+    assert all(record["path"].endswith("03.jpg") and record["reason"] for record in records)
+    with pytest.raises(UserError, match=r"of 1\d images could not be read.*max_bad_share 0.01"):
+        pretrain(**{**options, "out": str(tmp_path / "few"), "max_bad_share": 0.01, "steps": 8})
+    for file in photos.iterdir():
+        file.write_bytes(b"gone")
+    with pytest.raises(UserError, match="none of the 4 images of step 1 can be read"):
+        pretrain(**{**options, "out": str(tmp_path / "none"), "max_bad_share": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_regions": 7}, "too few queries.*6 queries, 7 regions"),
+        ({"detector": "conditional-dter"}, "did you mean 'conditional-detr'"),
+        ({"batch_size": 5, "accumulate": 2}, "batch_size 5 must be a multiple"),
+        ({"feature_bank": 2, "view_size": None}, "view_size"),
+        ({"steps": 0}, "steps must be positive"),
+        ({"precision": "fp16"}, "fp16 needs an accelerator"),
+        ({"iou": 1.5}, "iou"),
+        ({"images": "/nowhere"}, "/nowhere"),
+        ({"proposals": "/nowhere"}, "/nowhere"),
+        ({"init": "/nowhere"}, "/nowhere"),
+        ({"method": "moco"}, "method"),
+    ],
+)
+def test_mistakes_are_named(base: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pretrain(**{**base, "out": str(tmp_path / "run"), **changes})
+
+
+@pytest.mark.parametrize("method", ["up-detr", "detreg"])
+def test_the_older_methods(base: dict[str, Any], tmp_path: Path, method: str) -> None:
+    options = {**base, "method": method, "num_regions": 3, "out": str(tmp_path / "run"), "steps": 2}
+    result = pretrain(**{**options, "view_size": None, "short_sides": (40, 48), "max_size": 64})
+    assert np.isfinite(result.loss)
+
+
+def test_continuing_from_a_detector(base: dict[str, Any], tmp_path: Path) -> None:
+    """``init`` takes the Transformer of any directory of the family, and the sizes with it."""
+    pretrain(**{**base, "out": str(tmp_path / "first"), "steps": 1})
+    options = {**base, "hidden_size": 256, "init": str(tmp_path / "first" / "detector"), "lr": 1e-12}
+    pretrain(**{**options, "out": str(tmp_path / "second"), "steps": 1})
+    first = load_file(tmp_path / "first" / "detector" / "model.safetensors")
+    second = load_file(tmp_path / "second" / "detector" / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-9) for name in first)
+
+
+def test_a_feature_bank_gives_the_losses_of_fresh_views(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to half precision, for as many epochs as it has view sets; shared, resumed, made anew for other views."""
+    calm = {"lr": 1e-12, "steps": 7, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    options = {**base, **calm, "bank_dir": str(tmp_path / "banks"), "discrimination": "region"}
+    pretrain(**{**options, "out": str(tmp_path / "fresh")})
+    committed = FeatureBank.commit
+
+    def interrupted(bank: FeatureBank, states: dict[int, int]) -> None:
+        committed(bank, dict(list(states.items())[: len(states) // 2]))
+        raise KeyboardInterrupt
+
+    banked = {**options, "out": str(tmp_path / "banked"), "feature_bank": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureBank, "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(**banked)
+    (bank,) = (tmp_path / "banks").iterdir()
+    half_done = np.fromfile(bank / "state", np.uint8)
+    assert 0 < half_done.sum() < 20
+    before = (bank / "maps0").read_bytes()
+    pretrain(**{**banked, "resume": True})
+    assert np.fromfile(bank / "state", np.uint8).tolist() == [1] * 20
+    assert (bank / "maps0").read_bytes() == before  # what had been written is what is written again
+    fresh, stored = logged(tmp_path / "fresh"), logged(tmp_path / "banked")
+    for one, two in zip(fresh[:5], stored[:5], strict=True):  # 20 samples: two epochs
+        for name in ("loss", "loss_box", "loss_giou", "loss_cls", "loss_region"):
+            assert two[name] == pytest.approx(one[name], rel=2e-3), name
+    assert fresh[5]["loss_box"] != pytest.approx(stored[5]["loss_box"], rel=1e-3)  # the third epoch sees the first's
+    pretrain(**{**options, "out": str(tmp_path / "other"), "feature_bank": 2, "iou": 0.3, "steps": 1})
+    assert len(list((tmp_path / "banks").iterdir())) == 2
+
+
+def test_the_flat_configuration_is_that_of_its_parts() -> None:
+    """Every setting of views and methods can be told, under its name, and has its default."""
+    config = PretrainConfig(images="a", out="b")
+    assert config.views() == ViewConfig()
+    for method, (_, kind) in PRETEXTS.items():
+        assert PretrainConfig(images="a", out="b", method=method).pretext() == kind()  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(PretrainConfig)}
+    documented = PretrainConfig.__doc__ or ""
+    assert all(f"        {name}: " in documented for name in names)
+    changed = PretrainConfig(images="a", out="b", jitter_queries=False, box_jitter=0.2, view_size=96)
+    assert not changed.pretext().jitter  # type: ignore[attr-defined]
+    assert (changed.views().jitter, changed.views().view_size) == (0.2, 96)
+
+
+def test_every_recipe_is_valid() -> None:
+    """The shipped YAML files name existing settings with valid values, and the papers' schedules."""
+    names = recipe_names(PretrainConfig)
+    assert {"imagenet-conditional", "imagenet-detr", "coco-conditional", "laptop"} <= set(names)
+    for name in names:
+        values = read_sources(PretrainConfig, name, None) | {"images": "a", "out": "b"}
+        config = validate(PretrainConfig, values, name)
+        assert config.batch_size % config.accumulate == 0
+        if name.startswith("imagenet") and config.method == "siamese":
+            assert (config.total_steps(1_281_167), config.batch_size, config.lr) == (300_000, 256, 1e-4)
+            assert round(config.drop_at * 300_000) == 200_000
+        if name.startswith("imagenet"):
+            assert (config.weight_decay, config.clip, config.hidden_size, config.views().max_size) == (
+                1e-4,
+                0.1,
+                256,
+                600,
+            )
+
+
+def test_gradient_checkpointing_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None:
+    pretrain(**{**base, "out": str(tmp_path / "plain"), "steps": 2})
+    pretrain(**{**base, "out": str(tmp_path / "saving"), "steps": 2, "checkpoint_activations": True})
+    assert logged(tmp_path / "plain") == logged(tmp_path / "saving")
