@@ -1,0 +1,210 @@
+"""COCO's detection metrics, overall and per class, from plain arrays (computed by ``faster-coco-eval``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+from rich import box
+from rich.table import Table
+
+MAX_DETECTIONS = (1, 10, 100)
+AREAS = ("all", "small", "medium", "large")
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Detections of many images, one row each.
+
+    Args:
+        images: (N,) int64, image ids of the data set.
+        classes: (N,) int64, contiguous class indices.
+        scores: (N,) float64 in [0, 1].
+        boxes: (N, 4) float64, xyxy in pixels of the original image.
+    """
+
+    images: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @classmethod
+    def empty(cls) -> Detections:
+        return cls.from_rows(np.zeros((0, 7)))
+
+    @classmethod
+    def from_rows(cls, rows: np.ndarray) -> Detections:
+        """From (N, 7) float64 rows ``image, class, score, x1, y1, x2, y2`` (float64 holds ids up to 2^53 exactly)."""
+        rows = np.asarray(rows, np.float64).reshape(-1, 7)
+        return cls(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2], rows[:, 3:])
+
+    def rows(self) -> np.ndarray:
+        """(N, 7) float64, the inverse of :meth:`from_rows`."""
+        return np.column_stack([self.images, self.classes, self.scores, self.boxes]).astype(np.float64)
+
+    def sorted(self) -> Detections:
+        """By image, then best score first: the same order whichever process found what."""
+        order = np.lexsort((self.boxes[:, 0], self.classes, -self.scores, self.images))
+        return Detections(self.images[order], self.classes[order], self.scores[order], self.boxes[order])
+
+    @classmethod
+    def concatenate(cls, parts: list[Detections]) -> Detections:
+        return cls.from_rows(np.concatenate([np.zeros((0, 7)), *(part.rows() for part in parts)]))
+
+    def to_coco(self, category_ids: list[int]) -> list[dict[str, Any]]:
+        """COCO's results format: ``image_id, category_id, bbox (x, y, w, h), score``."""
+        xywh = np.concatenate([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], axis=1)
+        return [
+            {"image_id": image, "category_id": category_ids[label], "bbox": box, "score": score}
+            for image, label, box, score in zip(
+                self.images.tolist(), self.classes.tolist(), xywh.tolist(), self.scores.tolist(), strict=True
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """One class: average precisions and recall in [0, 1] (None: no box of this class to find) and its number of
+    boxes."""
+
+    name: str
+    ap: float | None
+    ap50: float | None
+    ap75: float | None
+    ar100: float | None
+    boxes: int
+
+
+@dataclass(frozen=True)
+class CocoMetrics:
+    """COCO's twelve numbers, in [0, 1]; None where the data set has no such box. AP is the mean over IoU 0.50:0.95."""
+
+    ap: float | None = None
+    ap50: float | None = None
+    ap75: float | None = None
+    ap_small: float | None = None
+    ap_medium: float | None = None
+    ap_large: float | None = None
+    ar1: float | None = None
+    ar10: float | None = None
+    ar100: float | None = None
+    ar_small: float | None = None
+    ar_medium: float | None = None
+    ar_large: float | None = None
+    per_class: list[ClassMetrics] = field(default_factory=list)
+
+    def overall(self) -> dict[str, float | None]:
+        """The twelve numbers under COCO's names: AP, AP50, AP75, AP_small, … AR_large."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "per_class"]
+        return {name[:2].upper() + name[2:]: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """:meth:`overall`, and ``classes``: a list of name, AP, AP50, AP75, AR100, boxes."""
+        classes = [
+            {k.upper() if k[:2] in ("ap", "ar") else k: v for k, v in dataclasses.asdict(row).items()}
+            for row in self.per_class
+        ]
+        return {**self.overall(), "classes": classes}
+
+    def write(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def table(self) -> Table:
+        """A table for the terminal, in percent: the overall line, then the classes."""
+        table = Table(caption="COCO metrics in percent; – : no such box", box=box.SIMPLE, pad_edge=False)
+        table.add_column("class", min_width=8)
+        for name in ("boxes", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100"):
+            table.add_column(name, justify="right")
+        numbers = (self.ap, self.ap50, self.ap75, self.ap_small, self.ap_medium, self.ap_large)
+        recalls = (self.ar1, self.ar10, self.ar100)
+        boxes = sum(row.boxes for row in self.per_class)
+        table.add_row("all", str(boxes), *map(percent, numbers), *map(percent, recalls), style="bold", end_section=True)
+        for row in self.per_class:
+            found = map(percent, (row.ap, row.ap50, row.ap75))
+            table.add_row(row.name, str(row.boxes), *found, "", "", "", "", "", percent(row.ar100))
+        return table
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def coco_metrics(ground_truth: dict[str, Any], detections: Detections) -> CocoMetrics:
+    """Score ``detections`` against a COCO data set.
+
+    Args:
+        ground_truth: ``images``, ``annotations`` (``iscrowd`` boxes are neither to be found nor counted against a
+            detection) and ``categories``; class index k of the detections means ``categories[k]``.
+        detections: of images of this data set; images without any are counted as missed.
+    """
+    category_ids = [category["id"] for category in ground_truth["categories"]]
+    truth = COCO()
+    truth.dataset = {
+        "images": [dict(image) for image in ground_truth["images"]],
+        # Ids from 1: the evaluation keeps 0 for "unmatched".
+        "annotations": [
+            {**a, "id": i, "iscrowd": int(a.get("iscrowd", 0)), "area": a.get("area", a["bbox"][2] * a["bbox"][3])}
+            for i, a in enumerate(ground_truth["annotations"], 1)
+        ],
+        "categories": [dict(category) for category in ground_truth["categories"]],
+    }
+    truth.createIndex()
+    found = truth.loadRes(detections.sorted().to_coco(category_ids)) if len(detections) else truth.loadRes([])
+    evaluation = COCOeval_faster(truth, found, "bbox", print_function=lambda *_: None)
+    evaluation.params.maxDets = list(MAX_DETECTIONS)
+    # COCOeval sorts the categories by id: remember where each class went.
+    columns = {category: column for column, category in enumerate(sorted(category_ids))}
+    evaluation.evaluate()
+    evaluation.accumulate()
+    # precision: (IoU thresholds, recalls, classes, areas, max detections); recall: the same without recalls; −1:
+    # undefined.
+    precision = np.asarray(evaluation.eval["precision"])
+    recall = np.asarray(evaluation.eval["recall"])
+
+    def ap(iou: int | slice = slice(None), area: str = "all", label: Any = slice(None)) -> float | None:
+        return mean_defined(precision[iou, :, label, AREAS.index(area), -1])
+
+    def ar(most: int = 100, area: str = "all", label: Any = slice(None)) -> float | None:
+        return mean_defined(recall[:, label, AREAS.index(area), MAX_DETECTIONS.index(most)])
+
+    at50, at75 = 0, 5  # thresholds are 0.50, 0.55, …
+    counts = {category: 0 for category in category_ids}
+    for annotation in truth.dataset["annotations"]:
+        counts[annotation["category_id"]] += not annotation["iscrowd"]
+    per_class = [
+        ClassMetrics(
+            category["name"], ap(label=k), ap(at50, label=k), ap(at75, label=k), ar(label=k), counts[category["id"]]
+        )
+        for category in ground_truth["categories"]
+        for k in [columns[category["id"]]]
+    ]
+    small, medium, large = AREAS[1:]
+    return CocoMetrics(
+        ap=ap(),
+        ap50=ap(at50),
+        ap75=ap(at75),
+        ap_small=ap(area=small),
+        ap_medium=ap(area=medium),
+        ap_large=ap(area=large),
+        ar1=ar(1),
+        ar10=ar(10),
+        ar100=ar(100),
+        ar_small=ar(area=small),
+        ar_medium=ar(area=medium),
+        ar_large=ar(area=large),
+        per_class=per_class,
+    )
+
+
+def mean_defined(values: np.ndarray) -> float | None:
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else None

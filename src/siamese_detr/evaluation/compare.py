@@ -1,0 +1,277 @@
+"""The verb ``compare``: does pre-training help on my images, and how much, against what I would do otherwise?"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from siamese_detr.config import default_of, is_required, read_sources, verb, write_config
+from siamese_detr.errors import UserError
+from siamese_detr.evaluation.cells import (
+    Protocol,
+    Task,
+    dataset_key,
+    images_key,
+    parse_init,
+    resolve,
+    same_detector,
+    same_input,
+    tasks,
+)
+from siamese_detr.evaluation.results import METRIC, conclude, finished, read_cell, write_plots, write_tables
+from siamese_detr.evaluation.schedule import Ended, Job, device_slots, run_jobs
+from siamese_detr.evaluation.summary import CellResult, summary_table, to_markdown
+from siamese_detr.images.labels import read_labels
+from siamese_detr.images.listing import list_images
+from siamese_detr.proposals.propose import ProposeConfig
+from siamese_detr.training.finetune_config import FinetuneConfig
+from siamese_detr.training.pretrain_config import PretrainConfig
+from siamese_detr.training.rundir import record_session
+from siamese_detr.training.signals import RunLock
+
+Value = bool | int | float | str
+
+
+@dataclass
+class CompareConfig:
+    """Compare initialisations of a detector by what fine-tuning makes of them.
+
+    Every initialisation gets the same fine-tuning, label parts and seeds. Options of the verbs are given as
+    `--finetune epochs 50 lr 1e-4`, or in YAML as a mapping.
+
+    Args:
+        images: unlabelled images to pre-train on: folder, list file (.txt) or COCO JSON.
+        train: labels to fine-tune on: COCO JSON, VOC folder or YOLO data.yaml.
+        val: labels to measure on.
+        out: directory of the comparison; what is there already is not run again.
+        inits: what to compare: scratch (everything random), backbone (pre-trained backbone, random Transformer: the
+            papers' "scratch"), siamese, up-detr or detreg (pre-trained here), PATH (a detector as it is, e.g. one
+            supervised on COCO), PATH+siamese (that detector after our pre-training), or the name of a variant.
+        fractions: parts of the training images, each above 0 to 1.
+        seeds: of the part of the images, new weights and training; results are averaged over them.
+        preset: start from the protocol of the paper: paper-table-1 or paper-table-2 (as --recipe does).
+        propose: options of propose.
+        pretrain_recipe: recipe of pretrain, a name or a YAML file.
+        pretrain: further options of pretrain; those of the detector hold for all initialisations.
+        variants: options of pretrain for one initialisation, by its name; with a method they define a new one.
+        finetune_recipe: recipe of finetune, a name or a YAML file.
+        finetune: further options of finetune.
+        finetune_at: options of finetune at one label fraction, by its number, for all initialisations alike.
+        pretrain_each_seed: pre-train anew for every seed (default: one pre-training serves all seeds).
+        evaluation: count each cell's last evaluation, or its best (which flatters noisy runs).
+        parallel: runs at a time (default: one per visible GPU, or one on the CPU).
+        dry_run: only tell what would be run.
+    """
+
+    images: str
+    train: str
+    val: str
+    out: str
+    inits: tuple[str, ...] = ("backbone", "siamese")
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    seeds: tuple[int, ...] = (0, 1)
+    preset: str | None = None
+    propose: dict[str, Value] = field(default_factory=dict)
+    pretrain_recipe: str | None = None
+    pretrain: dict[str, Value] = field(default_factory=dict)
+    variants: dict[str, dict[str, Value]] = field(default_factory=dict)
+    finetune_recipe: str | None = None
+    finetune: dict[str, Value] = field(default_factory=dict)
+    finetune_at: dict[str, dict[str, Value]] = field(default_factory=dict)
+    pretrain_each_seed: bool = False
+    evaluation: str = "last"
+    parallel: int | None = None
+    dry_run: bool = False
+
+
+@dataclass
+class CompareResult:
+    """What a comparison found.
+
+    Args:
+        out: its directory: table.md, table.csv, results.json, plots, and every run.
+        cells: one per initialisation, label fraction and seed.
+    """
+
+    out: Path
+    cells: list[CellResult]
+
+    def __str__(self) -> str:
+        return to_markdown(self.cells, METRIC)
+
+
+@verb(CompareConfig)
+def compare(config: CompareConfig) -> CompareResult:
+    """Pre-train and fine-tune detectors from several initialisations, with several parts of the labels, and compare.
+
+    Killed and started again, it goes on; with a changed configuration it runs again only what that touches.
+
+    Raises:
+        UserError: bad input, found before anything is run.
+        Stopped: SIGTERM came; the runs are saved (a SystemExit with code 75).
+    """
+    config = apply_preset(config)
+    console = Console(stderr=True)
+    protocol = make_protocol(config)
+    todo = tasks(protocol)
+    missing = [task for task in todo if not finished(task)]
+    missing = [task for task in missing if task.cell or needed(task, missing)]
+    if config.dry_run:
+        for task in todo:
+            console.print(f"{'to run' if task in missing else 'done  '}  {task.name}", markup=False, highlight=False)
+        return CompareResult(protocol.out, [read_cell(task, config.evaluation) for task in todo if task.cell])
+    protocol.out.mkdir(parents=True, exist_ok=True)
+    with RunLock(protocol.out):
+        write_config(config, protocol.out / "config.yaml")
+        record_session(protocol.out)
+        slots = device_slots(config.parallel)
+        console.print(f"{len(missing)} of {len(todo)} runs to do, {len(slots)} at a time", highlight=False)
+        done_before = [task.name for task in todo if task not in missing]
+        jobs = [job_of(task) for task in missing]
+        by_name = {task.name: task for task in missing}
+
+        def note(job: Job, ended: Ended) -> None:
+            task = by_name[job.name]
+            conclude(task, ended, protocol)
+            colour = "green" if ended.outcome == "done" else "red"
+            text = f"{ended.seconds:.0f} s" if ended.outcome == "done" else ended.reason
+            console.print(f"[{colour}]{ended.outcome}[/] {escape(task.name)}: {escape(text)}", highlight=False)
+            if task.cell:
+                write_tables(protocol.out, [read_cell(t, config.evaluation) for t in todo if t.cell])
+
+        try:
+            run_jobs(jobs, slots, note, done_before)
+        finally:
+            cells = [read_cell(task, config.evaluation) for task in todo if task.cell]
+            write_tables(protocol.out, cells)
+            write_plots(protocol.out, cells)
+    console.print(terminal_table(cells))
+    failed = [cell for cell in cells if cell.status != "done"]
+    for cell in failed:
+        console.print(f"{cell.name}: {cell.status} ({cell.reason})", markup=False, style="red", highlight=False)
+    console.print(f"table, plots and all runs in {protocol.out}", markup=False, highlight=False)
+    return CompareResult(protocol.out, cells)
+
+
+def apply_preset(config: CompareConfig) -> CompareConfig:
+    """Fill in what the preset says and the user left at its default; the user's options win over the preset's."""
+    if config.preset is None:
+        return config
+    changes: dict[str, Any] = {}
+    values = read_sources(CompareConfig, config.preset, None)
+    for spec in dataclasses.fields(CompareConfig):
+        mine = getattr(config, spec.name)
+        if spec.name not in values or is_required(spec):
+            continue
+        if isinstance(mine, dict):
+            changes[spec.name] = values[spec.name] | mine
+        elif mine == default_of(spec):
+            changes[spec.name] = tuple(values[spec.name]) if isinstance(mine, tuple) else values[spec.name]
+    config = dataclasses.replace(config, **changes)
+    variants = {name: options for name, options in config.variants.items() if name in config.inits}
+    return dataclasses.replace(config, variants=variants)
+
+
+def make_protocol(config: CompareConfig) -> Protocol:
+    """Read all inputs and build all configurations, so that mistakes show before hours of training."""
+    for name in ("inits", "fractions", "seeds"):
+        values = getattr(config, name)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"{name} must name at least one, each once, not {list(values)}")
+    for fraction in config.fractions:
+        if not 0 < fraction <= 1:
+            raise UserError(f"fractions must be above 0 and at most 1, not {fraction}")
+    if config.evaluation not in ("last", "best"):
+        raise UserError(f"evaluation must be last or best, not {config.evaluation!r}")
+    if config.parallel is not None and config.parallel < 1:
+        raise UserError(f"parallel must be at least 1, not {config.parallel}")
+    if unused := config.variants.keys() - set(config.inits):
+        raise UserError(f"variants has {sorted(unused)[0]!r}, which is not among inits")
+    inits = [parse_init(name, config.variants) for name in config.inits]
+    images, train, val = (str(Path(p).expanduser().absolute()) for p in (config.images, config.train, config.val))
+    # What differs between the cells is filled in for each of them; here it must only be nobody else's to set.
+    fixed: dict[str, Any] = {"images": images, "out": "-"}
+    propose: ProposeConfig = resolve(ProposeConfig, None, config.propose, fixed)
+    fixed |= {"method": "siamese", "init": None}
+    pretrain: PretrainConfig = resolve(PretrainConfig, config.pretrain_recipe, config.pretrain, fixed)
+    fixed = {"train": train, "val": val, "out": "-", "fraction": 1.0, "seed": 0, "model": None, "init": None}
+    finetune: FinetuneConfig = resolve(FinetuneConfig, config.finetune_recipe, config.finetune, fixed)
+    if any(init.start in ("scratch", "backbone") and init.method is None for init in inits):
+        finetune = same_detector(pretrain, finetune)
+    training = read_labels(train, finetune.train_images)
+    validation = read_labels(val, finetune.val_images, default_split="val")
+    if training.class_names != validation.class_names:
+        raise UserError(
+            f"{config.train} and {config.val} have other classes ({len(training.class_names)} and "
+            f"{len(validation.class_names)}): both must list the same ones in the same order"
+        )
+    return Protocol(
+        out=Path(config.out).expanduser().absolute(),
+        images=images,
+        images_key=images_key(list_images(images)) if any(init.method for init in inits) else "",
+        labels_key=dataset_key(training, validation),
+        propose=propose,
+        pretrain=pretrain,
+        finetune=same_input(pretrain, finetune),
+        inits=inits,
+        fractions=config.fractions,
+        seeds=config.seeds,
+        by_fraction=read_fractions(config.finetune_at, config.fractions),
+        counts={(f, s): len(training.take(f, s)) for f in config.fractions for s in config.seeds},
+        pretrain_each_seed=config.pretrain_each_seed,
+    )
+
+
+def read_fractions(
+    options: Mapping[str, Mapping[str, Any]], fractions: Sequence[float]
+) -> dict[float, Mapping[str, Any]]:
+    """Options by fraction, with the fractions as numbers."""
+    found = {}
+    for name, values in options.items():
+        try:
+            fraction = float(name)
+        except ValueError:
+            fraction = -1.0
+        if fraction not in fractions:
+            raise UserError(f"finetune_at has {name!r}, which is none of the fractions {list(fractions)}")
+        found[fraction] = values
+    return found
+
+
+def needed(task: Task, missing: Sequence[Task]) -> bool:
+    """Whether a task that is still to run needs this one, directly or not."""
+    return any(task.name in other.needs and (other.cell or needed(other, missing)) for other in missing)
+
+
+def job_of(task: Task) -> Job:
+    """The command that runs a task, or continues it; everything needed to repeat it stands in its folder."""
+    task.folder.mkdir(parents=True, exist_ok=True)
+    file = task.folder / f"run-{task.key}.yaml"
+    resume = {"resume": (task.run / "config.yaml").exists()} if task.verb != "propose" else {}
+    options = {**task.options, "out": str(task.run), **resume}
+    if "progress" in options:
+        options["progress"] = False
+    file.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    command = (sys.executable, "-m", "siamese_detr.cli", task.verb, "--config", str(file))
+    return Job(task.name, command, task.folder / f"run-{task.key}.txt", task.needs)
+
+
+def terminal_table(cells: Sequence[CellResult]) -> Table:
+    text = summary_table(cells, METRIC)
+    table = Table(caption=f"{METRIC} in percent, mean ± standard deviation over seeds, by share of the labels")
+    table.add_column("initialisation")
+    for header in text.headers:
+        table.add_column(header, justify="right")
+    for number, (init, row) in enumerate(zip(text.inits, text.rows, strict=True)):
+        marked = (f"[bold]{v}[/]" if best == number else v for v, best in zip(row, text.best, strict=True))
+        table.add_row(escape(init), *marked)
+    return table

@@ -1,0 +1,289 @@
+"""Running a detector over images: any Hugging Face object detector, with its own image processor.
+
+Only images that the processor resizes to one shape share a batch, so nothing is ever padded: a picture's boxes
+    are those
+of ``transformers.pipeline("object-detection")``, whatever the batch size, the order or the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+from transformers.utils import logging
+
+from siamese_detr.errors import ImageError, UserError
+from siamese_detr.evaluation.coco import Detections
+from siamese_detr.images.decode import read_image
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to look at.
+
+    Args:
+        id: carried over to the detections.
+        path: of the file.
+        size: (width, height) that the boxes shall refer to; None: the file's own.
+    """
+
+    id: int
+    path: str
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What was found in one image, best first.
+
+    Args:
+        job: what was asked.
+        size: (width, height) the boxes refer to.
+        classes: (N,) int64 indices into the detector's class names.
+        scores: (N,) float64 in [0, 1].
+        boxes: (N, 4) float64 xyxy in pixels, as the image processor gives them: they may stick out of the image.
+        problem: why the file could not be read; then there is nothing else.
+    """
+
+    job: Job
+    size: tuple[int, int] = (0, 0)
+    classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    problem: str | None = None
+
+    def above(self, threshold: float) -> ImageResult:
+        """Only the boxes that score more than ``threshold``."""
+        keep = self.scores > threshold
+        return replace(self, classes=self.classes[keep], scores=self.scores[keep], boxes=self.boxes[keep])
+
+    def detections(self, class_map: np.ndarray | None = None) -> Detections:
+        """As rows; ``class_map`` translates class indices, −1 drops a class."""
+        classes = self.classes if class_map is None else class_map[self.classes]
+        keep = classes >= 0
+        images = np.full(int(keep.sum()), self.job.id, np.int64)
+        return Detections(images, classes[keep], self.scores[keep], self.boxes[keep])
+
+
+@dataclass
+class Detector:
+    """A model with its image processor and class names.
+
+    Args:
+        model: a Transformers object detector.
+        processor: its image processor.
+        device: where the model is.
+    """
+
+    model: nn.Module
+    processor: Any
+    device: torch.device
+
+    @property
+    def class_names(self) -> list[str]:
+        names: dict[int, str] = self.model.config.id2label  # type: ignore[union-attr,assignment]
+        return [names.get(k, f"LABEL_{k}") for k in range(max(names, default=-1) + 1)]
+
+    @classmethod
+    def load(cls, directory: str | Path, device: str = "auto") -> Detector:
+        """From a Hugging Face directory, or the run directory that holds one.
+
+        Raises:
+            UserError: no detector there, or damaged or unsafe (pickled) weights.
+        """
+        path = find_detector(directory)
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            options = {"local_files_only": True, "weights_only": True, "use_safetensors": True, "dtype": torch.float32}
+            with quiet_loading():
+                model, info = AutoModelForObjectDetection.from_pretrained(
+                    path, config=config, output_loading_info=True, **options
+                )
+                processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # Transformers raises anything from KeyError to RuntimeError here
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{path} cannot be loaded as a detector ({reason}); it needs config.json, model.safetensors and "
+                "preprocessor_config.json of an object detection model"
+            ) from error
+        if missing := info["missing_keys"]:
+            raise UserError(
+                f"{path}: the weights lack {len(missing)} tensors, e.g. {sorted(missing)[0]}: it is damaged"
+            )
+        place = choose_device(device)
+        return cls(model.to(place).eval(), processor, place)
+
+    @torch.no_grad()  # not inference_mode: position embeddings that models cache must stay usable in training
+    def detect(self, inputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], top_k: int) -> list:
+        """Boxes of a batch of equally large images.
+
+        Args:
+            inputs: what the processor gave, batched.
+            sizes: (width, height) per image that boxes shall refer to.
+            top_k: at most so many boxes per image.
+
+        Returns:
+            per image (classes, scores, boxes) as in :class:`ImageResult`.
+        """
+        outputs = self.model(**{name: value.to(self.device) for name, value in inputs.items()})
+        process = self.processor.post_process_object_detection
+        options = {"top_k": top_k} if "top_k" in inspect.signature(process).parameters else {}
+        heights_widths = torch.tensor([(height, width) for width, height in sizes])
+        results = process(outputs, threshold=0.0, target_sizes=heights_widths.to(self.device), **options)
+        found = []
+        for result in results:
+            scores = result["scores"].cpu().double().numpy()
+            best = np.argsort(-scores, kind="stable")[:top_k]
+            boxes = result["boxes"].cpu().double().numpy().reshape(-1, 4)
+            found.append((result["labels"].cpu().numpy()[best], scores[best], boxes[best]))
+        return found
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without Transformers' progress bars and reports: what matters is checked and said in our own words."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def find_detector(directory: str | Path) -> Path:
+    """``directory`` if it is a detector, else the one inside it: ``best``, ``last`` (fine-tuning), ``detector``
+    (pre-training)."""
+    path = Path(directory).expanduser()
+    if not path.exists():
+        raise UserError(f"there is no detector {path}: the folder does not exist")
+    for candidate in (path, path / "best", path / "last", path / "detector"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UserError(f"{path} is no detector: it holds no config.json, nor do best, last or detector in it")
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: this process's accelerator if there is one, else the CPU; otherwise the device of that name."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cuda" and torch.distributed.is_available() and torch.distributed.is_initialized():
+            name = f"cuda:{torch.cuda.current_device()}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try 'auto' or 'cpu'"
+        ) from error
+    return device
+
+
+class InferenceImages(Dataset):
+    """Images decoded and processed one by one, in data workers."""
+
+    def __init__(self, jobs: Sequence[Job], processor: Any) -> None:
+        self.jobs, self.processor = jobs, processor
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> tuple[int, tuple[int, int], dict[str, Tensor] | str]:
+        """Index, (width, height) of the file, and the processor's output or why the file cannot be read."""
+        try:
+            image = read_image(self.jobs[index].path)
+        except ImageError as error:
+            return index, (0, 0), error.reason
+        inputs = self.processor(images=[Image.fromarray(image)], return_tensors="pt")
+        return index, (image.shape[1], image.shape[0]), {name: inputs[name] for name in inputs if name != "labels"}
+
+
+def same_shape_batches(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Indices of equally large images in batches of at most ``batch_size``; the same whoever computes them."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(index)
+    return [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]
+
+
+def run(
+    detector: Detector,
+    jobs: Sequence[Job],
+    *,
+    batch_size: int = 8,
+    workers: int = 0,
+    top_k: int = 100,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[ImageResult]:
+    """Detect in every image of ``jobs`` (of every ``world``-th batch, the ``rank``-th first), in no particular order.
+
+    Args:
+        detector: the detector; its model must be in evaluation mode.
+        jobs: the images.
+        batch_size: most images in one forward pass.
+        workers: data processes.
+        top_k: most boxes per image.
+        rank, world: this process and the number of processes that share the work.
+    """
+    size = getattr(detector.processor, "size", None) or {}
+    square = bool(dict(size).get("height") and dict(size).get("width"))
+    shapes = [(0, 0) if square else job.size or (-1, index) for index, job in enumerate(jobs)]
+    batches = same_shape_batches(shapes, batch_size)[rank::world]
+    loader = DataLoader(
+        InferenceImages(jobs, detector.processor),
+        batch_sampler=batches,
+        collate_fn=list,
+        num_workers=min(workers, len(batches)),
+        pin_memory=False,
+    )
+    for samples in loader:
+        # Files may differ from what the labels say of their size: trust the tensors.
+        groups: dict[tuple, list] = {}
+        for index, size, inputs in samples:
+            if isinstance(inputs, str):
+                yield ImageResult(jobs[index], problem=inputs)
+            else:
+                key = tuple((name, *value.shape) for name, value in inputs.items())
+                groups.setdefault(key, []).append((index, size, inputs))
+        for group in groups.values():
+            sizes = [jobs[index].size or size for index, size, _ in group]
+            inputs = {name: torch.cat([item[2][name] for item in group]) for name in group[0][2]}
+            found = detector.detect(inputs, sizes, top_k)
+            for (index, _, _), image_size, (classes, scores, boxes) in zip(group, sizes, found, strict=True):
+                yield ImageResult(jobs[index], image_size, classes, scores, boxes)
+
+
+def gather(detections: Detections, device: torch.device) -> Detections:
+    """The detections of all processes, in the same order in each; with one process, only sorted."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        place = device if distributed.get_backend() == "nccl" else torch.device("cpu")
+        rows = torch.from_numpy(detections.rows()).to(place)
+        lengths = torch.zeros(distributed.get_world_size(), dtype=torch.int64, device=place)
+        lengths[distributed.get_rank()] = len(rows)
+        distributed.all_reduce(lengths)
+        padded = rows.new_zeros((int(lengths.max()), 7))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in lengths]
+        distributed.all_gather(parts, padded)
+        together = torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
+        detections = Detections.from_rows(together.cpu().numpy())
+    return detections.sorted()

@@ -1,0 +1,182 @@
+"""The verb ``predict``: boxes and pictures for new images."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from siamese_detr.config import verb
+from siamese_detr.errors import ImageError, UserError
+from siamese_detr.evaluation.draw import draw_detections
+from siamese_detr.evaluation.inference import Detector, ImageResult, Job, run
+from siamese_detr.images.decode import read_image, read_size
+from siamese_detr.images.listing import EXTENSIONS, ImageList, list_images
+
+
+@dataclass
+class PredictConfig:
+    """Detect objects in images: JSON with the boxes, and pictures with them drawn.
+
+    Args:
+        model: a detector's Hugging Face directory, also one that this package did not make, or a run directory.
+        images: an image, a folder (searched recursively), a list file (.txt) or a COCO JSON.
+        out: folder for predictions.json, coco_results.json and pictures/.
+        threshold: boxes must score more than this (0 to 1).
+        top_k: most boxes per image.
+        draw: also write the pictures with the boxes drawn.
+        batch_size: images per forward pass.
+        workers: data processes.
+        device: auto, cpu, cuda, mps …
+    """
+
+    model: str
+    images: str
+    out: str
+    threshold: float = 0.5
+    top_k: int = 100
+    draw: bool = True
+    batch_size: int = 8
+    workers: int = 1
+    device: str = "auto"
+
+
+@dataclass
+class PredictResult:
+    """What was found.
+
+    Args:
+        out: the folder written.
+        results: one per readable image, in the order of the list.
+        class_names: names of the class indices.
+        skipped: (path, reason) of unreadable images.
+    """
+
+    out: Path
+    results: list[ImageResult]
+    class_names: list[str]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def boxes(self) -> int:
+        """Number of boxes found."""
+        return sum(len(result.scores) for result in self.results)
+
+
+@verb(PredictConfig)
+def predict(config: PredictConfig) -> PredictResult:
+    """Find objects in images: JSON with the boxes, and pictures with them drawn."""
+    if not 0 <= config.threshold < 1:
+        raise UserError(f"threshold must be at least 0 and below 1, not {config.threshold}")
+    images = image_list(config.images)
+    out = Path(config.out)
+    try:
+        (out / "pictures" if config.draw else out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: {error.strerror}") from error
+    detector = Detector.load(config.model, config.device)
+    console = Console(stderr=True, soft_wrap=True)
+
+    jobs, skipped = [], []
+    for index in range(len(images)):
+        try:
+            jobs.append(Job(index, images.absolute(index), read_size(images.absolute(index))))
+        except ImageError as error:
+            skipped.append((error.path, error.reason))
+    found = run(detector, jobs, batch_size=config.batch_size, workers=config.workers, top_k=config.top_k)
+    results = []
+    surest = 0.0
+    hidden = not console.is_terminal
+    for result in track(found, "predicting", total=len(jobs), console=console, transient=True, disable=hidden):
+        if result.problem is not None:
+            skipped.append((result.job.path, result.problem))
+            continue
+        surest = max(surest, result.scores.max(initial=0.0))
+        result = result.above(config.threshold)
+        results.append(result)
+        if config.draw:
+            draw_picture(result, detector.class_names, out / "pictures" / images.paths[result.job.id])
+    results.sort(key=lambda result: result.job.id)
+    skipped.sort()
+    if not results:
+        raise UserError(
+            f"none of the {len(images)} images in {config.images} can be read, e.g. {skipped[0][0]}: {skipped[0][1]}"
+        )
+    outcome = PredictResult(out, results, detector.class_names, skipped)
+    write(out / "predictions.json", document(outcome, images, config))
+    write(out / "coco_results.json", coco_results(outcome))
+    for path, reason in skipped[:5]:
+        console.print(f"cannot read {path}: {reason}", markup=False)
+    console.print(
+        f"{outcome.boxes} boxes in {len(results)} images, {len(skipped)} unreadable: {out / 'predictions.json'}"
+        + (f", {out / 'pictures'}" if config.draw else ""),
+        markup=False,
+    )
+    if not outcome.boxes:
+        console.print(f"no box scores above the threshold of {config.threshold}; the surest has {surest:.3f}")
+    return outcome
+
+
+def image_list(source: str) -> ImageList:
+    """The images that ``source`` names: also a single file."""
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    if path.is_file() and path.suffix.lower().lstrip(".") in EXTENSIONS:
+        return ImageList(path.parent, [path.name])
+    return list_images(source)
+
+
+def draw_picture(result: ImageResult, names: list[str], path: Path) -> None:
+    """Write the picture as JPEG under the image's own name."""
+    image = read_image(result.job.path)
+    picture = draw_detections(image, result.boxes, result.classes, result.scores, names)
+    path = path.with_name(f"{path.stem}.jpg" if path.suffix.lower() in (".jpg", ".jpeg") else f"{path.name}.jpg")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=90)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def document(outcome: PredictResult, images: ImageList, config: PredictConfig) -> dict[str, Any]:
+    """``predictions.json``: per image its file, size and objects with label, score and box (xyxy in pixels)."""
+    return {
+        "model": str(config.model),
+        "threshold": config.threshold,
+        "root": str(images.root),
+        "images": [
+            {
+                "id": result.job.id,
+                "file_name": images.paths[result.job.id],
+                "width": result.size[0],
+                "height": result.size[1],
+                "objects": [
+                    {"label": outcome.class_names[k], "score": round(score, 5), "box": [round(v, 2) for v in box]}
+                    for k, score, box in zip(
+                        result.classes.tolist(), result.scores.tolist(), result.boxes.tolist(), strict=True
+                    )
+                ],
+            }
+            for result in outcome.results
+        ],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(outcome.class_names)],
+        "skipped": [{"path": path, "reason": reason} for path, reason in outcome.skipped],
+    }
+
+
+def coco_results(outcome: PredictResult) -> list[dict[str, Any]]:
+    """COCO's results format; image ids are those of ``predictions.json``, category ids its categories'."""
+    ids = list(range(len(outcome.class_names)))
+    return [row for result in outcome.results for row in result.detections(np.array(ids)).to_coco(ids)]
+
+
+def write(path: Path, content: Any) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,232 @@
+"""The cells of a comparison gathered: mean and standard deviation over seeds, as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One fine-tuning of a comparison.
+
+    Args:
+        init: the initialisation, as the user named it.
+        fraction: of the training images, in (0, 1].
+        seed: of the choice of images, new weights and training.
+        key: hash of everything that determines the result.
+        status: done; failed; skipped because its pre-training failed; missing: not run yet.
+        reason: why, in one line, where it is not done.
+        metrics: COCO's numbers in [0, 1] by name (``AP``, ``AP50``, ...); None where undefined.
+        history: per evaluation during training: ``epoch`` and the metrics.
+        images: number of labelled training images used; None if unknown.
+        seconds: wall time of the fine-tuning.
+        run: the run directory, relative to the comparison's.
+    """
+
+    init: str
+    fraction: float
+    seed: int
+    key: str = ""
+    status: Literal["done", "failed", "skipped", "missing"] = "missing"
+    reason: str = ""
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    images: int | None = None
+    seconds: float = 0.0
+    run: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people: ``siamese, 10 %, seed 1``."""
+        return f"{self.init}, {percent_of(self.fraction)}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the table: one initialisation at one label fraction.
+
+    Args:
+        init, fraction: which.
+        mean: over the seeds that are done; None if there is none.
+        std: sample standard deviation; None with fewer than two seeds.
+        count: seeds done.
+        expected: seeds asked for.
+        images: labelled images, mean over seeds; None if unknown.
+    """
+
+    init: str
+    fraction: float
+    mean: float | None
+    std: float | None
+    count: int
+    expected: int
+    images: float | None
+
+
+def percent_of(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
+
+
+def entries(results: Sequence[CellResult], metric: str = "AP") -> list[Entry]:
+    """One entry per initialisation and fraction, in the order in which they first appear."""
+    groups: dict[tuple[str, float], list[CellResult]] = {}
+    for result in results:
+        groups.setdefault((result.init, result.fraction), []).append(result)
+    found = []
+    for (init, fraction), group in groups.items():
+        values = [v for r in group if r.status == "done" and (v := r.metrics.get(metric)) is not None]
+        images = [r.images for r in group if r.images is not None]
+        found.append(
+            Entry(
+                init,
+                fraction,
+                statistics.fmean(values) if values else None,
+                statistics.stdev(values) if len(values) > 1 else None,
+                len(values),
+                len(group),
+                statistics.fmean(images) if images else None,
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class SummaryTable:
+    """The table as text: ``rows[i][j]`` belongs to ``inits[i]`` and ``headers[j]``; ``best`` holds each column's
+    best row."""
+
+    headers: list[str]
+    inits: list[str]
+    rows: list[list[str]]
+    best: list[int | None]
+
+
+def summary_table(results: Sequence[CellResult], metric: str = "AP") -> SummaryTable:
+    """Initialisations down, label fractions across, in percent: ``12.3 ± 0.4``; fewer seeds than asked for are told."""
+    found = {(entry.init, entry.fraction): entry for entry in entries(results, metric)}
+    inits = list(dict.fromkeys(entry.init for entry in found.values()))
+    fractions = sorted({entry.fraction for entry in found.values()})
+    headers = []
+    for fraction in fractions:
+        counts = [entry.images for entry in found.values() if entry.fraction == fraction and entry.images is not None]
+        headers.append(percent_of(fraction) + (f" ({round(statistics.fmean(counts))} images)" if counts else ""))
+    rows = [[format_entry(found.get((init, fraction))) for fraction in fractions] for init in inits]
+    best: list[int | None] = []
+    for fraction in fractions:
+        means = [
+            (e.mean, i) for i, init in enumerate(inits) if (e := found.get((init, fraction))) and e.mean is not None
+        ]
+        best.append(max(means)[1] if len(means) > 1 else None)
+    return SummaryTable(headers, inits, rows, best)
+
+
+def format_entry(entry: Entry | None) -> str:
+    if entry is None or entry.mean is None:
+        return "–"
+    text = f"{100 * entry.mean:.1f}" + (f" ± {100 * entry.std:.1f}" if entry.std is not None else "")
+    return text if entry.count == entry.expected else f"{text} ({entry.count} of {entry.expected} seeds)"
+
+
+def to_markdown(results: Sequence[CellResult], metric: str = "AP") -> str:
+    """The table, the best mean of each column in bold, and a line for every cell that is not done."""
+    table = summary_table(results, metric)
+    lines = [
+        f"{metric} in percent, mean ± standard deviation over seeds; columns: share of the training labels.",
+        "",
+        "| initialisation | " + " | ".join(table.headers) + " |",
+        "|---|" + "---:|" * len(table.headers),
+    ]
+    for number, (init, row) in enumerate(zip(table.inits, table.rows, strict=True)):
+        cells = [f"**{text}**" if best == number else text for text, best in zip(row, table.best, strict=True)]
+        lines.append(f"| {escape(init)} | " + " | ".join(cells) + " |")
+    problems = [r for r in results if r.status != "done"]
+    if problems:
+        lines += ["", "Not done:", ""]
+        lines += [f"- {escape(r.name)}: {r.status}" + (f" ({escape(r.reason)})" if r.reason else "") for r in problems]
+    return "\n".join(lines) + "\n"
+
+
+def escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*").replace("`", "'")
+
+
+def to_csv(results: Sequence[CellResult]) -> str:
+    """One row per initialisation, fraction and metric: mean and standard deviation as fractions of 1."""
+    names = list(dict.fromkeys(name for result in results for name in result.metrics))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["init", "fraction", "images", "metric", "mean", "std", "seeds"])
+    for name in names:
+        for e in entries(results, name):
+            writer.writerow([e.init, f"{e.fraction:g}", blank(e.images), name, blank(e.mean), blank(e.std), e.count])
+    return out.getvalue()
+
+
+def blank(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def to_json(results: Sequence[CellResult], metric: str = "AP") -> dict[str, Any]:
+    """``entries`` (of ``metric``) and every cell's result."""
+    return {
+        "metric": metric,
+        "entries": [dataclasses.asdict(entry) for entry in entries(results, metric)],
+        "cells": [dataclasses.asdict(result) for result in results],
+    }
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A mean over seeds against x; ``low`` and ``high`` are one standard deviation away (equal to the mean for one
+    seed)."""
+
+    label: str
+    x: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def label_curves(results: Sequence[CellResult], metric: str = "AP") -> list[Curve]:
+    """AP in percent against the percentage of labels, one curve per initialisation."""
+    curves = []
+    found = entries(results, metric)
+    for init in dict.fromkeys(entry.init for entry in found):
+        points = sorted((e for e in found if e.init == init and e.mean is not None), key=lambda e: e.fraction)
+        curves.append(curve(init, [(100 * e.fraction, e.mean or 0.0, e.std or 0.0) for e in points]))
+    return [c for c in curves if c.x]
+
+
+def convergence_curves(results: Sequence[CellResult], fraction: float, metric: str = "AP") -> list[Curve]:
+    """AP in percent on the validation images against epochs of fine-tuning, at one label fraction."""
+    curves = []
+    mine = [r for r in results if r.fraction == fraction and r.status == "done"]
+    for init in dict.fromkeys(result.init for result in mine):
+        at: dict[float, list[float]] = {}
+        for result in mine:
+            if result.init == init:
+                for record in result.history:
+                    if record.get(metric) is not None and "epoch" in record:
+                        at.setdefault(float(record["epoch"]), []).append(record[metric])
+        points = [(x, statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for x, v in sorted(at.items())]
+        curves.append(curve(init, points))
+    return [c for c in curves if c.x]
+
+
+def curve(label: str, points: list[tuple[float, float, float]]) -> Curve:
+    """Of (x, mean, std) with mean and std as fractions of 1; the curve is in percent."""
+    points = [point for point in points if math.isfinite(point[1])]
+    return Curve(
+        label,
+        [x for x, _, _ in points],
+        [100 * mean for _, mean, _ in points],
+        [100 * (mean - std) for _, mean, std in points],
+        [100 * (mean + std) for _, mean, std in points],
+    )

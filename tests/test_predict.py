@@ -1,0 +1,155 @@
+"""Prediction: the boxes of the stock pipeline, pictures, and files that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from siamese_detr.errors import UserError
+from siamese_detr.evaluation.draw import class_colour, draw_detections, label_place
+from siamese_detr.evaluation.predict import predict
+from tiny_finetuning import learned, write_scenes
+
+PIPELINE = """
+import json, sys
+from pathlib import Path
+from transformers import pipeline
+detect = pipeline("object-detection", model=sys.argv[1], device="cpu")
+threshold = float(sys.argv[2])
+print(json.dumps({Path(path).name: detect(path, threshold=threshold) for path in sys.argv[3:]}))
+assert not any(name.startswith("siamese_detr") for name in sys.modules)
+"""
+
+
+def test_the_boxes_are_those_of_the_stock_pipeline(tmp_path):
+    result, labels = learned()
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    scenes = sorted(labels.with_suffix("").iterdir())[:3]
+    for n, path in enumerate(scenes):  # other sizes, other modes, EXIF rotation
+        picture = Image.open(path)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if n == 0 else 1
+        picture.resize((150, 90 + 20 * n)).save(folder / path.name, exif=exif)
+    Image.open(scenes[0]).convert("L").save(folder / "grey.png")
+    files = sorted(folder.iterdir())
+    command = [sys.executable, "-c", PIPELINE, str(result.out / "best"), "0.02", *map(str, files)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600, env={"HF_HUB_OFFLINE": "1"})
+    assert process.returncode == 0, process.stderr[-2000:]
+    theirs = json.loads(process.stdout.strip().splitlines()[-1])
+    ours = predict(
+        model=str(result.out / "best"),
+        images=str(folder),
+        out=str(tmp_path / "out"),
+        threshold=0.02,
+        draw=False,
+        workers=0,
+    )
+    assert sum(map(len, theirs.values())) > 10
+    for image, file in zip(ours.results, files, strict=True):
+        rest = theirs[file.name]
+        assert len(rest) == len(image.scores)
+        for k, score, box in zip(image.classes, image.scores, image.boxes, strict=True):
+            same = [
+                row
+                for row in rest
+                if row["label"] == ours.class_names[k]
+                and abs(row["score"] - score) < 1e-5
+                # The pipeline cuts coordinates to whole pixels.
+                and np.abs(np.trunc(box) - list(row["box"].values())).max() <= 1
+            ]
+            assert same, (file.name, score, box)
+            rest.remove(same[0])
+
+
+def test_files_written(tmp_path):
+    result, labels = learned()
+    out = tmp_path / "out"
+    found = predict(model=str(result.out), images=str(labels), out=str(out), threshold=0.1, batch_size=3, workers=0)
+    content = json.loads((out / "predictions.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == [f"{n}.jpg" for n in range(8)]
+    assert sum(len(image["objects"]) for image in content["images"]) == found.boxes > 0
+    one = next(thing for image in content["images"] for thing in image["objects"])
+    assert one["label"] in found.class_names
+    assert one["score"] > 0.1
+    rows = json.loads((out / "coco_results.json").read_text())
+    assert len(rows) == found.boxes
+    assert set(rows[0]) == {"image_id", "category_id", "bbox", "score"}
+    pictures = sorted((out / "pictures").iterdir())
+    assert [path.name for path in pictures] == [f"{n}.jpg" for n in range(8)]
+    assert max(Image.open(pictures[0]).size) >= 640
+
+
+def test_the_batch_makes_no_difference(tmp_path):
+    result, _ = learned()
+    write_scenes(tmp_path / "a" / "wide", 2, size=(140, 90), seed=1)
+    write_scenes(tmp_path / "a" / "tall", 3, size=(90, 130), seed=2)
+    options = {"model": str(result.out), "images": str(tmp_path / "a"), "threshold": 0.01, "draw": False}
+    one = predict(**options, out=str(tmp_path / "one"), batch_size=1, workers=0)
+    many = predict(**options, out=str(tmp_path / "many"), batch_size=4, workers=2, top_k=5)
+    for single, shared in zip(one.results, many.results, strict=True):
+        assert single.job.path == shared.job.path
+        assert len(shared.scores) <= 5
+        np.testing.assert_allclose(single.scores[:5], shared.scores, atol=1e-5)
+        np.testing.assert_allclose(single.boxes[:5], shared.boxes, atol=1e-2)
+
+
+def test_unreadable_images_are_listed(tmp_path, capsys):
+    result, labels = learned()
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    good = (labels.with_suffix("") / "0.jpg").read_bytes()
+    (folder / "good.jpg").write_bytes(good)
+    (folder / "cut.jpg").write_bytes(good[:600])
+    (folder / "text.png").write_text("no picture")
+    found = predict(model=str(result.out), images=str(folder), out=str(tmp_path / "out"), workers=0)
+    assert len(found.results) == 1
+    assert [path.rpartition("/")[2] for path, _ in found.skipped] == ["cut.jpg", "text.png"]
+    listed = json.loads((tmp_path / "out" / "predictions.json").read_text())["skipped"]
+    assert [row["path"].rpartition("/")[2] for row in listed] == ["cut.jpg", "text.png"]
+    assert "2 unreadable" in " ".join(capsys.readouterr().err.split())
+    (folder / "good.jpg").unlink()
+    with pytest.raises(UserError, match="none of the 2 images"):
+        predict(model=str(result.out), images=str(folder), out=str(tmp_path / "none"), workers=0)
+
+
+def test_a_single_file_and_mistakes(tmp_path):
+    result, labels = learned()
+    file = labels.with_suffix("") / "1.jpg"
+    found = predict(model=str(result.out / "last"), images=str(file), out=str(tmp_path / "out"), workers=0)
+    assert [image.job.path for image in found.results] == [str(file)]
+    with pytest.raises(UserError, match="threshold"):
+        predict(model=str(result.out), images=str(file), out=str(tmp_path / "out"), threshold=1.5)
+    with pytest.raises(UserError, match="nowhere"):
+        predict(model=str(result.out), images=str(tmp_path / "nowhere"), out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="device"):
+        predict(model=str(result.out), images=str(file), out=str(tmp_path / "out"), device="abacus")
+
+
+def test_drawing_leaves_the_inside_of_boxes_and_colours_classes():
+    image = np.full((400, 700, 3), 200, np.uint8)
+    boxes = np.array([[50, 100, 250, 300], [300, 100, 600, 350]])
+    picture = np.asarray(draw_detections(image, boxes, np.array([0, 1]), np.array([0.9, 0.4]), ["cat", "dog"]))
+    assert picture.shape == image.shape
+    assert (picture[150:250, 100:200] == 200).all()
+    assert tuple(picture[200, 50]) == class_colour(0) != class_colour(1) == tuple(picture[200, 300])
+    assert (np.asarray(draw_detections(image, np.zeros((0, 4)), np.zeros(0, int), None, [])) == image).all()
+
+
+def test_labels_stay_in_the_picture_and_apart():
+    taken: list = []
+    for box in ([0, 0, 80, 60], [2, 1, 90, 60], [620, 5, 639, 100]):
+        place = label_place(np.array(box, float), (70, 16), (640, 480), taken)
+        assert min(place) >= 0
+        assert place[2] <= 640
+        assert place[3] <= 480
+        for other in taken:
+            width = min(place[2], other[2]) - max(place[0], other[0])
+            height = min(place[3], other[3]) - max(place[1], other[1])
+            assert width <= 0 or height <= 0
+        taken.append(place)
