@@ -1,0 +1,1 @@
+"""Self-contained HTML pages telling what a run or a comparison did."""

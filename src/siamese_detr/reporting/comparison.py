@@ -1,0 +1,87 @@
+"""The page of a comparison: table, plots, and every cell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from siamese_detr.errors import UserError
+from siamese_detr.evaluation import plots
+from siamese_detr.evaluation.summary import (
+    CellResult,
+    convergence_curves,
+    label_curves,
+    percent_of,
+    summary_table,
+)
+from siamese_detr.reporting.charts import describe, inline
+from siamese_detr.reporting.page import Block, Figure, Grid, Missing, Page, Section, Table
+from siamese_detr.reporting.runs import read_config, what_was_run
+
+
+def comparison_page(run: Path) -> Page:
+    """The page of the comparison in ``run``.
+
+    Raises:
+        UserError: its results cannot be read.
+    """
+    config = read_config(run)
+    try:
+        document = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        cells = [CellResult(**cell) for cell in document["cells"]]
+        metric = str(document["metric"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run / 'results.json'} cannot be read ({error}); run compare again") from error
+    facts = {name: str(config.get(name)) for name in ("images", "train", "val", "evaluation")}
+    facts |= {name: ", ".join(map(str, config.get(name) or [])) for name in ("inits", "fractions", "seeds")}
+    done = [cell for cell in cells if cell.status == "done"]
+    sections = [
+        Section("Result", table_blocks(cells, metric)),
+        Section("Plots", plot_blocks(cells, metric)),
+        Section("Cells", [cell_table(cells, metric)]),
+        what_was_run(run, facts, config),
+    ]
+    names = ", ".join(dict.fromkeys(cell.init for cell in cells))
+    minutes = sum(cell.seconds for cell in done) / 60
+    summary = f"{names}: {len(done)} of {len(cells)} fine-tunings done, {minutes:.0f} minutes of them in all."
+    return Page("Comparison of initialisations", summary, sections)
+
+
+def table_blocks(cells: list[CellResult], metric: str) -> list[Block]:
+    table = summary_table(cells, metric)
+    rows = [[init, *row] for init, row in zip(table.inits, table.rows, strict=True)]
+    strong = frozenset((best, column) for column, best in enumerate(table.best, 1) if best is not None)
+    caption = f"{metric} in percent, mean ± standard deviation over seeds, by share of the labels; the best in bold"
+    blocks: list[Block] = [Table(caption, ["initialisation", *table.headers], rows, strong)]
+    blocks += [Missing(cell.name, cell.reason or "not run yet") for cell in cells if cell.status != "done"]
+    return blocks
+
+
+def plot_blocks(cells: list[CellResult], metric: str) -> list[Block]:
+    figures: list[Figure] = []
+    if (figure := plots.label_plot(cells, metric)) is not None:
+        told = "; ".join(map(describe, label_curves(cells, metric)))
+        figures.append(inline(figure, f"{metric} in percent against the percentage of labels used. {told}."))
+    for fraction, figure in plots.convergence_plots(cells, metric).items():
+        told = "; ".join(map(describe, convergence_curves(cells, fraction, metric)))
+        alt = f"{metric} in percent against epochs with {percent_of(fraction)} of the labels. {told}."
+        figures.append(inline(figure, alt))
+    return [Grid(figures, 330)] if figures else [Missing("Plots", "no cell is done")]
+
+
+def cell_table(cells: list[CellResult], metric: str) -> Table:
+    rows = [
+        [
+            cell.init,
+            percent_of(cell.fraction),
+            "–" if cell.images is None else str(cell.images),
+            str(cell.seed),
+            cell.status,
+            *("–" if (v := cell.metrics.get(n)) is None else f"{100 * v:.1f}" for n in (metric, "AP50", "AP75")),
+            f"{cell.seconds:.0f}",
+            cell.run,
+        ]
+        for cell in cells
+    ]
+    headers = ["initialisation", "labels", "images", "seed", "status", metric, "AP50", "AP75", "seconds", "run"]
+    return Table("Every fine-tuning", headers, rows)

@@ -1,0 +1,144 @@
+"""What a page is made of, and how it becomes one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import ClassVar
+
+import jinja2
+from markupsafe import Markup
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Says that a part is left out, and why."""
+
+    kind: ClassVar[str] = "missing"
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values, side by side."""
+
+    kind: ClassVar[str] = "facts"
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the row, the others are aligned right.
+
+    Args:
+        caption: what it shows.
+        headers: of all columns.
+        rows: one list of texts per row.
+        strong: (row, column) of entries to stress.
+        shade: (row, column) -> a share in [0, 1] by which the entry's background is coloured.
+    """
+
+    kind: ClassVar[str] = "table"
+    caption: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    strong: frozenset[tuple[int, int]] = frozenset()
+    shade: dict[tuple[int, int], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with a caption.
+
+    Args:
+        svg: inline SVG carrying its own text alternative.
+        caption: below it.
+    """
+
+    kind: ClassVar[str] = "figure"
+    svg: Markup
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Figures side by side, as many as fit.
+
+    Args:
+        figures: the figures.
+        width: least width of one in CSS pixels (narrower only where the screen is).
+    """
+
+    kind: ClassVar[str] = "grid"
+    figures: Sequence[Figure]
+    width: int = 320
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading below the section's."""
+
+    kind: ClassVar[str] = "heading"
+    text: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text to be shown as it is, folded away behind ``summary``."""
+
+    kind: ClassVar[str] = "code"
+    summary: str
+    text: str
+
+
+Block = Text | Missing | Facts | Table | Figure | Grid | Heading | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled part of the page."""
+
+    title: str
+    blocks: Sequence[Block]
+
+    @property
+    def anchor(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page.
+
+    Args:
+        title: what it is about.
+        summary: the sentence below the title.
+        sections: in order.
+        photos: SVG elements that figures refer to by id, each stored once.
+    """
+
+    title: str
+    summary: str
+    sections: Sequence[Section]
+    photos: Markup | str = ""
+
+
+def render(page: Page) -> str:
+    """The page as one HTML document."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    files = resources.files("siamese_detr.reporting")
+    style = Markup(files.joinpath("page.css").read_text(encoding="utf-8"))
+    template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
+    return template.render(page=page, style=style)

@@ -1,0 +1,244 @@
+"""The page of a pre-training run: views, regions, proposals, and what the decoder's layers learned to find."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siamese_detr.config import validate
+from siamese_detr.errors import ImageError, UserError
+from siamese_detr.images.decode import read_image
+from siamese_detr.images.listing import list_images
+from siamese_detr.pretext import Pretext
+from siamese_detr.pretext.losses import at_matches, box_corners
+from siamese_detr.proposals.store import ProposalStore, StoredImage
+from siamese_detr.randomness import seed_torch
+from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
+from siamese_detr.reporting.pictures import COLOURS, Album, Box, Photo
+from siamese_detr.reporting.runs import log_section, read_config, what_was_run
+from siamese_detr.training import checkpoint as checkpoints
+from siamese_detr.training.journal import JsonLines
+from siamese_detr.training.pretrain import build
+from siamese_detr.training.pretrain_config import PretrainConfig
+from siamese_detr.views.augment import prepare
+from siamese_detr.views.two_views import TwoViewDataset, ViewSample, collate
+
+SHOWN_PROPOSALS = 15
+
+
+@dataclass(frozen=True)
+class Found:
+    """What each decoder layer predicts for the regions of some images.
+
+    Args:
+        boxes: (layers, V, B, P, 4) xyxy pixels of the view.
+        iou: (layers, V, B, P) with the regions; NaN for padding.
+    """
+
+    boxes: Tensor
+    iou: Tensor
+
+
+def pretraining_page(run: Path, samples: int) -> Page:
+    """The page of the pre-training run in ``run``, with ``samples`` images."""
+    values = read_config(run)
+    album = Album()
+    log = [record for record in JsonLines(run / "log.jsonl").read() if "loss" in record]
+    facts = {name: str(values.get(name)) for name in ("method", "detector", "backbone", "images", "batch_size", "seed")}
+    facts["steps"] = str(log[-1]["step"]) if log else "none logged"
+    sections = [what_was_run(run, facts, values), log_section(run)]
+    try:
+        config = validate(PretrainConfig, values, str(run / "config.yaml"))
+        store, rows = stored_images(run, config)
+    except UserError as error:
+        sections.append(Section("Views and proposals", [Missing("Views, proposals and predictions", str(error))]))
+    else:
+        views = [sample for sample in sample_views(store, rows, config, samples) if sample.images is not None]
+        photos = [[album.add(view) for view in sample.images] for sample in views]  # type: ignore[union-attr]
+        sections.append(Section("Views and their regions", view_blocks(views, photos)))
+        sections.append(Section("Proposals", proposal_blocks(store, [sample.index for sample in views], album)))
+        sections.append(Section("What the decoder predicts", decoder_blocks(run, config, views, photos)))
+    title = f"Pre-training: {values.get('method')} on {values.get('detector')}"
+    summary = "Nothing was logged yet."
+    if log:
+        first, last = log[0], log[-1]
+        summary = f"{last['step']} updates; the loss went from {first['loss']:.3g} to {last['loss']:.3g}."
+    return Page(title, summary, sections, album.markup())
+
+
+def stored_images(run: Path, config: PretrainConfig) -> tuple[ProposalStore, np.ndarray]:
+    """The run's proposals, and the rows of its images (all of the store's if the list of images is not to be found)."""
+    store = ProposalStore.open(config.proposals or run / "proposals")
+    try:
+        return store, store.select(list_images(config.images))
+    except UserError:
+        return store, np.arange(len(store))
+
+
+def sample_views(store: ProposalStore, rows: np.ndarray, config: PretrainConfig, samples: int) -> list[ViewSample]:
+    """Views of images from all over the list, as the first epoch saw them."""
+    dataset = TwoViewDataset(store, config.views(), config.seed)
+    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(samples, len(rows))).round().astype(int))]
+    return [dataset[(0, int(row))] for row in chosen]
+
+
+def region_boxes(sample: ViewSample, view: int) -> list[Box]:
+    """The regions of one view, numbered; padding left out."""
+    assert sample.plan is not None
+    boxes = sample.plan.boxes[view]
+    count = len(boxes) - sample.plan.padded
+    return [Box(boxes[p].tolist(), COLOURS[p % len(COLOURS)], str(p + 1)) for p in range(count)]
+
+
+def view_blocks(views: list[ViewSample], photos: list[list[Photo]]) -> list[Block]:
+    if not views:
+        return [Missing("Views", "none of the sampled images could be read")]
+    two = len(photos[0]) > 1
+    blocks: list[Block] = [
+        Text(
+            "Two overlapping views of each image, as the first epoch cut them, before colours are changed. "
+            "The same number and colour is the same region; region 1 is what both views share."
+            if two
+            else "The view of each image, as the first epoch cut it, before colours are changed, with its regions."
+        )
+    ]
+    for number, (sample, row) in enumerate(zip(views, photos, strict=True), 1):
+        figures = []
+        for view, photo in enumerate(row):
+            boxes = region_boxes(sample, view)
+            alt = f"Image {number}, view {view + 1} of {len(row)}, with {len(boxes)} numbered regions."
+            padded = sample.plan.padded if sample.plan else 0
+            caption = f"Image {number}, view {view + 1}: {len(boxes)} regions" + (
+                f", {padded} padded" if padded else ""
+            )
+            figures.append(photo.draw(boxes, alt, caption))
+        blocks.append(Grid(figures, 420))
+    return blocks
+
+
+def proposal_blocks(store: ProposalStore, rows: list[int], album: Album) -> list[Block]:
+    figures: list[Figure] = []
+    for number, row in enumerate(rows, 1):
+        image: StoredImage = store.row(row)
+        try:
+            pixels = read_image(image.path, min_side=album.longest)
+        except ImageError as error:
+            return [Missing("Proposals", str(error))]
+        shown = image.boxes[:SHOWN_PROPOSALS]
+        boxes = [Box(box.tolist(), COLOURS[i % len(COLOURS)]) for i, box in enumerate(shown)]
+        alt = f"Image {number} with its {len(boxes)} best proposals of {len(image.boxes)}."
+        caption = f"Image {number}: the best {len(boxes)} of {len(image.boxes)}"
+        figures.append(album.add(pixels, (image.width, image.height)).draw(boxes, alt, caption))
+    method = store.settings.method
+    if not figures:
+        return [Missing("Proposals", "none of the sampled images could be read")]
+    return [Text(f"Class-agnostic boxes computed before training, by {method}."), Grid(figures, 260)]
+
+
+def decoder_blocks(
+    run: Path, config: PretrainConfig, views: list[ViewSample], photos: list[list[Photo]]
+) -> list[Block]:
+    what = "Predictions before and after"
+    if not views:
+        return [Missing(what, "none of the sampled images could be read")]
+    try:
+        before = initial_pretext(config)
+        after = trained_pretext(run, before)
+    except UserError as error:
+        return [Missing(what, str(error))]
+    found = {"before": find(before, config, views), "after": find(after, config, views)}
+    two = len(photos[0]) > 1
+    asked = "the regions it is given from view 1, in view 2" if two else "the regions, in the view"
+    blocks: list[Block] = [
+        Text(
+            f"Each decoder layer's boxes for {asked}: with the initial weights (made again from configuration and "
+            "seed) and with the pre-trained ones. Dashed: where the region is; solid: the prediction matched to it."
+        ),
+        iou_table(found),
+    ]
+    view = len(photos[0]) - 1
+    for number, (sample, row) in enumerate(zip(views, photos, strict=True)):
+        for when, result in found.items():
+            blocks.append(Heading(f"Image {number + 1}, {when} pre-training"))
+            blocks.append(Grid(layer_figures(sample, row[view], result, view, number, when), 160))
+    return blocks
+
+
+def layer_figures(sample: ViewSample, photo: Photo, found: Found, view: int, number: int, when: str) -> list[Figure]:
+    targets = region_boxes(sample, view)
+    figures = []
+    for layer in range(len(found.boxes)):
+        boxes = found.boxes[layer, view, number].tolist()
+        drawn = [Box(boxes[p], t.colour, t.tag) for p, t in enumerate(targets)]
+        drawn += [Box(t.xyxy, t.colour, dashed=True) for t in targets]
+        iou = mean(found.iou[layer, view, number])
+        alt = f"Image {number + 1}, layer {layer + 1}, {when} pre-training: mean IoU {iou:.2f} with the regions."
+        figures.append(photo.draw(drawn, alt, f"Layer {layer + 1}: IoU {iou:.2f}"))
+    return figures
+
+
+def iou_table(found: dict[str, Found]) -> Table:
+    layers = len(next(iter(found.values())).iou)
+    rows = [[when, *(f"{mean(result.iou[layer]):.3f}" for layer in range(layers))] for when, result in found.items()]
+    headers = ["weights", *(f"layer {layer + 1}" for layer in range(layers))]
+    return Table("Mean IoU of prediction and region over the images shown, all views", headers, rows)
+
+
+def mean(iou: Tensor) -> float:
+    """Mean over real regions; 0 if there is none."""
+    values = iou[~iou.isnan()]
+    return float(values.mean()) if len(values) else 0.0
+
+
+def initial_pretext(config: PretrainConfig) -> Pretext:
+    """The task as the run began with it: the same seed gives the same weights."""
+    with torch.random.fork_rng():
+        seed_torch(config.seed)
+        return build(config).eval()
+
+
+def trained_pretext(run: Path, initial: Pretext) -> Pretext:
+    """The task with the weights of the newest checkpoint.
+
+    Raises:
+        UserError: no checkpoint, or of another detector.
+    """
+    checkpoint = checkpoints.latest_valid(run / "checkpoints", report=lambda message: None)
+    if checkpoint is None:
+        raise UserError(f"{run / 'checkpoints'} holds no checkpoint: the heads that ask the decoder are only there")
+    trained = copy.deepcopy(initial)
+    try:
+        trained.load_state_dict(checkpoints.read_tensors(checkpoint, "model"))
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint} is of another detector: {str(error).splitlines()[-1].strip()}") from error
+    return trained
+
+
+@torch.no_grad()
+def find(pretext: Pretext, config: PretrainConfig, views: list[ViewSample]) -> Found:
+    """Ask ``pretext`` for the regions of ``views``, augmented as the first epoch augmented them."""
+    detector = pretext.detector
+    batch = collate(views)
+    crop_size = config.crop_size if pretext.needs_crops else None
+    inputs = prepare(batch, detector.image_mean, detector.image_std, crop_size)
+    features = pretext.frozen_features(inputs)
+    _, decoded = pretext.predict(features)
+    answers = pretext.answer(decoded, features)
+    boxes: Any = at_matches(decoded.boxes.unflatten(1, features.boxes.shape[:2]), answers.matches)
+    sizes = features.sizes.unflatten(0, features.boxes.shape[:2])  # (V, B, 2): height, width
+    scale = sizes[:, :, None, [1, 0, 1, 0]].to(boxes.dtype)
+    boxes = box_corners(boxes) * scale
+    regions = features.boxes.to(boxes.dtype).expand_as(boxes)
+    sides = torch.minimum(boxes[..., 2:], regions[..., 2:]) - torch.maximum(boxes[..., :2], regions[..., :2])
+    shared = sides.clamp(min=0).prod(-1)
+    areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (boxes, regions)]
+    iou = shared / (areas[0] + areas[1] - shared).clamp(min=1e-6)
+    count = torch.tensor([len(s.plan.boxes[0]) - s.plan.padded for s in views if s.plan is not None])
+    real = torch.arange(iou.shape[-1]) < count[:, None]
+    return Found(boxes, iou.masked_fill(~real.expand_as(iou), float("nan")))

@@ -1,0 +1,117 @@
+"""The verb ``report``: one HTML file that shows what a run or a comparison did, and needs nothing else to be read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from siamese_detr.config import verb
+from siamese_detr.errors import UserError
+from siamese_detr.reporting.page import Missing, Page, render
+from siamese_detr.reporting.runs import read_config
+
+
+@dataclass
+class ReportConfig:
+    """Write a self-contained HTML page about a pre-training, a fine-tuning or a comparison.
+
+    Args:
+        run: directory that pretrain, finetune or compare wrote.
+        out: the page; default: report.html in that directory.
+        samples: images shown of each kind.
+        max_images: validation images looked at, at most.
+        score: confidence from which a detection counts in pictures and confusion matrix.
+        device: auto, cpu, cuda, mps …
+    """
+
+    run: str
+    out: str | None = None
+    samples: int = 4
+    max_images: int = 500
+    score: float = 0.3
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """What was written.
+
+    Args:
+        page: the file.
+        kind: pre-training, fine-tuning or comparison.
+        missing: parts that were left out, with the reason.
+    """
+
+    page: Path
+    kind: str
+    missing: list[str]
+
+
+@verb(ReportConfig)
+def report(config: ReportConfig) -> ReportResult:
+    """Write a self-contained HTML page about a run or a comparison.
+
+    Raises:
+        UserError: there is neither, or the page cannot be written.
+    """
+    if config.samples < 1 or config.max_images < 1:
+        raise UserError("samples and max_images must be at least 1")
+    run = Path(config.run).expanduser()
+    kind = kind_of(run)
+    page = make_page(run, kind, config)
+    file = Path(config.out).expanduser() if config.out else run / "report.html"
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(render(page), encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    left_out = list(missing(page))
+    console = Console(stderr=True, soft_wrap=True)
+    for line in left_out:
+        console.print(f"left out: {line}", markup=False, highlight=False)
+    console.print(f"{kind}: {file} ({file.stat().st_size / 1e6:.1f} MB)", markup=False, highlight=False)
+    return ReportResult(file, kind, left_out)
+
+
+def kind_of(run: Path) -> str:
+    """What kind of directory it is, by what its configuration speaks of.
+
+    Raises:
+        UserError: none that we know.
+    """
+    config = read_config(run)
+    if "inits" in config:
+        return "comparison"
+    if "method" in config and "images" in config:
+        return "pre-training"
+    if "train" in config:
+        return "fine-tuning"
+    raise UserError(f"{run} is neither a pre-training, a fine-tuning nor a comparison")
+
+
+def make_page(run: Path, kind: str, config: ReportConfig) -> Page:
+    if kind == "comparison":
+        from siamese_detr.reporting.comparison import comparison_page
+
+        return comparison_page(run)
+    if kind == "pre-training":
+        from siamese_detr.reporting.pretraining import pretraining_page
+
+        return pretraining_page(run, config.samples)
+    from siamese_detr.reporting.finetuning import finetuning_page
+
+    return finetuning_page(run, config.samples, config.max_images, config.score, config.device)
+
+
+def missing(page: Page) -> Iterator[str]:
+    """The parts of a page that were left out, with reasons."""
+    for section in page.sections:
+        for block in section.blocks:
+            if isinstance(block, Missing):
+                yield f"{block.what}: {block.why}"

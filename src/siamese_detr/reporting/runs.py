@@ -1,0 +1,108 @@
+"""What every run's page begins with: what was run, on what, and the curves of its log."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from siamese_detr.errors import UserError
+from siamese_detr.evaluation.summary import Curve
+from siamese_detr.reporting.charts import line_chart
+from siamese_detr.reporting.page import Block, Code, Facts, Grid, Missing, Section
+from siamese_detr.training.journal import JsonLines
+
+AXES = {"step", "epoch", "seconds"}
+NAMES = {
+    "loss": "Total loss (weighted)",
+    "loss_cls": "Object or not: class loss",
+    "loss_box": "Boxes: L1",
+    "loss_giou": "Boxes: 1 − GIoU",
+    "loss_region": "Region discrimination",
+    "loss_global": "Global discrimination",
+    "loss_embedding": "Object embedding",
+    "class": "Class loss, last layer",
+    "l1": "Boxes: L1, last layer",
+    "giou": "Boxes: 1 − GIoU, last layer",
+    "auxiliary": "All earlier decoder layers",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm, before clipping",
+}
+POINTS = 160
+"""Most points of a curve: longer logs are averaged over equal spans."""
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration a run began with.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{run} holds no run: its config.yaml cannot be read ({type(error).__name__})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{run / 'config.yaml'} holds no configuration")
+    return values
+
+
+def what_was_run(run: Path, facts: Mapping[str, str], config: Mapping[str, Any]) -> Section:
+    """Facts, versions and the whole configuration."""
+    sessions = JsonLines(run / "sessions.jsonl").read()
+    shown = dict(facts)
+    blocks: list[Block] = []
+    if sessions:
+        last = sessions[-1]
+        shown["begun"] = str(sessions[0].get("started", "unknown"))
+        shown["sessions"] = f"{len(sessions)}" + (" (it was continued)" if len(sessions) > 1 else "")
+        shown["hardware"] = str(last.get("accelerator") or f"{last.get('cores', '?')} CPU cores")
+        shown["siamese-detr"] = str(last.get("siamese_detr", "unknown"))
+        shown["Python"] = str(last.get("python", "unknown"))
+        packages = last.get("packages") or {}
+        shown |= {name: str(packages[name]) for name in ("torch", "torchvision", "transformers") if name in packages}
+    else:
+        blocks.append(Missing("Versions", "the run recorded no session (sessions.jsonl)"))
+    skipped = JsonLines(run / "skipped.jsonl").read()
+    shown["unreadable images met"] = f"{len(skipped)}" + (f", e.g. {skipped[0].get('path')}" if skipped else "")
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    return Section("What was run", [Facts(shown), *blocks, Code("The complete configuration", text)])
+
+
+def log_section(run: Path) -> Section:
+    """A chart for every loss term (one curve per decoder layer), then learning rate and gradient norm."""
+    records = [record for record in JsonLines(run / "log.jsonl").read() if "step" in record]
+    if not records:
+        return Section("Curves", [Missing("Curves", "log.jsonl is missing or empty")])
+    names = list(dict.fromkeys(name for record in records for name in record if name not in AXES))
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"(.+)_(\d+)", name)
+        base = match[1] if match and match[1] in names else name
+        groups.setdefault(base, []).append(name)
+    order = [name for name in NAMES if name in groups] + sorted(groups.keys() - NAMES.keys())
+    figures = []
+    for base in order:
+        layers = sorted((n for n in groups[base] if n != base), key=lambda n: int(n.rpartition("_")[2]))
+        curves = [read_curve(records, name, f"layer {i}") for i, name in enumerate(layers, 1)]
+        curves.append(read_curve(records, base, f"layer {len(layers) + 1} (last)" if layers else base))
+        curves = [curve for curve in curves if curve.x]
+        if curves:
+            title = NAMES.get(base, base)
+            figures.append(line_chart(title, "step", "", curves))
+    return Section("Curves", [Grid(figures, 330)])
+
+
+def read_curve(records: Sequence[Mapping[str, Any]], name: str, label: str) -> Curve:
+    """A logged number against the step, averaged over spans if there are many."""
+    points = [(float(r["step"]), float(r[name])) for r in records if isinstance(r.get(name), int | float)]
+    points = [point for point in points if math.isfinite(point[1])]
+    span = max(math.ceil(len(points) / POINTS), 1)
+    groups = [points[i : i + span] for i in range(0, len(points), span)]
+    x = [group[-1][0] for group in groups]
+    y = [sum(value for _, value in group) / len(group) for group in groups]
+    return Curve(label, x, y, y, y)
