@@ -1,0 +1,51 @@
+"""The benchmarks run, and what they compare is the same computation."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize("case", ["conditional-detr", "detr", "deformable-single-scale", "deformable-multi-scale"])
+def test_the_plain_step_has_our_losses(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import step
+
+    # Double precision: batch norm over two samples, in the global loss, would enlarge rounding a thousandfold.
+    inputs, pretext = step.make_inputs(step.Scale.quick()), step.make_pretext(case, step.Scale.quick()).double()
+    names = ("pixel_values", "crops", "boxes", "query_boxes")
+    inputs = dataclasses.replace(inputs, **{name: getattr(inputs, name).double() for name in names})
+    learned = [parameter for parameter in pretext.parameters() if parameter.requires_grad]
+    random = step.torch.Generator().manual_seed(1)
+    for parameter in learned:  # initially, sampling points lie on cells' centres, where the gradient is not unique
+        parameter.data += 0.01 * step.torch.randn(parameter.shape, generator=random)
+    plain = step.PlainSiamese(pretext, step.Clock())
+    with step.HostReads() as theirs, step.stock_modules(pretext.detector):
+        loss, expected = plain.losses(inputs, *plain.backbone(inputs))
+        gradients = step.torch.autograd.grad(loss, learned)
+    pretext.frozen_features(inputs)  # folds the backbone, once
+    with step.HostReads() as reads:
+        output = pretext(pretext.frozen_features(inputs))
+        ours = step.torch.autograd.grad(output.loss, learned)
+    assert step.difference(expected, output.terms) <= 1e-6
+    for got, want in zip(ours, gradients, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm() + 1e-9
+    assert reads.count <= 2 < theirs.count  # the trainer adds one
+
+
+def test_the_step_benchmark_writes_its_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import step
+
+    threads = step.torch.get_num_threads()
+    try:
+        summary = step.main(["--quick", "--no-memory", "--cases", "detr", "--out", str(tmp_path), "--threads", "1"])
+    finally:
+        step.torch.set_num_threads(threads)
+    assert summary["cases"]["detr"]["blocking reads"]["ours"] <= 3
+    assert "| whole step |" in (tmp_path / "step.md").read_text()
+    assert (tmp_path / "step.json").is_file()
