@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
@@ -192,30 +195,21 @@ def test_a_nan_is_named():
         SetCriterion(CriterionConfig.of("focal"))(logits, boxes, Targets(targets.classes * 0, targets.boxes))
 
 
-def share_of_loss(rank: int, kind: str, port: int, queue) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def share_of_loss(rank: int, kind: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     logits, boxes, targets = predictions(kind, [4, 0, 1, 2])
     rows = slice(rank * 2, rank * 2 + 2)
     part = Targets(targets.classes[rows], targets.boxes[rows])
-    queue.put(SetCriterion(CriterionConfig.of(kind))(logits[:, rows], boxes[:, rows], part).loss.item())
+    loss = SetCriterion(CriterionConfig.of(kind))(logits[:, rows], boxes[:, rows], part).loss
+    Path(folder, f"{rank}.json").write_text(json.dumps(loss.item()))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["softmax", "focal"])
-def test_two_processes_average_to_the_loss_of_one(kind):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("fork")
-    queue = context.Queue()
-    workers = [context.Process(target=share_of_loss, args=(rank, kind, port, queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    losses = [queue.get(timeout=300) for _ in workers]
-    for worker in workers:
-        worker.join(60)
+def test_two_processes_average_to_the_loss_of_one(kind, tmp_path):
+    mp.start_processes(share_of_loss, args=(kind, str(tmp_path)), nprocs=2, start_method="spawn")
+    losses = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     logits, boxes, targets = predictions(kind, [4, 0, 1, 2])
     whole = SetCriterion(CriterionConfig.of(kind))(logits, boxes, targets).loss.item()
     assert sum(losses) / 2 == pytest.approx(whole, rel=1e-6)

@@ -41,6 +41,7 @@ def boxes(pretext: SiamesePretext, inputs: ViewInputs) -> Tensor:
 
 
 def make_pretext() -> SiamesePretext:
+    torch.manual_seed(1)  # the pretext's own embeddings and heads
     pretext = SiamesePretext(small_detector(), SiameseConfig(discrimination="none"))
     return randomise(pretext).eval()  # type: ignore[return-value]
 
@@ -62,4 +63,4 @@ def test_a_real_backbone_sees_its_own_borders_only(photos: Path) -> None:
     pretext = make_pretext()
     alone, accompanied = (boxes(pretext, inputs) for inputs in batches(photos))
     torch.testing.assert_close(accompanied, alone, rtol=0, atol=0.05)
-    assert (accompanied - alone).abs().max() > 0
+    assert 0 < (accompanied - alone).abs().mean() < 0.005
