@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,35 +72,50 @@ def precise(device: torch.device) -> torch.dtype:
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with the ``step`` it belongs to; full float precision."""
+    """A file of JSON objects, one a line, each with the ``step`` it belongs to; full float precision.
+
+    A line that a kill cut short costs that record alone: it is left out when read, and ended before another is added.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        # One write per call: lines of processes that share the file do not mix.
         text = "".join(json.dumps(dict(record)) + "\n" for record in records)
-        if text:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text)
+        if not text:
+            return
+        with open(self.path, "ab+", buffering=0) as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                text = "\n" * (file.read(1) != b"\n") + text
+            # One write per call: lines of processes that share the file do not mix. A disk that is nearly full takes
+            # a part; the rest then raises.
+            left = memoryview(text.encode())
+            while left:
+                left = left[file.write(left) or 0 :]
 
     def read(self) -> list[dict[str, Any]]:
-        """The records; a last line cut short by a kill is left out."""
+        """The records; a line cut short by a kill is left out."""
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        for line in text.splitlines():
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(record, dict):
+                records.append(record)
         return records
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Drop the records after ``step`` (a resumed run writes them again) and return those kept."""
-        records = self.read()
-        kept = [record for record in records if record["step"] <= step]
+        kept = [record for record in self.read() if record.get("step", step + 1) <= step]
         if self.path.exists():
             temporary = self.path.with_name(f".{self.path.name}.writing")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in kept))
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
             temporary.replace(self.path)
         return kept
 
