@@ -78,6 +78,19 @@ def test_a_damaged_newest_falls_back(tmp_path: Path, damage: str) -> None:
     assert "checkpoint-2" in reports[0]
 
 
+def test_another_format_is_named_not_taken_for_damage(tmp_path: Path) -> None:
+    """No older checkpoint is silently used in its place; what carries no number is of the first format."""
+    save(tmp_path, 1)
+    manifest = save(tmp_path, 2) / "manifest.json"
+    values = checkpoint.json.loads(manifest.read_text())
+    manifest.write_text(checkpoint.json.dumps(values | {"format": 99}))
+    with pytest.raises(UserError, match=r"checkpoint-2 was written by another release.*99.*sessions\.jsonl"):
+        latest_valid(tmp_path, pytest.fail)
+    del values["format"]
+    manifest.write_text(checkpoint.json.dumps(values))
+    assert latest_valid(tmp_path, pytest.fail) == tmp_path / "checkpoint-2"
+
+
 def test_all_damaged_is_an_error_none_is_not(tmp_path: Path) -> None:
     assert latest_valid(tmp_path / "nowhere") is None
     (save(tmp_path, 1) / "model.safetensors").unlink()

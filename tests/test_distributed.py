@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,35 @@ def test_four_processes_train_as_one(base: dict[str, Any], alone: Path, tmp_path
     runs = [*team(options | {"out": str(tmp_path / "four")}, 4), Run(options | {"out": str(tmp_path / "one")})]
     assert ends(runs) == [0] * 5, "".join(run.text for run in runs)
     assert_alike(tmp_path / "four", tmp_path / "one")
+
+
+def test_a_process_with_nothing_readable(base: dict[str, Any], tmp_path: Path) -> None:
+    """The micro-batch is left out by all, wherever in an update it comes; the processes stay in step and agree."""
+    photos, store = tmp_path / "photos", tmp_path / "store"
+    shutil.copytree(base["images"], photos)
+    for n in (1, 2, 4, 7, 8, 11, 13):
+        (photos / f"{n:02}.jpg").write_bytes(b"gone")
+    shutil.copytree(base["proposals"], store)
+    meta = store / "meta.json"
+    meta.write_text(meta.read_text().replace(base["images"], str(photos)))
+    options = base | {"images": str(photos), "proposals": str(store), "steps": 12, "accumulate": 2, "batch_size": 4}
+    options["lr"] = 1e-3
+    runs = team(options | {"out": str(tmp_path / "run")}, 2)
+    assert ends(runs) == [0, 0], runs[0].text + runs[1].text
+    records = logged(tmp_path / "run")
+    assert [record["step"] for record in records] == list(range(1, 13))
+    losses = sum("loss" in record for record in records)
+    assert 4 <= losses < 12
+    assert len({path for _, path in skipped(tmp_path / "run")}) == len(skipped(tmp_path / "run")) == 8
+    # Gradients that the processes had not put together would set their weights apart; a resumed run has one's for all.
+    first = team(options | {"out": str(tmp_path / "again"), "schedule": "constant", "steps": 6}, 2)
+    assert ends(first) == [0, 0], first[0].text + first[1].text
+    again = team(options | {"out": str(tmp_path / "again"), "schedule": "constant", "resume": True}, 2)
+    assert ends(again) == [0, 0], again[0].text + again[1].text
+    whole = team(options | {"out": str(tmp_path / "whole"), "schedule": "constant"}, 2)
+    assert ends(whole) == [0, 0], whole[0].text + whole[1].text
+    assert logged(tmp_path / "again") == logged(tmp_path / "whole")
+    assert skipped(tmp_path / "again") == skipped(tmp_path / "whole")
 
 
 def test_one_killed_ends_all_and_another_number_goes_on(base: dict[str, Any], alone: Path, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_images_whose_disk_vanishes(base: dict[str, Any], small_disk: Path, tmp_
     run = Run(options)
     run.until_step(3, PATIENCE)
     subprocess.run(["umount", "-l", str(small_disk)], check=True)
-    assert_clear(run, "can be read", "is the disk still mounted?", "--resume")
+    assert_clear(run, "cannot be read", "is the disk still mounted?", "--resume")
     assert_clear(Run(options), "does not exist", str(small_disk))
     shutil.copytree(base["images"], small_disk / "photos")
     assert_continues(options)

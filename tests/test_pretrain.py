@@ -172,8 +172,10 @@ def test_a_nan_stops_before_the_update(
         assert "no update made" in pretrain(**{**base, "out": str(out), "replay": str(out / "nonfinite.json")}).replay
 
 
-def test_unreadable_images_are_listed_and_limited(base: dict[str, Any], tmp_path: Path) -> None:
-    """Skipped, counted and listed with reasons; too many of them, or a whole batch, end the run."""
+def test_unreadable_images_are_listed_and_limited(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Skipped, told of, counted and listed once, with reasons; too many of them, or no others, end the run."""
     import shutil
 
     from siamese_detr.proposals.propose import propose
@@ -183,16 +185,96 @@ def test_unreadable_images_are_listed_and_limited(base: dict[str, Any], tmp_path
     propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
     options = {**base, "images": str(photos), "proposals": str(tmp_path / "store"), "workers": 1}
     (photos / "03.jpg").write_bytes(b"\xff\xd8 no longer an image")
-    result = pretrain(**{**options, "out": str(tmp_path / "some"), "max_bad_share": 0.5, "epochs": 1.6, "steps": None})
-    records = [json.loads(line) for line in (tmp_path / "some" / "skipped.jsonl").read_text().splitlines()]
-    assert 1 <= result.skipped == len(records) <= 2
-    assert all(record["path"].endswith("03.jpg") and record["reason"] for record in records)
-    with pytest.raises(UserError, match=r"of 1\d images could not be read.*max_bad_share 0.01"):
+    result = pretrain(**{**options, "out": str(tmp_path / "some"), "max_bad_share": 0.1, "epochs": 4, "steps": None})
+    (record,) = [json.loads(line) for line in (tmp_path / "some" / "skipped.jsonl").read_text().splitlines()]
+    assert result.skipped == 1
+    assert record["path"].endswith("03.jpg")
+    assert record["reason"]
+    assert capsys.readouterr().err.count("03.jpg") == 1
+    with pytest.raises(UserError, match=r"1 of 10 images cannot be read.*max_bad_share 0.01"):
         pretrain(**{**options, "out": str(tmp_path / "few"), "max_bad_share": 0.01, "steps": 8})
     for file in photos.iterdir():
         file.write_bytes(b"gone")
-    with pytest.raises(UserError, match="none of the 4 images of step 1 can be read"):
+    with pytest.raises(UserError, match=r"none of the last 12 images can be read.*is the disk still mounted"):
         pretrain(**{**options, "out": str(tmp_path / "none"), "max_bad_share": 1.0})
+
+
+def test_a_batch_without_readable_images_is_left_out(base: dict[str, Any], tmp_path: Path) -> None:
+    """Of several micro-batches the others make the update; of one there is none, and all goes on."""
+    import shutil
+
+    from siamese_detr.proposals.propose import propose
+
+    photos = tmp_path / "photos"
+    shutil.copytree(base["images"], photos)
+    propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
+    for n in (0, 3, 4, 8):
+        (photos / f"{n:02}.jpg").write_bytes(b"gone")
+    options = {**base, "images": str(photos), "proposals": str(tmp_path / "store"), "max_bad_share": 0.5, "steps": 12}
+    options |= {"save_every": 1, "keep": 0}
+    result = pretrain(**{**options, "out": str(tmp_path / "halves"), "batch_size": 2, "accumulate": 2})
+    assert result.skipped == 4
+    assert np.isfinite(result.loss)
+
+    out = tmp_path / "single"
+    pretrain(**{**options, "out": str(out), "batch_size": 1})
+    bad = {step for step, record in enumerate(logged(out), 1) if "loss" not in record}
+    assert bad
+    assert {json.loads(line)["step"] for line in (out / "skipped.jsonl").read_text().splitlines()} <= bad
+    for step in range(2, 13):
+        one, two = saved(out, step - 1), saved(out, step)
+        assert all(torch.equal(one[name], two[name]) for name in one) == (step in bad)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("means.json", {"sums": {"loss": 1.5}, "count": 1}),
+        ("means.json", {"loss": 1.5}),
+        ("scheduler.json", {"last_epoch": 2}),
+        ("optimizer.json", {"param_groups": [{"params": ["a"], "lr": 1}]}),
+        ("optimizer.json", []),
+        ("trainer_state.json", {"steps_done": 2}),
+        ("trainer_state.json", None),
+    ],
+)
+def test_a_checkpoint_of_another_release_is_refused(
+    checkpoint_of_two: Path, base: dict[str, Any], tmp_path: Path, file: str, content: Any
+) -> None:
+    """Whole and unharmed, but with other contents than this release writes: one line that says what to do."""
+    import shutil
+
+    from siamese_detr.training import checkpoint as checkpoints
+
+    shutil.copytree(checkpoint_of_two, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(json.dumps(content))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {
+        path.name: checkpoints.fingerprint(path) for path in folder.iterdir() if path.name != "manifest.json"
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"checkpoint-2.*another release.*sessions\.jsonl|optimizer is of other param"):
+        pretrain(**{**base, "out": str(tmp_path / "run"), "resume": True})
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_two(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that did two of four steps."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    pretrain(**{**base, "out": str(out), "steps": 2})
+    return out
+
+
+def test_a_bank_that_lost_files_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
+    options = {**base, "feature_bank": 1, "bank_dir": str(tmp_path / "banks"), "steps": 1}
+    pretrain(**{**options, "out": str(tmp_path / "one")})
+    (bank,) = (tmp_path / "banks").iterdir()
+    (bank / "maps0").write_bytes((bank / "maps0").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"bank .* is damaged \(maps0 has 100 bytes.*remove that directory"):
+        pretrain(**{**options, "out": str(tmp_path / "two")})
 
 
 @pytest.mark.parametrize(

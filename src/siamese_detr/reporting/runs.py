@@ -68,7 +68,8 @@ def what_was_run(run: Path, facts: Mapping[str, str], config: Mapping[str, Any])
     else:
         blocks.append(Missing("Versions", "the run recorded no session (sessions.jsonl)"))
     skipped = JsonLines(run / "skipped.jsonl").read()
-    shown["unreadable images met"] = f"{len(skipped)}" + (f", e.g. {skipped[0].get('path')}" if skipped else "")
+    paths = list(dict.fromkeys(str(record.get("path")) for record in skipped))
+    shown["unreadable images met"] = f"{len(paths)}" + (f", e.g. {paths[0]}" if paths else "")
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     return Section("What was run", [Facts(shown), *blocks, Code("The complete configuration", text)])
 

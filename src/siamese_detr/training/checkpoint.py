@@ -7,11 +7,12 @@ temporary one. Pickles are neither written nor read: a directory that holds one 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,26 @@ from torch import Tensor, nn
 
 from siamese_detr.errors import UserError
 
+FORMAT = 1
+"""Raised when what a checkpoint's files hold changes such that older ones cannot be continued. (The first releases
+wrote no number: they are of format 1.)"""
+
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 SUFFIXES = (".safetensors", ".json")
 TEMPORARY = ".writing-"
 DISCARDED = ".removing-"
+
+
+class OtherFormat(UserError):
+    """The checkpoint is whole, but another release of siamese-detr wrote it, and this one cannot continue it."""
+
+    def __init__(self, checkpoint: Path, found: str) -> None:
+        super().__init__(
+            f"checkpoint {checkpoint} was written by another release of siamese-detr ({found}), and this one cannot "
+            "continue it: continue with the release that the run's sessions.jsonl names, or begin another run from the "
+            "detector that this one saved"
+        )
 
 
 def save_checkpoint(
@@ -58,7 +74,8 @@ def save_checkpoint(
         for stem, document in documents.items():
             (temporary / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         files = {path.name: fingerprint(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
+        manifest = {"format": FORMAT, "step": step, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for path in temporary.iterdir():
             shutil.copymode(temporary / MANIFEST, path)  # safetensors makes files that only their owner may read
             flush(path)
@@ -90,7 +107,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def verify(checkpoint: Path) -> None:
-    """Raise :class:`UserError` unless every file of ``checkpoint`` is there, unchanged, and of a kind that is safe."""
+    """Raise :class:`UserError` unless every file of ``checkpoint`` is there, unchanged, and of a kind that is safe;
+    :class:`OtherFormat` if only its format is in the way."""
     if not checkpoint.is_dir():
         raise UserError(f"there is no checkpoint {checkpoint}")
     for path in checkpoint.iterdir():
@@ -100,9 +118,11 @@ def verify(checkpoint: Path) -> None:
             )
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files, written = dict(manifest["files"]), manifest.get("format", 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {checkpoint} is damaged: {MANIFEST} is missing or unreadable") from error
+    if written != FORMAT:
+        raise OtherFormat(checkpoint, f"its format is {written!r}, this release's is {FORMAT}")
     if extra := {path.name for path in checkpoint.iterdir()} - files.keys() - {MANIFEST}:
         raise UserError(f"checkpoint {checkpoint} is damaged: {sorted(extra)[0]} does not belong to it")
     for name, expected in files.items():
@@ -117,14 +137,16 @@ def verify(checkpoint: Path) -> None:
 def latest_valid(folder: Path, report: Callable[[str], None] = print) -> Path | None:
     """The newest checkpoint of ``folder`` that verifies; each damaged one passed over is told to ``report``.
 
-    Returns None where there is no checkpoint at all. Raises :class:`UserError` where there are some, all damaged:
-    silently beginning anew would throw the run away.
+    Returns None where there is no checkpoint at all. Raises :class:`UserError` where there are some, all damaged
+    (silently beginning anew would throw the run away), or one of another format.
     """
     checkpoints = list_checkpoints(folder)
     for checkpoint in reversed(checkpoints):
         try:
             verify(checkpoint)
             return checkpoint
+        except OtherFormat:
+            raise
         except UserError as error:
             report(f"{error}; trying the one before")
     if checkpoints:
@@ -143,6 +165,15 @@ def read_tensors(checkpoint: Path, stem: str) -> dict[str, Tensor]:
 def read_document(checkpoint: Path, stem: str) -> Any:
     """The value of ``<stem>.json``."""
     return json.loads((checkpoint / f"{stem}.json").read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def understood(checkpoint: Path) -> Iterator[None]:
+    """Context for using what verified files hold: if it is not what this release writes, :class:`OtherFormat`."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise OtherFormat(checkpoint, f"{type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
 
 
 def clean(folder: Path) -> None:

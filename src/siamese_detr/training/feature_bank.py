@@ -27,7 +27,8 @@ from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.signals import ignore_in_worker
 from siamese_detr.views.two_views import Rows, TwoViewDataset, collate
 
-FORMAT = 1
+FORMAT = 2
+"""Part of a bank's name: raised when views or features are computed otherwise, so that no older bank is used."""
 MISSING, PRESENT, UNREADABLE = 0, 1, 2
 FLUSH_EVERY = 32
 """Batches after which entries are forced to the disk and only then marked as present."""
@@ -162,6 +163,7 @@ class FeatureBank(Dataset[dict[str, Any]]):
                 for name, (shape, kind) in (self.layout.arrays() | {"state": ((), np.uint8)}).items()
             }
             missing = sum(size for name, size in sizes.items() if not (self.directory / name).exists())
+            self._check(sizes)
             free = shutil.disk_usage(self.directory).free
             if missing > free:
                 raise UserError(
@@ -177,6 +179,20 @@ class FeatureBank(Dataset[dict[str, Any]]):
                         os.ftruncate(file.fileno(), max(size, 1))
         except OSError as error:
             raise UserError(f"cannot write the feature bank {self.directory}: {error.strerror}") from error
+
+    def _check(self, sizes: dict[str, int]) -> None:
+        """Refuse a bank of which files were lost or cut: made anew they would be zeros that count as features."""
+        state = self.directory / "state"
+        if not state.exists() or not np.fromfile(state, np.uint8).any():
+            return
+        for name, size in sizes.items():
+            file = self.directory / name
+            found = file.stat().st_size if file.exists() else 0
+            if found != max(size, 1):
+                raise UserError(
+                    f"the feature bank {self.directory} is damaged ({name} has {found} bytes instead of {size}): "
+                    "remove that directory, and it is computed again"
+                )
 
     def missing(self) -> np.ndarray:
         """Entries not yet computed."""
@@ -216,7 +232,7 @@ class FeatureBank(Dataset[dict[str, Any]]):
 
     def _failure(self, row: int) -> tuple[str, str]:
         for record in JsonLines(self.directory / "failures.jsonl").read():
-            if record["row"] == row:
+            if record.get("row") == row:
                 return record["path"], record["reason"]
         return f"row {row}", "its features were not computed"
 

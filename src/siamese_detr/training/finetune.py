@@ -36,7 +36,7 @@ class FinetuneResult:
         metrics: the best evaluation's COCO metrics (AP, AP50, … in [0, 1]); empty without validation labels.
         last: the last evaluation's.
         history: every evaluation: step, epoch, train_loss, the metrics, and those of each class.
-        skipped: how often an image could not be read (each is in ``skipped.jsonl``).
+        skipped: images that could not be read (listed in ``skipped.jsonl``).
         replay: with ``replay``: what was found.
     """
 
@@ -117,7 +117,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 def read_result(out: Path) -> FinetuneResult:
     """What the run directory says of the run."""
     history = JsonLines(out / "history.jsonl").read()
-    skipped = len(JsonLines(out / "skipped.jsonl").read())
+    skipped = len({record["path"] for record in JsonLines(out / "skipped.jsonl").read()})
     if not history:
         return FinetuneResult(out, skipped=skipped)
     return FinetuneResult(out, overall(best_of(history)), overall(history[-1]), history, skipped)

@@ -60,6 +60,8 @@ class WindowMeans:
         return {"sums": [[names, values] for names, values in self.groups(local).items()], "count": self.count}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        if not isinstance(state["sums"], list):
+            raise TypeError("the sums are no list")
         self.sums = {
             tuple(names): torch.tensor(values, dtype=precise(device), device=device) for names, values in state["sums"]
         }

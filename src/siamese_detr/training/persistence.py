@@ -102,22 +102,27 @@ class PersistentTrainer(transformers.Trainer):
             raise UserError(
                 f"checkpoint {resume_from_checkpoint} is of another model: {str(error).splitlines()[-1].strip()}"
             ) from error
+        with checkpoints.understood(Path(resume_from_checkpoint)):  # read by Trainer itself right after
+            transformers.TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         path = Path(checkpoint)
-        tensors, document = checkpoints.read_tensors(path, "optimizer"), checkpoints.read_document(path, "optimizer")
-        checkpoints.unpack_optimizer(self.optimizer, self.model, tensors, document)
-        self.lr_scheduler.load_state_dict(checkpoints.read_document(path, "scheduler"))
-        self.means.restore(checkpoints.read_document(path, "means"), self.args.device)
+        with checkpoints.understood(path):
+            document = checkpoints.read_document(path, "optimizer")
+            tensors = checkpoints.read_tensors(path, "optimizer")
+            checkpoints.unpack_optimizer(self.optimizer, self.model, tensors, document)
+            self.lr_scheduler.load_state_dict(checkpoints.read_document(path, "scheduler"))
+            self.means.restore(checkpoints.read_document(path, "means"), self.args.device)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         if checkpoint is None or scaler is None:
             return
-        if (state := checkpoints.read_document(Path(checkpoint), "scaler")) is not None:
-            scaler.load_state_dict(state)
+        with checkpoints.understood(Path(checkpoint)):
+            if (state := checkpoints.read_document(Path(checkpoint), "scaler")) is not None:
+                scaler.load_state_dict(state)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """There is none: see :func:`siamese_detr.randomness.seed_torch`."""

@@ -45,7 +45,7 @@ class PretrainResult:
         detector: the pre-trained detector, an ordinary Hugging Face directory.
         steps: updates done in all (of a replay: the last one logged).
         loss: the last logged mean of the loss (NaN if nothing was logged).
-        skipped: how often an image could not be read (each is in ``skipped.jsonl``).
+        skipped: images that could not be read (listed in ``skipped.jsonl``).
         replay: with ``--replay``: what was found.
     """
 
@@ -147,8 +147,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         trainer.fit(config.resume)
     done = dataclasses.replace(result(out), steps=trainer.state.global_step)
     if team.main:
-        unreadable = {record["path"] for record in JsonLines(out / "skipped.jsonl").read()}
-        skipped = f", without {len(unreadable)} unreadable images ({out / 'skipped.jsonl'})" if unreadable else ""
+        skipped = f", without {done.skipped} unreadable images ({out / 'skipped.jsonl'})" if done.skipped else ""
         print(
             f"pre-trained for {done.steps} updates{skipped}. The detector is {done.detector}; fine-tune it with: "
             f"siamese-detr finetune TRAIN.json OUT --val VAL.json --model {out}",
@@ -240,6 +239,6 @@ def result(out: Path, replay: str | None = None) -> PretrainResult:
         detector=out / "detector",
         steps=log[-1]["step"] if log else 0,
         loss=log[-1]["loss"] if log else float("nan"),
-        skipped=len(JsonLines(out / "skipped.jsonl").read()),
+        skipped=len({record["path"] for record in JsonLines(out / "skipped.jsonl").read()}),
         replay=replay,
     )

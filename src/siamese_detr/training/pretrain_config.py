@@ -24,7 +24,8 @@ VIEWS: dict[str, Literal["two", "patches", "proposals"]] = {
 """Views each method looks at."""
 MAY_CHANGE = {
     *("resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep", "log_every"),
-    *("steps", "epochs", "max_bad_share", "compile", "bank_dir", "checkpoint_activations", "images", "proposals"),
+    *("out", "steps", "epochs", "max_bad_share", "compile", "bank_dir", "checkpoint_activations"),
+    *("images", "proposals"),
 }
 """What a resumed run may be told otherwise than before: it does not change what an update computes."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,11 @@ from siamese_detr.training.persistence import PersistentTrainer
 from siamese_detr.training.settings import Batches, RankBatches, RunSettings, skip
 from siamese_detr.training.signals import Preempted, StopRequest, ignore_in_worker
 
+SHOWN = 10
+"""Unreadable images that a process tells of on the screen; all are in ``skipped.jsonl``."""
+GONE = 32
+"""Unreadable images in a row, none readable between them, that end a run: then it is the disk, not single files."""
+
 
 class BaseTrainer(PersistentTrainer):
     """Trains ``model`` on ``batches`` of ``dataset``; subclasses say in :meth:`terms` what the loss of a batch is.
@@ -40,7 +46,8 @@ class BaseTrainer(PersistentTrainer):
         optimizer: made from the model's parameters, with the base learning rates.
         dataset: indexed by the keys that ``batches`` holds.
         batches: ``settings.steps * settings.accumulate`` lists of keys, each of all processes together.
-        collate: samples -> batch, a dict; ``batch["skipped"]``, if there, lists (path, reason) of unreadable images.
+        collate: samples -> batch, a dict; ``batch["skipped"]``, if there, lists (path, reason) of unreadable images,
+            which its tensors (samples first) are without.
         epoch_size: samples in an epoch (default: all of ``dataset``).
         options: passed on to the stock Trainer.
     """
@@ -61,13 +68,18 @@ class BaseTrainer(PersistentTrainer):
         self.journal: Journal | None = None
         self.stop = StopRequest()
         self.preempted: str | None = None
-        self._micro: list[Tensor] = []  # losses of the current update's micro-batches
-        self._skipped: list[dict[str, Any]] = []
-        self._skipped_before = self._seen = 0
+        self._micro: list[tuple[Tensor, Mapping[str, Tensor]]] = []  # loss and terms of the update's micro-batches
+        self._left_out = 0  # micro-batches of which some process could read nothing
+        self._last_left_out = False
+        self._readable = self._unreadable = 0  # this process's images of the current update
+        self._in_a_row = 0  # unreadable images of all processes since the last readable one
+        self._listed: dict[str, str] = {}  # unreadable image -> reason, whichever process found it
+        self._found = self._found_before = self._seen = 0
         self._start = 0
         self._replaying = False
         self._began = datetime.datetime.now()
         super().__init__(model, settings, optimizer, data_collator=collate, train_dataset=dataset, **options)
+        self._hosts: Any = torch.distributed.new_group(backend="gloo") if self.args.world_size > 1 else None
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it when accumulating
         self.remove_callback(transformers.PrinterCallback)
         self.add_callback(_StopAtBoundary(self))
@@ -96,7 +108,9 @@ class BaseTrainer(PersistentTrainer):
         step = checkpoints.step_of(checkpoint) if checkpoint else 0
         self._start = step * self.settings.accumulate
         self._seen = step * self.settings.batch_size
-        self._skipped_before = len(self._skipped_lines().rewind(step)) if self.args.should_save else 0
+        if self.args.should_save:
+            self._listed = {record["path"]: record["reason"] for record in self._skipped_lines().rewind(step)}
+            self._found_before = len(self._listed)
         if self.args.should_save:
             self.journal = Journal(self.settings.out, step)
         try:
@@ -198,47 +212,90 @@ class BaseTrainer(PersistentTrainer):
     # ---- a step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self._note_skipped(inputs)
-        seed_torch(self.settings.seed, self.state.global_step, len(self._micro), self.args.process_index)
+        position = len(self._micro) + self._left_out
+        seed_torch(self.settings.seed, self.state.global_step, position, self.args.process_index)
+        # A process with nothing to learn from would hold up the others' collectives: all leave that micro-batch out.
+        self._last_left_out = not self._everywhere(self._note_skipped(inputs) > 0)
+        if self._last_left_out:
+            self._left_out += 1
+            return torch.zeros((), device=self.args.device)
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except NonFiniteError as error:  # found before the loss was: the other processes end with this one
             if self._replaying:
                 raise
+            self._count_terms()
             raise self._nonfinite([str(error)], "not computed", self.means.read(local=True)) from error
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, terms = self.terms(model, inputs)
-        self._micro.append(loss.detach())
-        self.means.add({"loss": loss, **terms}, 1 / self.current_gradient_accumulation_steps)
+        self._micro.append((loss.detach(), {name: term.detach() for name, term in terms.items()}))
         return (loss, terms) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
-    def _note_skipped(self, inputs: dict[str, Any]) -> None:
-        skipped = inputs.pop("skipped", None) or ()
-        step = self.state.global_step + 1
-        records = [{"step": step, "path": str(path), "reason": str(reason)} for path, reason in skipped]
-        if records:
-            self._skipped_lines().append(records)
-            self._skipped += records
-            sizes = {len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim}
-            if not sizes or sizes == {0}:
-                raise UserError(
-                    f"none of the {len(records)} images of step {step} can be read, e.g. {records[0]['path']}: "
-                    f"{records[0]['reason']}; is the disk still mounted? Continue with --resume"
-                )
+    def _note_skipped(self, inputs: dict[str, Any]) -> int:
+        """List the images of a micro-batch that could not be read, each once in a run; how many could be."""
+        skipped = {str(path): str(reason) for path, reason in inputs.pop("skipped", None) or ()}
+        readable = max((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), default=0)
+        self._unreadable += len(skipped)
+        self._readable += readable
+        if not self._replaying and skipped.keys() - self._listed.keys():
+            # Another process may have met them in another epoch.
+            self._listed |= {record["path"]: record["reason"] for record in self._skipped_lines().read()}
+            new = {path: reason for path, reason in skipped.items() if path not in self._listed}
+            step = self.state.global_step + 1
+            self._skipped_lines().append({"step": step, "path": path, "reason": new[path]} for path in new)
+            self._listed |= new
+            for path in list(new)[: max(0, SHOWN - self._found)]:
+                print(f"skipping an image that cannot be read: {path}: {new[path]}", file=sys.stderr)
+            self._found += len(new)
+            if self._found - len(new) <= SHOWN < self._found:
+                print(f"further ones are only listed, in {self._skipped_lines().path}", file=sys.stderr)
+        return readable
+
+    def _everywhere(self, here: bool) -> bool:
+        """Whether something is so in all processes. Asked of the hosts: the devices need not have come so far."""
+        if self._hosts is None:
+            return here
+        answer = torch.tensor(int(here))
+        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN, self._hosts)
+        return bool(answer)
+
+    def _count_terms(self) -> None:
+        """Add the update's losses and terms to the means that are logged."""
+        for loss, terms in self._micro:
+            self.means.add({"loss": loss, **terms}, 1 / len(self._micro))
+
+    def _mend_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Make the gradients the mean over those micro-batches that were not left out."""
+        if not self._left_out:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # The processes' gradients are put together in the last micro-batch, which may be one of those left out.
+        apart = self.args.world_size > 1 and self._last_left_out
+        for gradient in gradients:
+            if apart:
+                torch.distributed.all_reduce(gradient)
+                gradient /= self.args.world_size
+            gradient *= (len(self._micro) + self._left_out) / len(self._micro)
 
     def _skipped_lines(self) -> JsonLines:
         return JsonLines(self.settings.out / "skipped.jsonl")
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Called between the backward pass and the update: the place to stop, for all processes alike."""
+        if not self._micro:  # nothing could be read: no update
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            norm = torch.zeros((), device=self.args.device)
+            self._before_update(norm)
+            return norm
         self.accelerator.unscale_gradients()
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        self._mend_gradients(parameters)
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         self._before_update(norm)
         if self.settings.clip > 0:
@@ -250,39 +307,52 @@ class BaseTrainer(PersistentTrainer):
 
     def _before_update(self, norm: Tensor) -> None:
         """Stop on non-finite numbers before they spread, note requests to stop; one sync for all of it."""
-        losses = torch.stack(self._micro).float()
+        losses = torch.stack([loss for loss, _ in self._micro] or [norm.new_zeros(())]).float()
         if self._replaying:
             raise _ReplayDone(f"loss {losses.tolist()}, gradient norm {norm.item()}; no update made")
-        skipped_here = self._skipped_before + len(self._skipped)
-        local = torch.tensor([self.stop.requested is not None, skipped_here], dtype=torch.float32)
+        self._count_terms()
+        counts = [self._found_before + self._found, self._unreadable, self._readable]
+        local = torch.tensor([self.stop.requested is not None, *counts], dtype=torch.float32)
         flags = torch.stack([(~losses.isfinite()).any().float(), (~norm.isfinite()).float()])
-        bad_loss, bad_norm, stop, skipped = self._across(torch.cat([flags, local.to(flags, non_blocking=True)]))
+        bad_loss, bad_norm, stop, found, unreadable, readable = self._across(
+            torch.cat([flags, local.to(flags, non_blocking=True)])
+        )
         overflow = bad_norm and not bad_loss and self._scaler_can_lower()
         if (bad_loss or bad_norm) and not overflow:
             terms = self.means.read()  # a collective: every process
             if self.args.should_save:
                 raise self._nonfinite([str(value) for value in losses.tolist()], str(norm.item()), terms)
             raise UserError("loss or gradient is not finite: stopped, see the main process")
-        if not overflow:
-            self.means.add({"grad_norm": norm})
-        self.means.count += 1
+        if self._micro:  # else there is no update, and nothing to log of it
+            self.means.count += 1
+            if not overflow:
+                self.means.add({"grad_norm": norm})
         self._seen += self.settings.batch_size
-        self._stop_if_too_many_bad(int(skipped))
+        self._in_a_row = 0 if readable else self._in_a_row + int(unreadable)
+        self._stop_if_too_many_bad(int(found))
         if stop and self.preempted is None:
             self.preempted = self.stop.requested or "another process was asked to stop"
-        self._micro = []
+        self._micro, self._left_out, self._readable, self._unreadable = [], 0, 0, 0
 
     def _scaler_can_lower(self) -> bool:
         """With fp16, gradients overflow until the loss scale fits: the scaler skips those steps. Below 1: an error."""
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
 
-    def _stop_if_too_many_bad(self, total: int) -> None:
-        enough = min(self.epoch_size, 1000)
-        if self._seen >= enough and total > self.settings.max_bad_share * self._seen:
+    def _stop_if_too_many_bad(self, found: int) -> None:
+        """End the run if ``found`` different images that cannot be read are too many, or if none can be any more."""
+        if self._in_a_row >= min(GONE, self.epoch_size):
+            path, reason = next(reversed(self._listed.items()), ("", "see the other processes"))
             raise UserError(
-                f"{total} of {self._seen} images could not be read (listed in {self._skipped_lines().path}): more "
-                f"than max_bad_share {self.settings.max_bad_share}; mend or remove them, or raise it, and use --resume"
+                f"none of the last {self._in_a_row} images can be read, up to step {self.state.global_step + 1}, e.g. "
+                f"{path}: {reason}; is the disk still mounted? Continue {self.settings.out} with --resume"
+            )
+        seen = min(self._seen, self.epoch_size)
+        if seen >= min(self.epoch_size, 1000) and found > self.settings.max_bad_share * seen:
+            mounted = "; is the disk still mounted?" if self._in_a_row else ""
+            raise UserError(
+                f"{found} of {seen} images cannot be read (listed in {self._skipped_lines().path}){mounted}: more than "
+                f"max_bad_share {self.settings.max_bad_share}; mend or remove them, or raise it, and use --resume"
             )
 
     def _nonfinite(self, losses: list[str], norm: str, terms: Mapping[str, Any]) -> UserError:
