@@ -98,17 +98,16 @@ def test_a_process_with_nothing_readable(base: dict[str, Any], tmp_path: Path) -
     shutil.copytree(base["proposals"], store)
     meta = store / "meta.json"
     meta.write_text(meta.read_text().replace(base["images"], str(photos)))
-    options = base | {"images": str(photos), "proposals": str(store), "steps": 12, "accumulate": 2, "batch_size": 4}
+    options = base | {"images": str(photos), "proposals": str(store), "steps": 12, "accumulate": 2, "batch_size": 8}
     options["lr"] = 1e-3
     runs = team(options | {"out": str(tmp_path / "run")}, 2)
     assert ends(runs) == [0, 0], runs[0].text + runs[1].text
     records = logged(tmp_path / "run")
     assert [record["step"] for record in records] == list(range(1, 13))
-    losses = sum("loss" in record for record in records)
-    assert 4 <= losses < 12
+    assert all("loss" in record for record in records[-3:])  # which the comparison below needs
     assert len({path for _, path in skipped(tmp_path / "run")}) == len(skipped(tmp_path / "run")) == 8
     # Gradients that the processes had not put together would set their weights apart; a resumed run has one's for all.
-    first = team(options | {"out": str(tmp_path / "again"), "schedule": "constant", "steps": 6}, 2)
+    first = team(options | {"out": str(tmp_path / "again"), "schedule": "constant", "steps": 9}, 2)
     assert ends(first) == [0, 0], first[0].text + first[1].text
     again = team(options | {"out": str(tmp_path / "again"), "schedule": "constant", "resume": True}, 2)
     assert ends(again) == [0, 0], again[0].text + again[1].text
