@@ -1,18 +1,18 @@
-"""Which images there are: a folder searched to its leaves (tar shards are folders too), a list file, the image table
-of a COCO JSON, or what is behind a URL."""
+"""Which images there are: a folder searched to its leaves (shards are folders too), a list file, the image table of a
+COCO JSON, or what is behind a URL."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from siamese_detr.errors import UserError
-from siamese_detr.images.shards import COMPRESSED, SUFFIX, Member, as_url, list_shard, list_url, location, member_of
+from siamese_detr.images.shards import COMPRESSED, SUFFIX, SUFFIXES, as_url, list_shard, list_url, location, member_of
 
 EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "tif", "tiff", "bmp", "dib"}
@@ -29,7 +29,7 @@ class ImageList:
 
     Args:
         root: absolute folder, or URL of one (see :func:`siamese_detr.images.shards.location`).
-        paths: POSIX paths relative to ``root`` (of images in tar shards: as ``shards`` writes them), without
+        paths: POSIX paths relative to ``root`` (of images in shards: as ``shards`` writes them), without
             repetition, sorted by code point.
         problems: what was left out and why, one line each (folders without permission, names that are not Unicode).
     """
@@ -47,15 +47,15 @@ class ImageList:
 
 
 def list_images(source: str | Path, images: str | Path | None = None) -> ImageList:
-    """List the images of a folder, a tar shard, a URL, a list file or a COCO JSON.
+    """List the images of a folder, a shard, a URL, a list file or a COCO JSON.
 
     Images are not opened, nor looked at one by one; of shards, the names are read.
 
     Args:
         source: a folder (searched recursively; hidden files and folders are passed over, links followed once, ``.tar``
-            files looked into); one ``.tar``; a URL of either, of any scheme that fsspec knows; a ``.txt`` with one path
-            per line, absolute or relative to the list's folder (blank lines and lines starting with ``#`` are ignored);
-            or a COCO ``.json``.
+            and ``.parquet`` files looked into); one such file; a URL of either, of any scheme that fsspec knows; a
+            ``.txt`` with one path per line, absolute or relative to the list's folder (blank lines and lines starting
+            with ``#`` are ignored); or a COCO ``.json``.
         images: the folder that a COCO JSON's ``file_name`` entries start from. Without it the JSON's own folder, its
             ``images`` folder and their neighbours are tried.
 
@@ -67,11 +67,11 @@ def list_images(source: str | Path, images: str | Path | None = None) -> ImageLi
         paths, problems = list_url(url, _is_image)
         if not paths:
             raise UserError(f"no image behind {url}" + (f": {problems[0]}" if problems else ""))
-        return ImageList(Path(url.rpartition("/")[0] if url.lower().endswith(SUFFIX) else url), paths, problems)
+        return ImageList(Path(url.rpartition("/")[0] if url.lower().endswith(SUFFIXES) else url), paths, problems)
     path = existing(source)
     if path.is_dir():
         return _scan(path)
-    if path.suffix.lower() == SUFFIX:
+    if path.suffix.lower() in SUFFIXES:
         problems = []
         paths = _look_into(str(path.parent), path.name, problems)
         if not paths:
@@ -89,7 +89,8 @@ def list_images(source: str | Path, images: str | Path | None = None) -> ImageLi
         problems = [f"{path}: {missing} images without a usable 'file_name'"] if missing else []
         return _relative(root, (os.path.join(root, name) for name in usable), problems)
     raise UserError(
-        f"{path} is no folder, no shard (.tar), no list of images (.txt) and no COCO JSON (.json): give one of these"
+        f"{path} is no folder, no shard (.tar, .parquet), no list of images (.txt) and no COCO JSON (.json): give one "
+        "of these"
     )
 
 
@@ -160,7 +161,7 @@ def _scan(root: Path) -> ImageList:
     while pending:
         item = pending.pop()
         if item and not item.endswith("/"):
-            paths += [item] if not item.endswith(SUFFIX) else _look_into(str(root), item, problems)
+            paths += [item] if not item.endswith(SUFFIXES) else _look_into(str(root), item, problems)
             continue
         folder = os.path.join(root, item)
         try:
@@ -183,7 +184,7 @@ def _scan(root: Path) -> ImageList:
             if name.endswith(COMPRESSED)
         ]
         found = [name for name in found if not name.endswith(COMPRESSED)]
-        if not any(name.endswith(("/", SUFFIX)) for name in found):
+        if not any(name.endswith(("/", *SUFFIXES)) for name in found):
             paths += [item + name for name in found]
         else:
             pending += [item + name for name in reversed(found)]
@@ -202,7 +203,7 @@ def _entries(folder: str) -> list[str]:
                 continue
             if entry.is_dir():
                 found.append(name + "/")
-            elif _is_image(name) or name.endswith((SUFFIX, *COMPRESSED)):
+            elif _is_image(name) or name.endswith((*SUFFIXES, *COMPRESSED)):
                 found.append(name)
     return found
 
@@ -215,7 +216,7 @@ def _look_into(root: str, shard: str, problems: list[str]) -> list[str]:
     """The images in a shard, as paths relative to ``root``; what is wrong with it is added to ``problems``."""
     members, found = list_shard(os.path.join(root, shard), _is_image)
     problems += found
-    return sorted(str(Member(shard, member.offset, member.size, member.name)) for member in members)
+    return sorted(str(replace(member, shard=shard)) for member in members)
 
 
 def _read_list(path: Path) -> ImageList:

@@ -1,12 +1,14 @@
-"""Images inside tar shards (WebDataset's layout), and images behind a URL of any kind that fsspec knows.
+"""Images inside shards, tar (WebDataset's layout) or Parquet, and images behind a URL of any kind that fsspec knows.
 
 A member of a shard is addressed by a path of its own, which says where its bytes are::
 
     train-0042.tar::000000123904+20480::cats/7.jpg       shard :: offset + size :: name
+    train-0042.parquet::000000000017::cats/7.jpg         shard :: row :: name
 
 So a list of images, or a proposal store, is all the index that random access needs: the order of samples, exact
-continuation and everything else hold as for loose files, and a sample costs one read (a ranged request behind a URL).
-The names of a shard are read once, header by header, and kept in the user's cache folder.
+continuation and everything else hold as for loose files, and a sample costs one read (a ranged request behind a URL):
+of its bytes in a tar file, of its row group in a Parquet file (:mod:`.parquet`). The names of a shard are read once and
+kept in the user's cache folder.
 
 URLs are fsspec's, chains included: ``s3://bucket/photos``, ``https://host/train-0042.tar``,
 ``simplecache::s3://bucket/photos`` (each shard is copied to the local disk when first used).
@@ -15,21 +17,29 @@ URLs are fsspec's, chains included: ``s3://bucket/photos``, ``https://host/train
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import posixpath
 import re
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+
 from siamese_detr.errors import ImageError, UserError
+from siamese_detr.images import parquet
 
 SUFFIX = ".tar"
+SUFFIXES = (SUFFIX, parquet.SUFFIX)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
-_MEMBER = re.compile(r"(?P<shard>.+\.tar)::(?P<offset>\d{12,})\+(?P<size>\d+)::(?P<name>.*)", re.IGNORECASE | re.DOTALL)
+_MEMBER = re.compile(
+    r"(?P<shard>.+\.(?:tar|parquet))::(?P<offset>\d{12,})(?:\+(?P<size>\d+))?::(?P<name>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
 _URL = re.compile(r"(?P<scheme>(?:[a-zA-Z][a-zA-Z0-9+.-]+::)*[a-zA-Z][a-zA-Z0-9+.-]+):/+")
 _BLOCK = 512  # tar's unit
 
@@ -39,25 +49,34 @@ class Member:
     """An image in a shard.
 
     Attributes:
-        shard: path or URL of the tar file.
-        offset, size: where its bytes are.
-        name: its name in the tar file.
+        shard: path or URL of the file.
+        offset, size: where its bytes are; of a Parquet file the row, and None.
+        name: its name in the file.
     """
 
     shard: str
     offset: int
-    size: int
+    size: int | None
     name: str
 
     def __str__(self) -> str:
         # Zeros in front make the order of the paths that of the shard: what is read in order is read in one sweep.
-        return f"{self.shard}::{self.offset:012d}+{self.size}::{self.name}"
+        size = "" if self.size is None else f"+{self.size}"
+        return f"{self.shard}::{self.offset:012d}{size}::{self.name}"
 
 
 def member_of(path: str) -> Member | None:
     """The member that a path addresses, None for any other path."""
     found = _MEMBER.fullmatch(path)
-    return found and Member(found["shard"], int(found["offset"]), int(found["size"]), found["name"])
+    if found is None or (found["size"] is None) != is_parquet(found["shard"]):
+        return None
+    return Member(
+        found["shard"], int(found["offset"]), None if found["size"] is None else int(found["size"]), found["name"]
+    )
+
+
+def is_parquet(shard: str) -> bool:
+    return shard.lower().endswith(parquet.SUFFIX)
 
 
 def as_url(path: str | Path) -> str | None:
@@ -92,6 +111,8 @@ def read_bytes(path: str) -> bytes:
         if member is None:
             system, inside = open_url(path)
             return system.cat_file(inside)
+        if member.size is None:
+            return _parquet_bytes(path, member)
         if as_url(member.shard) is None:
             with open(member.shard, "rb") as stream:
                 stream.seek(member.offset)
@@ -113,6 +134,37 @@ def read_bytes(path: str) -> bytes:
     return content
 
 
+def _parquet_bytes(path: str, member: Member) -> bytes:
+    stamp: tuple[int, ...] = ()
+    if as_url(member.shard) is None:
+        status = os.stat(member.shard)
+        stamp = status.st_size, status.st_mtime_ns
+    group, place = _parquet_layout(member.shard, stamp).place(member.offset)
+    content = _parquet_group(member.shard, stamp, group)[place].as_py()
+    if content is None:
+        raise ImageError(path, "its row holds no bytes")
+    return content
+
+
+@functools.lru_cache(maxsize=64)
+def _parquet_layout(shard: str, stamp: tuple[int, ...]) -> parquet.Layout:
+    with _parquet_stream(shard) as stream:
+        return parquet.find_layout(stream)
+
+
+@functools.lru_cache(maxsize=1)  # images read in order cost one reading of their group
+def _parquet_group(shard: str, stamp: tuple[int, ...], group: int) -> pa.Array:
+    with _parquet_stream(shard) as stream:
+        return parquet.column(stream, _parquet_layout(shard, stamp), group)
+
+
+def _parquet_stream(shard: str) -> Any:
+    if as_url(shard) is None:
+        return pa.OSFile(shard)
+    system, inside = open_url(shard)
+    return system.open(inside, "rb", block_size=2**20)
+
+
 def open_url(url: str | Path) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it. Never kept: an instance must not survive a fork.
 
@@ -131,7 +183,7 @@ def list_url(url: str, wanted: Callable[[str], bool]) -> tuple[list[str], list[s
     """The images behind a URL, below a folder or in one shard.
 
     Args:
-        url: of a folder or a ``.tar`` file.
+        url: of a folder or a shard.
         wanted: whether a name is that of an image.
 
     Returns:
@@ -142,7 +194,7 @@ def list_url(url: str, wanted: Callable[[str], bool]) -> tuple[list[str], list[s
     """
     try:
         system, inside = open_url(url)
-        if url.lower().endswith(SUFFIX):
+        if url.lower().endswith(SUFFIXES):
             files, base = [inside], inside.rpartition("/")[0]
         else:
             files, base = system.find(inside), inside.rstrip("/")
@@ -154,10 +206,10 @@ def list_url(url: str, wanted: Callable[[str], bool]) -> tuple[list[str], list[s
     problems: list[str] = []
     for file in sorted(files):
         relative = file.removeprefix(base).lstrip("/")
-        if relative.lower().endswith(SUFFIX):
+        if relative.lower().endswith(SUFFIXES):
             root = url.rpartition("/")[0] if file == inside else url.rstrip("/")
             found, trouble = list_shard(f"{root}/{relative}", wanted)
-            paths += [str(Member(relative, member.offset, member.size, member.name)) for member in found]
+            paths += [str(replace(member, shard=relative)) for member in found]
             problems += trouble
         elif wanted(relative):
             paths.append(relative)
@@ -165,12 +217,13 @@ def list_url(url: str, wanted: Callable[[str], bool]) -> tuple[list[str], list[s
 
 
 def list_shard(shard: str, wanted: Callable[[str], bool]) -> tuple[list[Member], list[str]]:
-    """The images in a tar file, in its order, and what is wrong with it (one line each).
+    """The images in a shard, in its order, and what is wrong with it (one line each).
 
     Args:
         shard: path or URL.
-        wanted: whether a name is that of an image.
+        wanted: whether a name is that of an image (rows of a Parquet file are images whatever their name).
     """
+    rows_only = is_parquet(shard)
     try:
         if as_url(shard) is None:
             status = os.stat(shard)
@@ -181,11 +234,13 @@ def list_shard(shard: str, wanted: Callable[[str], bool]) -> tuple[list[Member],
             key = f"{shard} {system.size(inside)} {system.ukey(inside)}"
             opened = system.open(inside, "rb", block_size=2**20)
         with opened as stream:
-            rows, problems = _cached(key, lambda: _read_index(stream))
+            rows, problems = _cached(key, lambda: _read_rows(stream) if rows_only else _read_index(stream))
     except FileNotFoundError:
         return [], [f"{shard}: no such shard"]
     except Exception as error:
         return [], [f"{shard}: cannot be read ({_words(error)})"]
+    if rows_only:
+        return [Member(shard, row, None, name) for row, _, name in rows], []
     members = [Member(shard, offset, size, name) for offset, size, name in rows if wanted(name)]
     return members, [f"{shard}: {problem}" for problem in problems]
 
@@ -219,6 +274,11 @@ def _read_index(stream: BinaryIO) -> Index:
     if odd:
         problems.append(f"{odd} files with unprintable names")
     return rows, problems
+
+
+def _read_rows(stream: BinaryIO) -> Index:
+    """(row, 0, name) of the rows of a Parquet file."""
+    return [(row, 0, name) for row, name in enumerate(parquet.names(stream))], []
 
 
 def _cached(key: str, read: Callable[[], Index]) -> Index:
