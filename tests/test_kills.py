@@ -5,6 +5,7 @@ The moments come from ``SIAMESE_DETR_SEED``, or from the clock; a failure names 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -61,7 +62,8 @@ def test_fine_tuning_killed_at_random_moments(labels: str, tmp_path: Path, detec
         run = Run(killed | {"workers": attempt % 3}, verb="finetune")
         run.until_step(3 * attempt + 1, PATIENCE)
         time.sleep(moments.uniform(0, 0.4))
-        run.signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has come to its end
+            run.signal(signal.SIGKILL)
         run.wait(PATIENCE)
     last = Run(killed | {"workers": 1}, verb="finetune")
     assert last.wait(PATIENCE) == 0, last.text

@@ -13,6 +13,7 @@ import pytest
 from conftest import textured
 from siamese_detr.errors import UserError
 from siamese_detr.images import DetectionDataset, read_labels
+from siamese_detr.images.check import check
 
 
 def kinds(dataset: DetectionDataset) -> dict[str, int]:
@@ -445,3 +446,24 @@ def test_unusable_yolo(coco: Path, tmp_path: Path, content: str, message: str) -
     with pytest.raises(UserError, match=message) as caught:
         read_labels(root / "data.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_size_in_the_labels_is_named(coco: Path) -> None:
+    """A COCO JSON that gives another size than the picture has: boxes that leave it are kept where the picture has
+    room for them, and the cause is told where it has not."""
+    content = json.loads(coco.read_text())
+    for n in range(3):
+        content["images"][n].update(width=30, height=30)  # boxes begin at (10, 20 + 5 n), 40x30 pixels
+    content["annotations"].append({"id": 90, "image_id": 12, "category_id": 3, "bbox": [500, 500, 10, 10]})
+    coco.write_text(json.dumps(content))
+    dataset = read_labels(coco)
+    found = {problem.kind: problem for problem in dataset.problems}
+    assert found["wrong size in the labels"].count == 2
+    assert "0.jpg: 30x30, the picture is 120x160" in found["wrong size in the labels"].examples[0]
+    assert found["size differs from the picture's"].count == 1
+    assert "2.jpg: 30x30, the picture is 160x120" in found["size differs from the picture's"].examples[0]
+    assert [(image.width, image.height) for image in dataset.images[:3]] == [(120, 160), (160, 120), (30, 30)]
+    assert dataset.images[0].boxes.tolist() == [[10, 20, 50, 50]]
+    assert found["box outside the image"].count == 2
+    report = check(str(coco))
+    assert {("data", kind) for kind in found} <= {(finding.where, finding.kind) for finding in report.findings}

@@ -29,6 +29,8 @@ ACTIONS = {
     "malformed box": "dropped",
     "box of an unknown image": "dropped",
     "box of an unknown class": "dropped",
+    "wrong size in the labels": "the picture's own size is used, which all of its boxes fit",
+    "size differs from the picture's": "boxes are clipped to the labels' size and scaled to the picture's: mend that",
     "repeated box": "dropped",
     "duplicate annotation id": "kept and numbered anew, as its box is another one",
     "box of zero size": "dropped",
@@ -168,8 +170,10 @@ def assemble(tables: LabelTables, problems: Problems) -> list[LabelledImage]:
     bounds = sizes[owners][:, [0, 1, 0, 1]].astype(np.float64)
     if tables.normalised:
         boxes *= bounds
-    inside = np.clip(boxes, 0, bounds)
     relevant = present[owners]
+    if not tables.normalised and _mend_sizes(tables, sizes, owners[relevant], boxes[relevant], problems):
+        bounds = sizes[owners][:, [0, 1, 0, 1]].astype(np.float64)
+    inside = np.clip(boxes, 0, bounds)
     zero = relevant & ~(boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(1)
     outside = relevant & ~zero & ~(inside[:, 2:] - inside[:, :2] >= MIN_BOX_SIDE).all(1)
     clipped = relevant & ~zero & ~outside & (np.abs(boxes - inside) > CLIP_TOLERANCE).any(1)
@@ -198,6 +202,33 @@ def assemble(tables: LabelTables, problems: Problems) -> list[LabelledImage]:
         columns = (inside[part], classes[part], crowd[part], areas[part])
         images.append(LabelledImage(tables.ids[i], Path(tables.paths[i]), width, height, *columns))
     return images
+
+
+def _mend_sizes(
+    tables: LabelTables, sizes: np.ndarray, owners: np.ndarray, boxes: np.ndarray, problems: Problems
+) -> bool:
+    """Look at the pictures whose boxes leave the size that the labels give: is it theirs? Changes ``sizes``.
+
+    Returns:
+        whether a size was changed.
+    """
+    leaving = ((boxes < -CLIP_TOLERANCE) | (boxes > sizes[owners][:, [0, 1, 0, 1]] + CLIP_TOLERANCE)).any(1)
+    told = np.array(tables.sizes, dtype=np.int64).reshape(-1, 2)
+    suspects = np.unique(owners[leaving])
+    suspects = suspects[(told[suspects] > 0).all(1)]  # else it is the picture's own already
+    mended = False
+    for index, size in zip(suspects, _header_sizes([tables.paths[i] for i in suspects]), strict=True):
+        if isinstance(size, ImageError) or tuple(told[index]) == size:
+            continue
+        text = f"{tables.paths[index]}: {told[index][0]}x{told[index][1]}, the picture is {size[0]}x{size[1]}"
+        theirs = boxes[owners == index]
+        if (theirs >= -CLIP_TOLERANCE).all() and (theirs <= np.array(size * 2) + CLIP_TOLERANCE).all():
+            problems.add("wrong size in the labels", text)
+            sizes[index] = size
+            mended = True
+        else:
+            problems.add("size differs from the picture's", text)
+    return mended
 
 
 def _present(paths: Sequence[str]) -> np.ndarray:
