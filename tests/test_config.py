@@ -24,6 +24,7 @@ class ToyConfig:
         method: which.
         sides: lengths.
         resume: go on.
+        square: stretch; default: it depends.
     """
 
     images: str
@@ -31,6 +32,7 @@ class ToyConfig:
     method: Literal["a", "b"] = "a"
     sides: tuple[int, ...] = (1, 2)
     resume: bool = False
+    square: bool | None = None
 
 
 @verb(ToyConfig)
@@ -93,6 +95,14 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(cli, "load_config", lambda name: ToyConfig)
     assert cli.main(["toy", "photos", "--steps", "5", "--resume", "--sides", "7", "8"]) == 0
     assert seen.pop() == ToyConfig("photos", 5, "a", (7, 8), True)
+    for word, value in (("--square", True), ("--no-square", False), ("--square=True", True)):
+        assert cli.main(["toy", "photos", word, "--steps", "4"]) == 0
+        assert seen.pop() == ToyConfig("photos", 4, square=value)
+    with pytest.raises(SystemExit):
+        cli.main(["toy", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--square | --no-square" in said
+    assert "stretch; default: it depends" in said
     write_config(ToyConfig("x", steps=9), tmp_path / "c.yaml")
     assert cli.main(["toy", f"--config={tmp_path / 'c.yaml'}", "--method", "b"]) == 0
     assert seen.pop() == ToyConfig("x", 9, "b")

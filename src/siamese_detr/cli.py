@@ -10,7 +10,7 @@ import io
 import itertools
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 from siamese_detr import VERBS, __version__, load_config, load_verb
 from siamese_detr.errors import UserError
@@ -81,6 +81,7 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
     from siamese_detr.config import is_required, nearest, read_sources, recipe_names, validate, validate_values
 
     fields = dataclasses.fields(config_class)
+    undecided = [field.name for field in fields if field.type == "bool | None"]
     names = [field.name for field in fields]
     # Bare words in front stand for the first fields: `propose photos store` is `propose --images photos --out store`.
     bare = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
@@ -94,13 +95,15 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
         if option not in names and option.removeprefix("no_") not in names and option not in ("help", ""):
             near = nearest(option, names).replace("_", "-").replace("'", "--", 1).replace("'", "")
             raise UserError(f"unknown option --{option.replace('_', '-')}{near}; {seek_help(name)}")
+    argv = spell_out(argv, undecided)
     values = read_sources(config_class, sources.get("--recipe"), sources.get("--config"))
     missing = {field.name: tyro.MISSING for field in fields if is_required(field) and field.name not in values}
     if not {"-h", "--help"} & set(argv) and (left := [key for key in missing if key not in options]):
         raise UserError(f"{' and '.join(f'--{key}' for key in left)} must be given; {seek_help(name)}")
     # Values from files are validated by the same types as arguments before they become the command line's defaults.
     files = " and ".join(sources.values())
-    default = config_class(**(validate_values(config_class, values, files) | missing))
+    shown = with_flags(config_class, undecided)
+    default = shown(**(validate_values(config_class, values, files) | missing))
     recipes = recipe_names(config_class)
     about = inspect.cleandoc(config_class.__doc__ or VERBS[name][1]).partition("\nArgs:")[0].strip()
     required = " ".join(field.name.upper() for field in fields if is_required(field))
@@ -111,7 +114,7 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
     try:
         with contextlib.redirect_stderr(mistakes):
             config = tyro.cli(
-                config_class,
+                shown,
                 prog=f"siamese-detr {name}",
                 description=description,
                 args=argv,
@@ -123,6 +126,32 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
             raise
         raise UserError(f"{one_line(mistakes.getvalue())}; {seek_help(name)}") from None
     return validate(config_class, {f.name: getattr(config, f.name) for f in fields}, "arguments")
+
+
+def with_flags(config_class: type[Any], undecided: list[str]) -> type[Any]:
+    """``config_class``, in whose help the options that are yes, no or left to be decided look like any other flag."""
+    import tyro
+
+    if not undecided:
+        return config_class
+    types = {
+        name: Annotated[bool | None, tyro.conf.arg(metavar=f"| --no-{name.replace('_', '-')}")] for name in undecided
+    }
+    content = {"__doc__": config_class.__doc__, "__module__": config_class.__module__, "__annotations__": types}
+    made = type(config_class.__name__, (config_class,), {**content, **dict.fromkeys(undecided)})
+    return dataclasses.dataclass(made)
+
+
+def spell_out(argv: list[str], undecided: list[str]) -> list[str]:
+    """``--square`` and ``--no-square`` with the value that tyro wants of an option that may also be left undecided."""
+    words: list[str] = []
+    for word, after in itertools.zip_longest(argv, argv[1:]):
+        name = word.removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name.removeprefix("no_") in undecided and after not in ("True", "False", "None"):
+            words += [f"--{name.removeprefix('no_')}", str(not name.startswith("no_"))]
+        else:
+            words.append(word)
+    return words
 
 
 def seek_help(name: str) -> str:
