@@ -27,7 +27,7 @@ from runs import TINY, Run, logged, team
 from siamese_detr.training.checkpoint import list_checkpoints
 
 slow = pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
-PATIENCE = 300  # seconds; the machine may be busy
+PATIENCE = 60  # seconds; the machine may be busy
 
 
 @pytest.fixture(scope="module")

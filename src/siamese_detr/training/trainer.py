@@ -349,10 +349,10 @@ class BaseTrainer(PersistentTrainer):
             )
         seen = min(self._seen, self.epoch_size)
         if seen >= min(self.epoch_size, 1000) and found > self.settings.max_bad_share * seen:
-            mounted = "; is the disk still mounted?" if self._in_a_row else ""
             raise UserError(
-                f"{found} of {seen} images cannot be read (listed in {self._skipped_lines().path}){mounted}: more than "
-                f"max_bad_share {self.settings.max_bad_share}; mend or remove them, or raise it, and use --resume"
+                f"{found} of {seen} images cannot be read (listed in {self._skipped_lines().path}), more than "
+                f"max_bad_share {self.settings.max_bad_share}: is the disk still mounted? Else mend or remove them, or "
+                "raise it, and use --resume"
             )
 
     def _nonfinite(self, losses: list[str], norm: str, terms: Mapping[str, Any]) -> UserError:
