@@ -226,6 +226,20 @@ def test_presets_state_the_papers_protocol(options: dict[str, Any], name: str) -
     assert not Path(options["out"]).exists()
 
 
+def test_a_preset_is_changed_from_the_shell(options: dict[str, Any]) -> None:
+    arguments = ["compare", options["images"], options["train"], options["val"], options["out"], "--preset", "laptop"]
+    arguments += ["--inits", "siamese", "--fractions", "1", "--seeds", "0"]
+    arguments += ["--pretrain", "detector", "rt-detr", "detector_options", "{}"]
+    assert cli.main(arguments) == 0
+    out = Path(options["out"])
+    pretrained = yaml.safe_load(next((out / "pretrained/siamese").glob("run-*.yaml")).read_text())
+    finetuned = yaml.safe_load(next((out / "cells/siamese/1/0").glob("run-*.yaml")).read_text())
+    expected = {"detector": "rt-detr", "detector_options": {}, "hidden_size": 128}
+    assert {k: pretrained[k] for k in expected} == expected
+    assert {k: finetuned[k] for k in ("epochs", "image_size")} == {"epochs": 2, "image_size": 192}
+    assert pretrained["view_size"] == 192
+
+
 def test_from_the_shell(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", options["images"], options["train"], options["val"], options["out"]]
     arguments += ["--inits", "backbone", "--fractions", "1", "--seeds", "0", "--finetune", "epochs", "2", "lr", "1e-3"]

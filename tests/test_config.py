@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ class ToyConfig:
         sides: lengths.
         resume: go on.
         square: stretch; default: it depends.
+        further: anything.
     """
 
     images: str
@@ -33,6 +34,7 @@ class ToyConfig:
     sides: tuple[int, ...] = (1, 2)
     resume: bool = False
     square: bool | None = None
+    further: dict[str, int | str] = field(default_factory=dict)
 
 
 @verb(ToyConfig)
@@ -109,6 +111,10 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     (tmp_path / "partial.yaml").write_text("sides: [3]\n")
     assert cli.main(["toy", "--config", str(tmp_path / "partial.yaml"), "--images", "y"]) == 0
     assert seen.pop() == ToyConfig("y", sides=(3,))
+    (tmp_path / "partial.yaml").write_text("further: {a: 1, b: 2}\n")
+    for words, expected in (([], {"a": 1, "b": 2}), (["--further", "c", "x"], {"c": "x"}), (["--further"], {})):
+        assert cli.main(["toy", "y", "--config", str(tmp_path / "partial.yaml"), *words]) == 0
+        assert seen.pop() == ToyConfig("y", further=expected)
     (tmp_path / "partial.yaml").write_text("steps: many\n")
     assert cli.main(["toy", "photos", "--config", str(tmp_path / "partial.yaml")]) == 2
     assert "steps='many'" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import io
 import itertools
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 from siamese_detr import VERBS, __version__, load_config, load_verb
 from siamese_detr.errors import UserError
@@ -103,7 +103,10 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
     # Values from files are validated by the same types as arguments before they become the command line's defaults.
     files = " and ".join(sources.values())
     shown = with_flags(config_class, undecided)
-    default = shown(**(validate_values(config_class, values, files) | missing))
+    values = validate_values(config_class, values, files)
+    # tyro makes an option of every entry of a mapping that is not empty, and takes no others.
+    mappings = [name for name, kind in get_type_hints(config_class).items() if get_origin(kind) is dict]
+    default = shown(**(values | {name: {} for name in mappings} | missing))
     recipes = recipe_names(config_class)
     about = inspect.cleandoc(config_class.__doc__ or VERBS[name][1]).partition("\nArgs:")[0].strip()
     required = " ".join(field.name.upper() for field in fields if is_required(field))
@@ -125,7 +128,8 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
         if end.code in (0, None):
             raise
         raise UserError(f"{one_line(mistakes.getvalue())}; {seek_help(name)}") from None
-    return validate(config_class, {f.name: getattr(config, f.name) for f in fields}, "arguments")
+    kept = {name: values[name] for name in mappings if name in values and name not in options}
+    return validate(config_class, {f.name: getattr(config, f.name) for f in fields} | kept, "arguments")
 
 
 def with_flags(config_class: type[Any], undecided: list[str]) -> type[Any]:

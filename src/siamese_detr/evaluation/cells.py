@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import yaml
 
-from siamese_detr.config import default_of, read_sources, validate, validate_value
+from siamese_detr.config import read_sources, validate, validate_value
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.labels import DetectionDataset
@@ -245,23 +245,25 @@ def finetune_task(protocol: Protocol, init: Init, fraction: float, seed: int, pr
     )
 
 
-def same_detector(pretrain: PretrainConfig, finetune: FinetuneConfig) -> FinetuneConfig:
+def same_detector(
+    pretrain: PretrainConfig, finetune: FinetuneConfig, told: Mapping[str, Any] | None = None
+) -> FinetuneConfig:
     """``finetune`` such that it builds, from scratch, the detector that ``pretrain`` pre-trains.
+
+    Args:
+        told: fine-tuning options that the user gave; a recipe's yield silently.
 
     Raises:
         UserError: it was told to build another one.
     """
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(FinetuneConfig):
-        if field.name in SHARED:
-            wanted, told = getattr(pretrain, field.name), getattr(finetune, field.name)
-            if told not in (wanted, default_of(field)):
-                raise UserError(
-                    f"fine-tuning has {field.name}={told!r}, pre-training {wanted!r}: all initialisations must be the "
-                    "same detector; set it in the pre-training options"
-                )
-            changes[field.name] = wanted
-    return dataclasses.replace(finetune, **changes)
+    wanted = {name: getattr(pretrain, name) for name in SHARED}
+    for name in sorted(SHARED & (told or {}).keys()):
+        if (value := getattr(finetune, name)) != wanted[name]:
+            raise UserError(
+                f"fine-tuning has {name}={value!r}, pre-training {wanted[name]!r}: all initialisations must be the "
+                "same detector; set it in the pre-training options"
+            )
+    return dataclasses.replace(finetune, **wanted)
 
 
 def same_input(pretrain: PretrainConfig, finetune: FinetuneConfig) -> FinetuneConfig:

@@ -58,7 +58,8 @@ class CompareConfig:
             supervised on COCO), PATH+siamese (that detector after our pre-training), or the name of a variant.
         fractions: parts of the training images, each above 0 to 1.
         seeds: of the part of the images, new weights and training; results are averaged over them.
-        preset: start from the protocol of the paper: paper-table-1 or paper-table-2 (as --recipe does).
+        preset: start from a protocol: the paper's, paper-table-1 or paper-table-2, or laptop. Its mappings are changed
+            entry by entry (those of a --recipe as a whole).
         propose: options of propose.
         pretrain_recipe: recipe of pretrain, a name or a YAML file.
         pretrain: further options of pretrain; those of the detector hold for all initialisations.
@@ -163,7 +164,10 @@ def compare(config: CompareConfig) -> CompareResult:
 
 
 def apply_preset(config: CompareConfig) -> CompareConfig:
-    """Fill in what the preset says and the user left at its default; the user's options win over the preset's."""
+    """Fill in what the preset says and the user left at its default; the user's options win over the preset's.
+
+    What it says of initialisations and label fractions that the user does not want is left out.
+    """
     if config.preset is None:
         return config
     changes: dict[str, Any] = {}
@@ -178,7 +182,8 @@ def apply_preset(config: CompareConfig) -> CompareConfig:
             changes[spec.name] = tuple(values[spec.name]) if isinstance(mine, tuple) else values[spec.name]
     config = dataclasses.replace(config, **changes)
     variants = {name: options for name, options in config.variants.items() if name in config.inits}
-    return dataclasses.replace(config, variants=variants)
+    at = {part: options for part, options in config.finetune_at.items() if part in map(str, config.fractions)}
+    return dataclasses.replace(config, variants=variants, finetune_at=at)
 
 
 def make_protocol(config: CompareConfig) -> Protocol:
@@ -206,7 +211,7 @@ def make_protocol(config: CompareConfig) -> Protocol:
     fixed = {"train": train, "val": val, "out": "-", "fraction": 1.0, "seed": 0, "model": None, "init": None}
     finetune: FinetuneConfig = resolve(FinetuneConfig, config.finetune_recipe, config.finetune, fixed)
     if any(init.start in ("scratch", "backbone") and init.method is None for init in inits):
-        finetune = same_detector(pretrain, finetune)
+        finetune = same_detector(pretrain, finetune, config.finetune)
     training = read_labels(train, finetune.train_images)
     validation = read_labels(val, finetune.val_images, default_split="val")
     if training.class_names != validation.class_names:
