@@ -1,5 +1,6 @@
 """The frozen backbone, run as fast as its being frozen allows: batch norms folded into the convolutions before them, no
-autograd, channels last, and on a CPU in chunks that stay in its caches.
+autograd, channels last, and on a CPU in chunks that stay in its caches, with sums and activations computed inside the
+convolutions.
 
 The function is the same; the sums are rounded in another order (relative difference about 1e-6 in float32). A network
 in which folding would change anything else is left as it is.
@@ -8,11 +9,16 @@ in which folding would change anything else is left as it is.
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+log = logging.getLogger(__name__)
 
 CHUNK_PIXELS = 8 * 128 * 128
 """Pixels per chunk on a CPU: larger ones spill activations out of the caches (measured: up to 3 times slower)."""
@@ -48,11 +54,12 @@ class FrozenBackbone:
         return [torch.cat(level) for level in zip(*chunks, strict=True)]
 
     def network(self, dtype: torch.dtype) -> nn.Module:
-        """The folded copy in ``dtype``, made anew when the backbone's weights have changed."""
+        """The folded and fused copy in ``dtype``, made anew when the backbone's weights have changed."""
         state = [*self.backbone.parameters(), *self.backbone.buffers()]
         made_from = (dtype, *((x.data_ptr(), x._version, x.dtype, x.device) for x in state))
         if self._folded is None or made_from != self._made_from:
-            self._folded, self._made_from = fold(self.backbone, self.side).to(dtype), made_from
+            self._folded = fuse(fold(self.backbone, self.side).to(dtype), self.side)
+            self._made_from = made_from
         return self._folded
 
 
@@ -62,16 +69,23 @@ def run(network: nn.Module, pixel_values: Tensor) -> list[Tensor]:
     return list(maps if isinstance(maps, list | tuple) else maps.feature_maps)
 
 
+def probe(like: Tensor, side: int) -> Tensor:
+    """An image (1, 3, side, side) to try a network on."""
+    return torch.linspace(-2, 2, 3 * side * side).sin().view(1, 3, side, side).to(like)
+
+
+def close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether no value differs by more than ``tolerance``, relative to its map's largest."""
+    return all(bool((x - y).abs().max() <= tolerance * y.abs().max()) for x, y in zip(found, expected, strict=True))
+
+
 @torch.no_grad()
 def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
     """A copy of ``backbone`` in evaluation mode, channels last, its batch norms in the convolutions before them."""
     folded = copy.deepcopy(backbone).eval().requires_grad_(False)
-    weight = next(folded.parameters())
-    probe = (
-        torch.linspace(-2, 2, 3 * side * side, dtype=weight.dtype, device=weight.device).sin().view(1, 3, side, side)
-    )
-    expected = run(folded, probe)
-    for convolution, norm_name in conv_norm_pairs(folded, probe).items():
+    images = probe(next(folded.parameters()), side)
+    expected = run(folded, images)
+    for convolution, norm_name in conv_norm_pairs(folded, images).items():
         norm: Any = folded.get_submodule(norm_name)
         scale = norm.weight * torch.rsqrt(norm.running_var + getattr(norm, "eps", 1e-5))
         shift = norm.bias - norm.running_mean * scale
@@ -81,52 +95,159 @@ def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
         # timm's batch norms carry the activation that follows them.
         parent, _, name = norm_name.rpartition(".")
         setattr(folded.get_submodule(parent), name, getattr(norm, "act", nn.Identity()))
-    if not all(
-        torch.allclose(x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
-        for x, y in zip(run(folded, probe), expected, strict=True)
-    ):
+    if not close(run(folded, images), expected, 1e-3):
         folded = copy.deepcopy(backbone).eval().requires_grad_(False)
     return folded.to(memory_format=torch.channels_last)
 
 
-class PackedConv2d(nn.Module):
-    """A convolution that keeps its weights in the blocked layout oneDNN computes with, which depends on the input's
-    shape: else they are brought into it at every call.
+@torch.no_grad()
+def fuse(network: nn.Module, side: int = 64) -> nn.Module:
+    """A copy of the folded ``network`` whose convolutions add residuals and apply activations themselves.
+
+    Only where oneDNN computes in its precision on a CPU, its graph can be traced, and the result is the same; else
+    ``network`` itself.
+    """
+    weight = next(network.parameters())
+    if (
+        weight.device.type != "cpu"
+        or weight.dtype not in (torch.float32, torch.bfloat16)
+        or not hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    ):
+        return network
+    images = probe(weight, side).contiguous(memory_format=torch.channels_last)
+    expected = run(network, images)
+    fused: Any = copy.deepcopy(network)
+    wrapped = hasattr(fused, "_backbone")  # by Transformers
+    inner = fused._backbone if wrapped else fused
+    try:
+        traced = fx.GraphModule(inner, ConvolutionTracer().trace(inner))
+        drop_identities(traced)
+        fuse_convolutions(traced)
+        if wrapped:
+            fused._backbone = traced
+        else:
+            fused = traced
+        found = run(fused, images)
+    except Exception as error:  # tracing calls the network's own code with what are no tensors: anything may come of it
+        log.debug("the frozen backbone stays as it is: %s", error)
+        return network
+    return fused if close(found, expected, 1e-4 if weight.dtype == torch.float32 else 0.1) else network
+
+
+class ConvolutionTracer(fx.Tracer):
+    """Does not look into convolutions that pad by the size of their input, as TensorFlow does."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether ``m`` is called as it is."""
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.SiLU: ("swish", []),
+}
+"""Names and arguments in oneDNN."""
+
+
+class FusedConv2d(nn.Module):
+    """A convolution, the sum with another tensor, and an activation in one pass over memory.
+
+    oneDNN computes with weights in a blocked layout that depends on the input's shape. It is kept here; else the
+    weights are brought into it at every call.
 
     Args:
-        convolution: frozen; its weights are kept, too.
+        convolution: frozen, padding with zeros; its weights are kept, too.
+        activation: one of ``ACTIVATIONS``, after a sum only ReLU; None: none.
+        in_place: write the sum to where the other summand is.
     """
 
-    kept = 2
-    """Shapes for which weights are kept: those of the crops, and of the last views."""
+    kept = 3
+    """Input shapes for which weights are kept: of the views, the crops, and the last, fewer crops."""
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    def __init__(
+        self, convolution: nn.Conv2d, activation: tuple[str, list[float]] | None = None, in_place: bool = False
+    ) -> None:
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
         self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
+        self.activation, self.in_place = activation, in_place
         self._packed: dict[torch.Size, Tensor] = {}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Activation of the convolution of ``x`` (B, C, H, W) plus ``other``, which has the result's shape."""
+        mkldnn = torch.ops.mkldnn
         weight = self._packed.pop(x.shape, None)
         if weight is None:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, x.shape)
+            weight = mkldnn._reorder_convolution_weight(self.weight, *self.geometry, x.shape)
         self._packed[x.shape] = weight  # the last used is the last in order
         while len(self._packed) > self.kept:
             self._packed.pop(next(iter(self._packed)))
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.geometry, "none", [], "")
+        if other is None:
+            name, arguments = self.activation or ("none", [])
+            return mkldnn._convolution_pointwise(x, weight, self.bias, *self.geometry, name, arguments, "")
+        options = (weight, self.bias, *self.geometry, "add", 1.0, *(self.activation or (None, [])), "")
+        if self.in_place:
+            return mkldnn._convolution_pointwise_(other, x, *options)
+        return mkldnn._convolution_pointwise(x, other, *options)
 
 
-def pack(network: nn.Module) -> None:
-    """Replace the convolutions by :class:`PackedConv2d` where this build of PyTorch has what it needs."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Conv2d and child.padding_mode == "zeros" and not isinstance(child.padding, str):
-                setattr(parent, name, PackedConv2d(child))
+def drop_identities(network: fx.GraphModule) -> None:
+    """Take out what does nothing in evaluation mode: what is left of batch norms, and dropouts."""
+    for node in network.graph.nodes:
+        if node.op == "call_module" and isinstance(network.get_submodule(node.target), nn.Identity | nn.Dropout):
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
 
 
-def conv_norm_pairs(network: nn.Module, probe: Tensor) -> dict[nn.Conv2d, str]:
+def fuse_convolutions(network: fx.GraphModule) -> None:
+    """Put :class:`FusedConv2d` for convolutions and for the sums and activations that alone use their results."""
+    graph = network.graph
+    order = {node: n for n, node in enumerate(graph.nodes)}  # of execution
+    fresh: set[fx.Node] = set()  # tensors made here, so ours to write to
+
+    def module(node: fx.Node | None) -> Any:
+        return network.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
+
+    def only_user(node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    for node in list(graph.nodes):
+        convolution = module(node)
+        if type(convolution) is not nn.Conv2d or convolution.padding_mode != "zeros":
+            continue
+        if isinstance(convolution.padding, str):
+            continue
+        replaced, other = [node], None
+        after = only_user(node)
+        if after is not None and after.target in (operator.add, operator.iadd):
+            summands = [x for x in after.args if x is not node]
+            if len(summands) == 1 and isinstance(summands[0], fx.Node):
+                other = summands[0]
+                replaced.append(after)
+                after = only_user(after)
+        activation = ACTIVATIONS.get(type(module(after)))
+        if activation is not None and after is not None and (other is None or activation[0] == "relu"):
+            replaced.append(after)
+        else:
+            activation = None
+        # Whatever else reads the other summand must have done so before.
+        readers = set() if other is None else other.users.keys() - set(replaced)
+        in_place = other in fresh and all(order[reader] < order[node] for reader in readers)
+        name = f"fused_{len(fresh)}"
+        network.add_submodule(name, FusedConv2d(convolution, activation, in_place))
+        with graph.inserting_after(replaced[-1]):
+            made = graph.call_module(name, (node.args[0],) if other is None else (node.args[0], other))
+        order[made] = order[replaced[-1]]
+        fresh.add(made)
+        replaced[-1].replace_all_uses_with(made)
+        for old in reversed(replaced):
+            graph.erase_node(old)
+    network.delete_all_unused_submodules()
+    network.recompile()
+
+
+def conv_norm_pairs(network: nn.Module, images: Tensor) -> dict[nn.Conv2d, str]:
     """Every convolution whose output a batch norm, by its name, takes in as it is, seen in one forward pass."""
     producers: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: dict[nn.Conv2d, str] = {}
@@ -146,7 +267,7 @@ def conv_norm_pairs(network: nn.Module, probe: Tensor) -> dict[nn.Conv2d, str]:
 
             hooks.append(module.register_forward_pre_hook(pair))
     try:
-        run(network, probe)
+        run(network, images)
     finally:
         for hook in hooks:
             hook.remove()
