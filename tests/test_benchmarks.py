@@ -49,3 +49,19 @@ def test_the_step_benchmark_writes_its_tables(monkeypatch: pytest.MonkeyPatch, t
     assert summary["cases"]["detr"]["blocking reads"]["ours"] <= 3
     assert "| whole step |" in (tmp_path / "step.md").read_text()
     assert (tmp_path / "step.json").is_file()
+
+
+def test_the_floors_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import floor
+
+    threads = floor.torch.get_num_threads()
+    try:
+        summary = floor.main(["--quick", "--cases", "detr", "--out", str(tmp_path), "--threads", "1"])
+    finally:
+        floor.torch.set_num_threads(threads)
+    parts = summary["cases"]["detr"]
+    assert 1 < parts["backbone"]["gflop"] < 100
+    forward, backward = parts["Transformer, heads, losses"]["gflop"], parts["backward"]["gflop"]
+    assert 1.2 * forward < backward < 2.5 * forward  # two products for each of the forward pass's, but for the first
+    assert (tmp_path / "floor.json").is_file()
