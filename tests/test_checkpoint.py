@@ -217,7 +217,7 @@ def test_optimizer_round_trip_continues_exactly() -> None:
 def test_weight_decay_spares_norms_biases_and_embeddings() -> None:
     model = Toy()
     names = {id(p): n for n, p in model.named_parameters()}
-    decayed, spared = adamw(model, 1e-4, 1e-2).param_groups
+    spared, decayed = sorted(adamw(model, 1e-4, 1e-2).param_groups, key=lambda group: group["weight_decay"])
     assert [names[id(p)] for p in decayed["params"]] == ["linear.weight"]
     assert {names[id(p)] for p in spared["params"]} == {
         "level",
@@ -229,6 +229,15 @@ def test_weight_decay_spares_norms_biases_and_embeddings() -> None:
     assert (decayed["weight_decay"], spared["weight_decay"]) == (1e-2, 0.0)
     (every,) = adamw(model, 1e-4, 1e-2, decay_all=True).param_groups
     assert len(every["params"]) == 6
+
+
+def test_the_geometry_of_deformable_attention_and_the_backbone_learn_at_rates_of_their_own() -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("sampling_offsets", "value_proj", "body")})
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = adamw(model, 1e-4, 1e-2, backbone=model["body"], backbone_lr=3e-5).param_groups
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    for name, rate in (("sampling_offsets", 1e-5), ("value_proj", 1e-4), ("body", 3e-5)):
+        assert rates[f"{name}.weight"] == rates[f"{name}.bias"] == pytest.approx(rate)
 
 
 @settings(max_examples=50, deadline=None)

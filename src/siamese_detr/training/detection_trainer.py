@@ -20,13 +20,9 @@ from siamese_detr.images.labels import DetectionDataset
 from siamese_detr.training.criterion import CriterionConfig, SetCriterion, Targets
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.labelled_dataset import EpochBatches, TrainingImages, collate, prepare
-from siamese_detr.training.optimizer import decayed_names
 from siamese_detr.training.rundir import write_json
 from siamese_detr.training.settings import RunSettings
 from siamese_detr.training.trainer import BaseTrainer
-
-SLOW = ("sampling_offsets", "reference_points")
-"""Layers that learn at a tenth of the rate (Deformable DETR, appendix A.3)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,23 +163,3 @@ class _RewindHistory(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.trainer.history.rewind(state.global_step)
-
-
-def detector_optimizer(
-    detector: DetectorAdapter, lr: float, backbone_lr: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW with a rate of its own for the backbone, a tenth for deformable attention's geometry, and decay on
-    weights only."""
-    decayed = decayed_names(detector)
-    backbone = {id(parameter) for parameter in detector.backbone.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in detector.named_parameters():
-        if parameter.requires_grad:
-            slow = any(part in name for part in SLOW)
-            rate = backbone_lr if id(parameter) in backbone else lr * (0.1 if slow else 1.0)
-            groups.setdefault((rate, weight_decay if name in decayed else 0.0), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
-        lr=lr,
-        fused=True,
-    )

@@ -17,10 +17,11 @@ from siamese_detr.detectors.build import build_detector, load_detector
 from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.evaluation.inference import find_detector, quiet_loading
 from siamese_detr.images.labels import DetectionDataset, read_labels
-from siamese_detr.training.detection_trainer import DetectionTrainer, best_of, detector_optimizer
+from siamese_detr.training.detection_trainer import DetectionTrainer, best_of
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.labelled_dataset import TrainingImages
+from siamese_detr.training.optimizer import adamw
 from siamese_detr.training.processes import lost_process_explained
 from siamese_detr.training.progress import ProgressBar
 from siamese_detr.training.rundir import begin, check_place, record_session, write_json
@@ -86,7 +87,13 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         trainer = DetectionTrainer(
             detector,
             config.settings(len(dataset), validation is not None),
-            detector_optimizer(detector, config.lr, config.backbone_lr, config.weight_decay),
+            adamw(
+                detector,
+                config.lr,
+                config.weight_decay,
+                backbone=detector.backbone,
+                backbone_lr=config.backbone_lr,
+            ),
             TrainingImages(dataset, config.transform(size), config.seed),
             validation,
             size,

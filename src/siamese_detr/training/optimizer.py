@@ -10,6 +10,10 @@ from torch import nn
 
 DROP = 0.1
 """What a dropped learning rate is multiplied by."""
+GEOMETRY = ("sampling_offsets", "reference_points")
+"""Parameters that say where deformable attention looks: a small change moves it far (Deformable DETR, section 5)."""
+GEOMETRY_RATE = 0.1
+"""Their share of the learning rate."""
 
 
 def decayed_names(model: nn.Module) -> set[str]:
@@ -26,21 +30,38 @@ def decayed_names(model: nn.Module) -> set[str]:
     }
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, decay_all: bool = False) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with and without weight decay.
+def adamw(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    decay_all: bool = False,
+    backbone: nn.Module | None = None,
+    backbone_lr: float = 0.0,
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, with and without weight decay, each part at its own rate.
 
     Args:
         model: frozen parameters (``requires_grad`` False) are left out.
-        lr: learning rate.
-        weight_decay: of the decayed group.
+        lr: learning rate; a tenth of it for the geometry of deformable attention.
+        weight_decay: of the decayed parameters.
         decay_all: decay norms, biases and embeddings too, as the papers' code does.
+        backbone: the part of ``model`` that learns at ``backbone_lr``.
+        backbone_lr: its learning rate.
     """
     decayed = decayed_names(model)
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    with_decay = [parameter for name, parameter in trainable if decay_all or name in decayed]
-    without = [parameter for name, parameter in trainable if not (decay_all or name in decayed)]
-    groups = [{"params": with_decay, "weight_decay": weight_decay}, {"params": without, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+    inside = set() if backbone is None else {id(parameter) for parameter in backbone.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            slow = any(part in name for part in GEOMETRY)
+            rate = backbone_lr if id(parameter) in inside else lr * (GEOMETRY_RATE if slow else 1.0)
+            decay = weight_decay if decay_all or name in decayed else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()],
+        lr=lr,
+        fused=True,
+    )
 
 
 def lr_factor(schedule: str, steps: int, drop_at: float = 2 / 3, warmup: int = 0) -> Callable[[int], float]:
