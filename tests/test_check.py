@@ -34,6 +34,7 @@ def test_nothing_to_find(coco: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     assert "no problems found" in printed
     assert "6 images, 6 readable" in printed
+    assert "val boxes" not in printed
 
 
 def test_everything_to_find(coco: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

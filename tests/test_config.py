@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -133,3 +135,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert all(word in message for word in words), message
     assert cli.main(["toi"]) == 2
     assert "did you mean 'toy'" in capsys.readouterr().err
+
+
+def test_no_command_loads_pytorch_to_print_its_help() -> None:
+    program = "import sys, siamese_detr as s; list(map(s.load_config, s.VERBS)); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -72,36 +73,37 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     make_scenes(folder / "train", 6, seed=1)
     make_scenes(folder / "val", 6, seed=2)
-    siamese_detr.pretrain(
-        images=str(folder / "train"),
-        out=str(folder / "pretrained"),
-        view_size=64,
-        num_regions=3,
-        steps=2,
-        batch_size=2,
-        workers=0,
-        log_every=1,
-        global_hidden_size=8,
-        global_size=8,
-        global_predictor_size=4,
-        device="cpu",
-        progress=False,
-        **TINY,
-    )
-    siamese_detr.finetune(
-        train=str(folder / "train.json"),
-        val=str(folder / "val.json"),
-        model=str(folder / "pretrained"),
-        out=str(folder / "finetuned"),
-        epochs=1,
-        batch_size=3,
-        image_size=64,
-        square=True,
-        workers=0,
-        log_every=1,
-        device="cpu",
-        progress=False,
-    )
+    with contextlib.chdir(folder):  # the pages are made elsewhere
+        siamese_detr.pretrain(
+            images="train",
+            out="pretrained",
+            view_size=64,
+            num_regions=3,
+            steps=2,
+            batch_size=2,
+            workers=0,
+            log_every=1,
+            global_hidden_size=8,
+            global_size=8,
+            global_predictor_size=4,
+            device="cpu",
+            progress=False,
+            **TINY,
+        )
+        siamese_detr.finetune(
+            train="train.json",
+            val="val.json",
+            model="pretrained",
+            out="finetuned",
+            epochs=1,
+            batch_size=3,
+            image_size=64,
+            square=True,
+            workers=0,
+            log_every=1,
+            device="cpu",
+            progress=False,
+        )
     compared = folder / "compared"
     compared.mkdir()
     cells = [

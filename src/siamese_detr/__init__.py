@@ -33,6 +33,11 @@ VERBS = {
 CONFIGS = {
     "pretrain": "siamese_detr.training.pretrain_config",
     "finetune": "siamese_detr.training.finetune_config",
+    "evaluate": "siamese_detr.evaluation.evaluate_config",
+    "predict": "siamese_detr.evaluation.predict_config",
+    "compare": "siamese_detr.evaluation.compare_config",
+    "report": "siamese_detr.reporting.report_config",
+    "export": "siamese_detr.interchange.export_config",
 }
 
 __all__ = ["VERBS", "__version__", "load_config", "load_verb"]

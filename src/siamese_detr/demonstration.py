@@ -12,11 +12,7 @@ from rich.table import Table
 
 from siamese_detr.config import verb, write_config
 from siamese_detr.errors import UserError
-from siamese_detr.evaluation.predict import predict
 from siamese_detr.images.scenes import make_scenes
-from siamese_detr.proposals.propose import propose
-from siamese_detr.training.finetune import finetune
-from siamese_detr.training.pretrain import pretrain
 
 
 @dataclass
@@ -57,6 +53,9 @@ class DemoResult:
 @verb(DemoConfig)
 def demo(config: DemoConfig) -> DemoResult:
     """Run the whole job on a small example, in about five minutes on two CPU cores."""
+    # Here, because they load PyTorch, for which --help need not wait.
+    from siamese_detr import finetune, predict, pretrain, propose
+
     out = Path(config.out)
     if (out / "demo.json").exists() or (out / "pretrained").exists():
         raise UserError(f"{out} already holds a demonstration: choose another folder with --out, or delete it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from siamese_detr.evaluation.cells import (
     same_input,
     tasks,
 )
+from siamese_detr.evaluation.compare_config import CompareConfig
 from siamese_detr.evaluation.results import METRIC, conclude, finished, read_cell, write_plots, write_tables
 from siamese_detr.evaluation.schedule import Ended, Job, device_slots, run_jobs
 from siamese_detr.evaluation.summary import CellResult, summary_table, to_markdown
@@ -37,61 +38,6 @@ from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.rundir import record_session
 from siamese_detr.training.signals import RunLock
-
-Value = bool | int | float | str
-
-
-@dataclass
-class CompareConfig:
-    """Compare initialisations of a detector by what fine-tuning makes of them.
-
-    Every initialisation gets the same fine-tuning, label parts and seeds. Options of the verbs are given as
-    `--finetune epochs 50 lr 1e-4`, or in YAML as a mapping.
-
-    Args:
-        images: unlabelled images to pre-train on: folder, list file (.txt) or COCO JSON.
-        train: labels to fine-tune on: COCO JSON, VOC folder or YOLO data.yaml.
-        val: labels to measure on.
-        out: directory of the comparison; what is there already is not run again.
-        inits: what to compare: scratch (everything random), backbone (pre-trained backbone, random Transformer: the
-            papers' "scratch"), siamese, up-detr or detreg (pre-trained here), PATH (a detector as it is, e.g. one
-            supervised on COCO), PATH+siamese (that detector after our pre-training), or the name of a variant.
-        fractions: parts of the training images, each above 0 to 1.
-        seeds: of the part of the images, new weights and training; results are averaged over them.
-        preset: start from a protocol: the paper's, paper-table-1 or paper-table-2, or laptop. Its mappings are changed
-            entry by entry (those of a --recipe as a whole).
-        propose: options of propose.
-        pretrain_recipe: recipe of pretrain, a name or a YAML file.
-        pretrain: further options of pretrain; those of the detector hold for all initialisations.
-        variants: options of pretrain for one initialisation, by its name; with a method they define a new one.
-        finetune_recipe: recipe of finetune, a name or a YAML file.
-        finetune: further options of finetune.
-        finetune_at: options of finetune at one label fraction, by its number, for all initialisations alike.
-        pretrain_each_seed: pre-train anew for every seed (default: one pre-training serves all seeds).
-        evaluation: count each cell's last evaluation, or its best (which flatters noisy runs).
-        parallel: runs at a time (default: one per visible GPU, or one on the CPU).
-        dry_run: only tell what would be run.
-    """
-
-    images: str
-    train: str
-    val: str
-    out: str
-    inits: tuple[str, ...] = ("backbone", "siamese")
-    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
-    seeds: tuple[int, ...] = (0, 1)
-    preset: str | None = None
-    propose: dict[str, Value] = field(default_factory=dict)
-    pretrain_recipe: str | None = None
-    pretrain: dict[str, Value] = field(default_factory=dict)
-    variants: dict[str, dict[str, Value]] = field(default_factory=dict)
-    finetune_recipe: str | None = None
-    finetune: dict[str, Value] = field(default_factory=dict)
-    finetune_at: dict[str, dict[str, Value]] = field(default_factory=dict)
-    pretrain_each_seed: bool = False
-    evaluation: str = "last"
-    parallel: int | None = None
-    dry_run: bool = False
 
 
 @dataclass

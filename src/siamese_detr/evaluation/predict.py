@@ -16,35 +16,9 @@ from siamese_detr.config import verb
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.draw import draw_detections
 from siamese_detr.evaluation.inference import Detector, ImageResult, Job, run
+from siamese_detr.evaluation.predict_config import PredictConfig
 from siamese_detr.images.decode import read_image, read_size
 from siamese_detr.images.listing import EXTENSIONS, ImageList, list_images
-
-
-@dataclass
-class PredictConfig:
-    """Detect objects in images: JSON with the boxes, and pictures with them drawn.
-
-    Args:
-        model: a detector's Hugging Face directory, also one that this package did not make, or a run directory.
-        images: an image, a folder (searched recursively), a list file (.txt) or a COCO JSON.
-        out: folder for predictions.json, coco_results.json and pictures/.
-        threshold: boxes must score more than this (0 to 1).
-        top_k: most boxes per image.
-        draw: also write the pictures with the boxes drawn.
-        batch_size: images per forward pass.
-        workers: data processes.
-        device: auto, cpu, cuda, mps …
-    """
-
-    model: str
-    images: str
-    out: str
-    threshold: float = 0.5
-    top_k: int = 100
-    draw: bool = True
-    batch_size: int = 8
-    workers: int = 1
-    device: str = "auto"
 
 
 @dataclass

@@ -116,9 +116,10 @@ class CheckReport:
         for part, count in self.images.items():
             console.print(f"{part}: {count} images, {self.readable[part]} readable", highlight=False)
         if self.classes:
-            table = Table("class", *(f"{part}{what}" for part in ("", "val ") for what in ("boxes", "images")))
+            columns = ("boxes", "images", "val_boxes", "val_images")[: 2 * len(self.images)]
+            table = Table("class", *(column.replace("_", " ") for column in columns))
             for c in self.classes:
-                table.add_row(_plain(c.name), *map(str, (c.boxes, c.images, c.val_boxes, c.val_images)))
+                table.add_row(_plain(c.name), *(str(getattr(c, column)) for column in columns))
             console.print(table)
         if self.ok:
             console.print("no problems found")

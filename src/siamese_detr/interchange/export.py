@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,33 +21,9 @@ from torch import Tensor, nn
 from siamese_detr.config import verb
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector, find_detector, quiet_loading
+from siamese_detr.interchange.export_config import ExportConfig
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass
-class ExportConfig:
-    """Write a detector for use elsewhere, and check that it computes the same.
-
-    Args:
-        model: a detector's Hugging Face directory, or a run directory.
-        out: folder to write: config.json, preprocessor_config.json and model.safetensors or model.onnx.
-        format: hf (a Hugging Face directory) or onnx (needs the extra `onnx`).
-        precision: of the weights: fp32, fp16 or bf16; onnx: fp32 only.
-        height: onnx: of the image in the graph; default: what the detector's image processor makes.
-        width: onnx: likewise.
-        dynamic_batch: onnx: any number of images per call.
-        tolerance: onnx: largest difference to the PyTorch model's boxes and scores that is accepted.
-    """
-
-    model: str
-    out: str
-    format: Literal["hf", "onnx"] = "hf"
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    height: int | None = None
-    width: int | None = None
-    dynamic_batch: bool = True
-    tolerance: float = 1e-3
 
 
 @dataclass(frozen=True)

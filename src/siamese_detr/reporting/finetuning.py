@@ -28,7 +28,7 @@ from siamese_detr.images.labels import DetectionDataset, LabelledImage, read_lab
 from siamese_detr.reporting.charts import bar_chart, line_chart
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box
-from siamese_detr.reporting.runs import log_section, read_config, what_was_run
+from siamese_detr.reporting.runs import located, log_section, read_config, what_was_run
 from siamese_detr.training.journal import JsonLines
 
 IOU = 0.5
@@ -107,6 +107,7 @@ def detect(
     """
     if not config.get("val"):
         raise UserError("the run had no validation labels")
+    config = located(run, config)
     dataset = read_labels(config["val"], config.get("val_images"), default_split="val")
     if len(dataset) > max_images:
         dataset = dataset.take(max_images / len(dataset), 0)

@@ -21,7 +21,7 @@ from siamese_detr.proposals.store import ProposalStore, StoredImage
 from siamese_detr.randomness import seed_torch
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box, Photo
-from siamese_detr.reporting.runs import log_section, read_config, what_was_run
+from siamese_detr.reporting.runs import located, log_section, read_config, what_was_run
 from siamese_detr.training import checkpoint as checkpoints
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.pretrain import build
@@ -54,7 +54,7 @@ def pretraining_page(run: Path, samples: int) -> Page:
     facts["steps"] = str(log[-1]["step"]) if log else "none logged"
     sections = [what_was_run(run, facts, values), log_section(run)]
     try:
-        config = validate(PretrainConfig, values, str(run / "config.yaml"))
+        config = validate(PretrainConfig, located(run, values), str(run / "config.yaml"))
         store, rows = stored_images(run, config)
     except UserError as error:
         sections.append(Section("Views and proposals", [Missing("Views, proposals and predictions", str(error))]))

@@ -12,28 +12,8 @@ from rich.console import Console
 from siamese_detr.config import verb
 from siamese_detr.errors import UserError
 from siamese_detr.reporting.page import Missing, Page, render
+from siamese_detr.reporting.report_config import ReportConfig
 from siamese_detr.reporting.runs import read_config
-
-
-@dataclass
-class ReportConfig:
-    """Write a self-contained HTML page about a pre-training, a fine-tuning or a comparison.
-
-    Args:
-        run: directory that pretrain, finetune or compare wrote.
-        out: the page; default: report.html in that directory.
-        samples: images shown of each kind.
-        max_images: validation images looked at, at most.
-        score: confidence from which a detection counts in pictures and confusion matrix.
-        device: auto, cpu, cuda, mps …
-    """
-
-    run: str
-    out: str | None = None
-    samples: int = 4
-    max_images: int = 500
-    score: float = 0.3
-    device: str = "auto"
 
 
 @dataclass(frozen=True)

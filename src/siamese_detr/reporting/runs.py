@@ -32,6 +32,7 @@ NAMES = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
 }
+PATHS = ("images", "proposals", "train", "val", "train_images", "val_images", "model", "init", "backbone")
 POINTS = 160
 """Most points of a curve: longer logs are averaged over equal spans."""
 
@@ -49,6 +50,15 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{run / 'config.yaml'} holds no configuration")
     return values
+
+
+def located(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with paths that are found from here: relative ones count from where the run was started."""
+    begun = next(
+        (record["directory"] for record in JsonLines(run / "sessions.jsonl").read() if "directory" in record), ""
+    )
+    found = {name: str(Path(begun, config[name]).expanduser()) for name in PATHS if config.get(name)}
+    return {**config, **{name: path for name, path in found.items() if Path(path).exists()}}
 
 
 def what_was_run(run: Path, facts: Mapping[str, str], config: Mapping[str, Any]) -> Section:

@@ -90,6 +90,7 @@ def record_session(out: Path, **facts: Any) -> None:
     record = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
+        "directory": os.getcwd(),
         "siamese_detr": siamese_detr.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -1,0 +1,32 @@
+"""What ``evaluate`` can be told; apart from the verb, so that ``--help`` need not load PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure a detector on labelled images: COCO AP, AP50, AP75, AP by size and AR, overall and per class.
+
+    Args:
+        model: a detector's Hugging Face directory, also one that this package did not make, or a run directory.
+        labels: COCO JSON, VOC folder or YOLO data.yaml with the boxes to find.
+        images: folder of the images, where it is not the usual one.
+        split: of YOLO (default: val) and VOC labels.
+        out: write the metrics to this JSON file (and the detections beside it, as COCO results).
+        batch_size: images per forward pass.
+        workers: data processes.
+        device: auto, cpu, cuda, mps …
+        top_k: most detections per image.
+    """
+
+    model: str
+    labels: str
+    images: str | None = None
+    split: str | None = None
+    out: str | None = None
+    batch_size: int = 8
+    workers: int = 1
+    device: str = "auto"
+    top_k: int = 100

@@ -1,0 +1,32 @@
+"""What ``predict`` can be told; apart from the verb, so that ``--help`` need not load PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class PredictConfig:
+    """Detect objects in images: JSON with the boxes, and pictures with them drawn.
+
+    Args:
+        model: a detector's Hugging Face directory, also one that this package did not make, or a run directory.
+        images: an image, a folder (searched recursively), a list file (.txt) or a COCO JSON.
+        out: folder for predictions.json, coco_results.json and pictures/.
+        threshold: boxes must score more than this (0 to 1).
+        top_k: most boxes per image.
+        draw: also write the pictures with the boxes drawn.
+        batch_size: images per forward pass.
+        workers: data processes.
+        device: auto, cpu, cuda, mps …
+    """
+
+    model: str
+    images: str
+    out: str
+    threshold: float = 0.5
+    top_k: int = 100
+    draw: bool = True
+    batch_size: int = 8
+    workers: int = 1
+    device: str = "auto"

@@ -1,0 +1,31 @@
+"""What ``export`` can be told; apart from the verb, so that ``--help`` need not load PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class ExportConfig:
+    """Write a detector for use elsewhere, and check that it computes the same.
+
+    Args:
+        model: a detector's Hugging Face directory, or a run directory.
+        out: folder to write: config.json, preprocessor_config.json and model.safetensors or model.onnx.
+        format: hf (a Hugging Face directory) or onnx (needs the extra `onnx`).
+        precision: of the weights: fp32, fp16 or bf16; onnx: fp32 only.
+        height: onnx: of the image in the graph; default: what the detector's image processor makes.
+        width: onnx: likewise.
+        dynamic_batch: onnx: any number of images per call.
+        tolerance: onnx: largest difference to the PyTorch model's boxes and scores that is accepted.
+    """
+
+    model: str
+    out: str
+    format: Literal["hf", "onnx"] = "hf"
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    height: int | None = None
+    width: int | None = None
+    dynamic_batch: bool = True
+    tolerance: float = 1e-3
