@@ -277,6 +277,17 @@ def test_a_bank_that_lost_files_is_refused(base: dict[str, Any], tmp_path: Path)
         pretrain(**{**options, "out": str(tmp_path / "two")})
 
 
+def test_detectors_that_read_other_maps_of_a_backbone_have_their_own_banks(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    """The same weights, with and without dilation, and at several strides."""
+    options = {**base, "feature_bank": 1, "bank_dir": str(tmp_path / "banks"), "steps": 1}
+    pretrain(**{**options, "out": str(tmp_path / "one")})
+    pretrain(**{**options, "out": str(tmp_path / "dilated"), "detector_options": {"dilation": True}})
+    pretrain(**{**options, "out": str(tmp_path / "three"), "detector": "deformable-detr", "hidden_size": 32})
+    assert len(list((tmp_path / "banks").iterdir())) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

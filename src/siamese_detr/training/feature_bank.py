@@ -40,7 +40,7 @@ def fingerprint(store: Rows, rows: np.ndarray, dataset: TwoViewDataset, **facts:
     Args:
         store, rows: the images used, their sizes and proposals.
         dataset: decides the views (its configuration and seed).
-        facts: further JSON values: backbone checksum, normalisation, crop size.
+        facts: further JSON values: backbone checksum and configuration, normalisation, crop size.
     """
     digest = hashlib.sha256()
     views = dataclasses.asdict(dataset.config)

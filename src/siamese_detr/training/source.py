@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PretrainedConfig
 
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import FrozenFeatures, Pretext
@@ -87,6 +88,7 @@ def find_bank(
         rows,
         dataset,
         backbone=checksum(detector.backbone),
+        network=network_of(detector.config.backbone_config),
         normalisation=[detector.image_mean, detector.image_std],
         crop_size=config.crop_size if pretext.needs_crops else None,
     )
@@ -109,6 +111,13 @@ def find_bank(
     team.wait()
     pretext.train()
     return bank
+
+
+def network_of(config: PretrainedConfig) -> dict[str, Any]:
+    """What a backbone's configuration says of its function: the same weights give other maps dilated, or others of
+    them.
+    """
+    return {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
 
 
 def track(batches: Iterable[Any], total: int) -> Iterable[Any]:
