@@ -89,6 +89,21 @@ def test_queries_carry_the_regions_of_their_view_in_a_row():
         assert_close(given[1, :, query], embedded[0, :, query // 3])
 
 
+def test_region_dropout_hides_the_regions_of_whole_images_in_training_only():
+    pretext, features = siamese(region_dropout=0.5), random_features(batch=4)
+    shown = pretext.eval().queries(features)
+    torch.manual_seed(0)
+    pretext.train()
+    seen = torch.zeros(2, 4)
+    for _ in range(64):
+        queries = pretext.queries(features)
+        kept = queries.abs().amax((2, 3)) > 0
+        assert_close(queries, torch.where(kept[..., None, None], shown, 0))
+        seen += kept / 64
+    assert ((seen > 0.2) & (seen < 0.8)).all(), "each image of each view is hidden about half of the time, by itself"
+    assert pretext(features).loss.isfinite()
+
+
 def test_permuting_the_batch_permutes_the_predictions_and_leaves_the_loss():
     pretext, features, order = siamese(), random_features(), torch.tensor([2, 0, 1])
     recorder = Recorder(pretext.detector)
@@ -271,6 +286,8 @@ def test_bad_input():
         SiameseConfig(region_target="pixels")
     with pytest.raises(UserError, match="target_view"):
         SiameseConfig(target_view="both")
+    with pytest.raises(UserError, match="region_dropout must be at least 0 and below 1"):
+        SiameseConfig(region_dropout=1.0)
     with pytest.raises(UserError, match="too few queries for the number of regions: 12 queries, 13 regions"):
         siamese()(random_features(regions=13))
     with pytest.raises(UserError, match="two views"):

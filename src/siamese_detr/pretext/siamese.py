@@ -32,6 +32,8 @@ class SiameseConfig(PretextConfig):
         cross_view: decode a view's regions on the other view's memory (the paper); off: on its own, the single-view
             ablation.
         jitter: pool the queries' features at jittered boxes (the paper) rather than at the regions themselves.
+        region_dropout: probability with which a training step shows an image's queries none of its regions (the paper:
+            0): the learned queries alone then have to find them, as they have to find objects in fine-tuning.
         pool_padding: let padding into the pooled features, as the paper's code does: averaged into the global ones, and
             at the picture's edge interpolated into the regions'. Off: only the picture counts.
         global_hidden_size: width of the global projector.
@@ -46,6 +48,7 @@ class SiameseConfig(PretextConfig):
     target_view: Literal["own", "other"] = "own"
     cross_view: bool = True
     jitter: bool = True
+    region_dropout: float = 0.0
     pool_padding: bool = False
     global_hidden_size: int = 256
     global_size: int = 256
@@ -55,6 +58,8 @@ class SiameseConfig(PretextConfig):
         check_choice("discrimination", self.discrimination, ("none", "region", "global", "both"))
         check_choice("region_target", self.region_target, ("crop", "roi"))
         check_choice("target_view", self.target_view, ("own", "other"))
+        if not 0 <= self.region_dropout < 1:
+            raise UserError(f"region_dropout must be at least 0 and below 1, not {self.region_dropout}")
 
     @property
     def learns_regions(self) -> bool:
@@ -124,12 +129,16 @@ class SiamesePretext(Pretext):
 
     def queries(self, features: FrozenFeatures) -> Tensor:
         """q (V, B, Q, D): the region features of each view, embedded and repeated; the detector adds its own query
-        embedding.
+        embedding. Zero for the images of a training step that go without (``region_dropout``).
         """
         boxes = features.query_boxes if self.config.jitter else features.boxes
         pooled = self._pool(features, boxes)
         region = region_of_query(self.detector.num_queries, boxes.shape[2], boxes.device)
-        return self.region_embedding(pooled).index_select(2, region)
+        queries = self.region_embedding(pooled).index_select(2, region)
+        if self.training and self.config.region_dropout > 0:
+            kept = torch.rand(queries.shape[:2], device=queries.device) >= self.config.region_dropout
+            queries = queries * kept[..., None, None]
+        return queries
 
     def _pool(self, features: FrozenFeatures, boxes: Tensor) -> Tensor:
         sizes = None if self.config.pool_padding else features.sizes

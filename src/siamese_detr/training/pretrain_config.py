@@ -99,6 +99,7 @@ class PretrainConfig:
         target_view: own (the paper) or other: the view of the region targets (siamese).
         cross_view: decode regions in the other view (siamese).
         jitter_queries: pool the queries' features at jittered boxes (siamese).
+        region_dropout: probability that an image's queries are shown none of its regions, as in fine-tuning (siamese).
         pool_padding: average padding into the global feature, as the paper's code does (siamese).
         global_hidden_size: width of the global projector (siamese).
         global_size: width of the global projection (siamese).
@@ -194,6 +195,7 @@ class PretrainConfig:
     target_view: Literal["own", "other"] = "own"
     cross_view: bool = True
     jitter_queries: bool = True
+    region_dropout: float = 0.0
     pool_padding: bool = False
     global_hidden_size: int = 256
     global_size: int = 256
@@ -245,8 +247,9 @@ class PretrainConfig:
             raise UserError(f"epochs must be positive, not {self.epochs}")
         if self.feature_bank and self.view_size is None:
             raise UserError("feature_bank needs views of one size: give view_size")
-        if not 0 <= self.patch_dropout < 1:
-            raise UserError(f"patch_dropout must be at least 0 and below 1, not {self.patch_dropout}")
+        for name in ("patch_dropout", "region_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         self.views()
 
     @property
