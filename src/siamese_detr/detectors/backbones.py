@@ -75,7 +75,7 @@ class Backbone:
         if dilation and (isinstance(self.network, PretrainedConfig) or strides != [32]):
             raise UserError(
                 f"backbone {self.name!r} cannot be dilated here: that takes a convolutional timm backbone, "
-                "in a detector that uses its last map only"
+                "in a detector that uses its last map only; switch it off with --detector-options dilation False"
             )
         available = self.strides()
         wanted = [available[-1]] if strides == [32] and len(set(available)) == 1 else strides
