@@ -51,6 +51,18 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
     assert latest_valid(tmp_path) == tmp_path / "checkpoint-100"
 
 
+def test_a_damaged_newer_one_does_not_cost_what_is_saved_after_it(tmp_path: Path) -> None:
+    """A run that went back saves behind the damaged checkpoint: that one takes no valid one's place."""
+    save(tmp_path, 10)
+    (save(tmp_path, 20) / "model.safetensors").unlink()
+    for step in (15, 18):
+        save(tmp_path, step, keep=1)
+        assert latest_valid(tmp_path, lambda message: None) == tmp_path / f"checkpoint-{step}"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-18", "checkpoint-20"]
+    save(tmp_path, 20, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-20"]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "manifest", "missing", "extra", "empty", "swap"])
 def test_a_damaged_newest_falls_back(tmp_path: Path, damage: str) -> None:
     older, newest = save(tmp_path, 1), save(tmp_path, 2)

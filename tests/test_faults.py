@@ -109,6 +109,22 @@ def test_a_full_disk(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> 
     assert_continues(options)
 
 
+def test_a_disk_without_room_for_another_checkpoint(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
+    """The message says to lower ``keep``: that alone, with nothing else removed, lets the run go on."""
+    options = base | {"out": on(small_disk, tmp_path), "save_every": 1, "keep": 3}
+    first = Run(options | {"steps": 3})
+    assert first.wait(PATIENCE) == 0, first.text
+    used = sum(path.stat().st_size for path in (small_disk / "run" / "checkpoints").rglob("*")) // 3
+    disk = os.statvfs(small_disk)
+    with open(small_disk / "filler", "wb") as file:
+        file.write(b"\0" * (disk.f_bavail * disk.f_frsize - used // 2))
+    assert_clear(Run(options), "No space left", "lower `keep`", "--resume")
+    verify(small_disk / "run" / "checkpoints" / "checkpoint-3")
+    again = Run(options | {"keep": 1, "steps": 5})
+    assert again.wait(PATIENCE) == 0, again.text
+    assert [path.name for path in list_checkpoints(small_disk / "run" / "checkpoints")] == ["checkpoint-5"]
+
+
 def test_a_directory_that_cannot_be_written(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
     options = base | {"out": on(small_disk, tmp_path)}
     mount("-o", "remount,ro", str(small_disk))

@@ -90,10 +90,17 @@ def save_checkpoint(
             f"cannot write checkpoint {target}: {error}; earlier checkpoints are intact: make room (or lower `keep`) "
             "and continue with --resume"
         ) from error
-    if keep > 0:
-        for old in list_checkpoints(folder)[:-keep]:
-            discard(old)
+    prune(folder, step, keep)
     return target
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Leave the ``keep`` newest checkpoints up to ``step`` (0: all). Later ones are of a run that went back, because
+    they are damaged: they neither count nor go.
+    """
+    if keep > 0:
+        for old in [path for path in list_checkpoints(folder) if step_of(path) <= step][:-keep]:
+            discard(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -109,6 +109,7 @@ class BaseTrainer(PersistentTrainer):
         self._start = step * self.settings.accumulate
         self._seen = step * self.settings.batch_size
         if self.args.should_save:
+            checkpoints.prune(self.settings.checkpoints, step, self.settings.keep)  # a lower `keep` makes room now
             self._listed = {record["path"]: record["reason"] for record in self._skipped_lines().rewind(step)}
             self._found_before = len(self._listed)
         if self.args.should_save:
