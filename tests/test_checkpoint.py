@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from siamese_detr.errors import UserError
+from siamese_detr.files import clean
 from siamese_detr.training import checkpoint
 from siamese_detr.training.checkpoint import latest_valid, list_checkpoints, save_checkpoint, verify
 from siamese_detr.training.journal import WindowMeans
@@ -177,7 +178,7 @@ def test_leftovers_are_cleaned(tmp_path: Path) -> None:
     for name in (".writing-checkpoint-2-77", ".removing-checkpoint-0-77"):
         shutil.copytree(path, tmp_path / name)
     assert list_checkpoints(tmp_path) == [path]
-    checkpoint.clean(tmp_path)
+    clean(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1"]
 
 

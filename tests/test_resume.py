@@ -86,6 +86,25 @@ def test_killed_while_saving(base: dict[str, Any], uninterrupted: Path, tmp_path
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
+def test_killed_while_saving_the_detector(base: dict[str, Any], tmp_path: Path) -> None:
+    """What a kill leaves of a detector half written is removed when the run goes on: it would fill disks in time."""
+    options = base | {"out": str(tmp_path / "run"), "resume": True, "save_every": 1, "steps": 10_000}
+    hidden = lambda: [path.name for path in (tmp_path / "run").glob(".*") if path.is_dir()]  # noqa: E731
+    for _ in range(10):
+        run = Run(options)
+        while run.process.is_alive() and not hidden():
+            time.sleep(0.0005)
+        run.signal(signal.SIGKILL)
+        run.wait()
+        if hidden():
+            break
+    assert hidden(), "no kill came in time"
+    step = logged(tmp_path / "run")[-1]["step"]
+    again = Run(options | {"steps": step + 2})
+    assert again.wait() == 0, again.text
+    assert not hidden()
+
+
 def test_preempted_refused_and_continued(base: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
     """SIGTERM saves at the step's end and exits with 75; meanwhile a second run in the directory is refused."""
     options = base | {"out": str(tmp_path / "run"), "save_every": 100, "steps": 10_000, "workers": 1}

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siamese_detr.errors import UserError
+from siamese_detr.files import DISCARDED, TEMPORARY
 
 FORMAT = 1
 """Raised when what a checkpoint's files hold changes such that older ones cannot be continued. (The first releases
@@ -30,8 +31,6 @@ wrote no number: they are of format 1.)"""
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 SUFFIXES = (".safetensors", ".json")
-TEMPORARY = ".writing-"
-DISCARDED = ".removing-"
 
 
 class OtherFormat(UserError):
@@ -181,13 +180,6 @@ def understood(checkpoint: Path) -> Iterator[None]:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError) as error:
         raise OtherFormat(checkpoint, f"{type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
-
-
-def clean(folder: Path) -> None:
-    """Remove what killed processes left half-written or half-removed in ``folder``."""
-    for prefix in (TEMPORARY, DISCARDED):
-        for path in folder.glob(f"{prefix}*"):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(checkpoint: Path) -> None:

@@ -16,11 +16,11 @@ from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.saving import image_processor
 from siamese_detr.evaluation.evaluate import evaluate_detector
 from siamese_detr.evaluation.inference import Detector
+from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset
 from siamese_detr.training.criterion import CriterionConfig, SetCriterion, Targets
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.labelled_dataset import EpochBatches, TrainingImages, collate, prepare
-from siamese_detr.training.rundir import write_json
 from siamese_detr.training.settings import RunSettings
 from siamese_detr.training.trainer import BaseTrainer
 

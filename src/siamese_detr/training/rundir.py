@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -17,7 +16,7 @@ import yaml
 import siamese_detr
 from siamese_detr.config import write_config
 from siamese_detr.errors import UserError
-from siamese_detr.training.checkpoint import clean
+from siamese_detr.files import clean
 from siamese_detr.training.journal import JsonLines
 
 CONFIG = "config.yaml"
@@ -71,7 +70,8 @@ def begin(out: Path, config: RunConfig) -> None:
             raise UserError(f"cannot read {file}, so the run cannot be continued: {error}") from error
         if changes:
             raise UserError(f"--resume continues the run in {out} as it began, but {'; '.join(changes)}")
-        clean(out / "checkpoints")
+        for folder in (out, out / "checkpoints"):
+            clean(folder)
         return
     try:
         temporary = out / f".{CONFIG}"
@@ -113,10 +113,3 @@ def installed(package: str) -> str | None:
 def sessions(out: Path) -> list[dict[str, Any]]:
     """What ran in ``out`` so far, oldest first."""
     return JsonLines(out / SESSIONS).read()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader finds the old or the new file, never half of one."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from siamese_detr.errors import UserError
+from siamese_detr.files import write_json
 from siamese_detr.pretext.matching import NonFiniteError
 from siamese_detr.randomness import seed_torch
 from siamese_detr.training import checkpoint as checkpoints
@@ -377,7 +378,7 @@ class BaseTrainer(PersistentTrainer):
             "samples": [next(batches) for _ in range(self.settings.accumulate)],
         }
         self._write_checkpoint(out / "nonfinite", self.means.state(local=True))
-        (out / "nonfinite.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_json(out / "nonfinite.json", document)
         return UserError(
             f"loss or gradient is not finite at step {step + 1}: stopped before the update. Samples and state are in "
             f"{out / 'nonfinite.json'}; do that step again, to see which operation is at fault, by the same command "
