@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -122,6 +126,40 @@ def test_preempted_refused_and_continued(base: dict[str, Any], uninterrupted: Pa
     assert "--resume" in again.text
     assert Run(options | {"resume": True, "steps": max(step, 8), "workers": 0}).wait() == 0
     assert logged(tmp_path / "run")[:4] == logged(uninterrupted)[:4]
+
+
+def command(*words: str) -> subprocess.Popen:
+    """``siamese-detr`` as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "siamese_detr.cli", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_preempted_before_the_first_step(base: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
+    """Asked to stop while it starts, or computes proposals, the command ends with 75 and a line, as in training; then
+    `--resume auto` takes it up."""
+    options = base | {"out": str(tmp_path / "run")}
+    words = [word for k, v in options.items() if not isinstance(v, bool) for word in (f"--{k}", str(v))]
+    words += ["--no-progress", "--resume", "auto"]
+    begun = command("pretrain", *words)
+    while begun.poll() is None and not (tmp_path / "run" / "config.yaml").exists():
+        time.sleep(0.001)
+    begun.send_signal(signal.SIGUSR1)
+    assert begun.wait(60) == 75
+    assert "SIGUSR1" in begun.stderr.read()
+    again = command("pretrain", *words)
+    while again.poll() is None and not logged(tmp_path / "run"):
+        time.sleep(0.005)
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(60) in (0, 75)
+    if again.returncode:
+        assert re.search(r"SIGTERM: saved at step \d+ of 8.*--resume", again.stderr.read())
+    last = Run(options | {"resume": True})
+    assert last.wait() == 0, last.text
+    assert logged(tmp_path / "run") == logged(uninterrupted)
 
 
 def test_several_processes(base: dict[str, Any], tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -33,8 +35,31 @@ class Preempted(SystemExit):
         return self.message
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, SIGTERM and SIGUSR1 end the command at once by :class:`Preempted`, but in a :class:`StopRequest`. What is
+    outside of the training steps (starting, proposals, a bank of features, the last evaluation) goes on where it was.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Preempted(
+            f"{signal.Signals(number).name}: stopped; the same command goes on (with --resume, where it has that)"
+        )
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    previous = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class StopRequest:
-    """Context in which SIGTERM and SIGUSR1 only set ``requested``; a second SIGTERM acts as it did outside."""
+    """Context in which SIGTERM and SIGUSR1 only set ``requested``; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -51,7 +76,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
-        signal.signal(number, self._previous[number])
+        signal.signal(number, signal.SIG_DFL)
 
 
 def ignore_in_worker(worker: int) -> None:
