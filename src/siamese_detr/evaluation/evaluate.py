@@ -16,7 +16,7 @@ from siamese_detr.config import verb
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import CocoMetrics, Detections, coco_metrics
 from siamese_detr.evaluation.evaluate_config import EvaluateConfig
-from siamese_detr.evaluation.inference import Detector, Job, gather, run
+from siamese_detr.evaluation.inference import Detector, Job, gather, gather_problems, run
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, read_labels
 from siamese_detr.training.processes import join, lost_process_explained
@@ -112,9 +112,10 @@ def evaluate_detector(
             skipped.append((result.job.path, result.problem))
         else:
             parts.append(result.detections(classes))
-    if skipped and not parts and world == 1:
-        raise UserError(f"none of the {len(skipped)} images can be read, e.g. {skipped[0][0]}: {skipped[0][1]}")
     detections = gather(Detections.concatenate(parts), detector.device)
+    skipped = gather_problems(skipped, detector.device)
+    if len(skipped) == len(jobs):
+        raise UserError(f"none of the {len(skipped)} images can be read, e.g. {skipped[0][0]}: {skipped[0][1]}")
     return Evaluation(coco_metrics(dataset.to_coco(), detections), detections, skipped)
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,7 +67,7 @@ def begin(out: Path, config: RunConfig) -> None:
         try:
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
             changes = config.changes(dict(before))
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             raise UserError(f"cannot read {file}, so the run cannot be continued: {error}") from error
         if changes:
             raise UserError(f"--resume continues the run in {out} as it began, but {'; '.join(changes)}")
@@ -101,6 +102,23 @@ def record_session(out: Path, **facts: Any) -> None:
         **facts,
     }
     JsonLines(out / SESSIONS).append([record])
+
+
+def check_session(out: Path, facts: Mapping[str, Any]) -> None:
+    """Record this session; refuse to continue a run on something else than it began with.
+
+    Args:
+        facts: name for people -> a number, or the hash of a content.
+    """
+    before = sessions(out)
+    for name, value in facts.items():
+        if before and before[0].get(name, value) != value:
+            what = f"{name} {before[0][name]}, and now there are {value}" if isinstance(value, int) else f"other {name}"
+            raise UserError(
+                f"{out} began with {what}: a run cannot be continued on something else; begin another one (with "
+                "--init, from this one's detector)"
+            )
+    record_session(out, **facts)
 
 
 def installed(package: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -85,8 +86,12 @@ def ignore_in_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Locked(UserError):
+    """Another process holds the directory."""
+
+
 class RunLock:
-    """Context that holds a directory for one process; :class:`UserError` if another has it.
+    """Context that holds a directory for one process; :class:`Locked` if another has it.
 
     A POSIX record lock: the kernel frees it when the process ends, however it ends, and children do not inherit it.
     """
@@ -105,9 +110,15 @@ class RunLock:
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                os.close(self._descriptor)
+                raise UserError(
+                    f"{self.path} cannot be locked ({error.strerror}): the file system must support POSIX locks, or "
+                    "two runs could write into one directory; choose a place on another"
+                ) from error
             holder = os.read(self._descriptor, 64).decode(errors="replace").strip()
             os.close(self._descriptor)
-            raise UserError(
+            raise Locked(
                 f"another run ({holder or 'unknown'}) is writing into {self.path.parent}: wait for it, or use another"
             ) from error
         os.ftruncate(self._descriptor, 0)
