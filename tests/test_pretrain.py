@@ -136,6 +136,7 @@ def test_a_run_is_not_continued_on_as_many_other_images_or_other_boxes(base: dic
         propose(images=str(photos), out=str(tmp_path / name), method="random", workers=1, **options)
         return str(tmp_path / name)
 
+    base = base | {"schedule": "constant"}
     options = {**base, "images": str(photos), "proposals": store("first"), "out": str(tmp_path / "run")}
     pretrain(**{**options, "steps": 2})
     with pytest.raises(UserError, match="began with other proposals"):

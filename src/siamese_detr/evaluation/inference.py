@@ -107,13 +107,14 @@ class Detector:
         """
         path = find_detector(directory)
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
-            options = {"local_files_only": True, "weights_only": True, "use_safetensors": True, "dtype": torch.float32}
+            here = {"local_files_only": True, "trust_remote_code": False}
+            config = AutoConfig.from_pretrained(path, **here)
+            options = here | {"weights_only": True, "use_safetensors": True, "dtype": torch.float32}
             with quiet_loading():
                 model, info = AutoModelForObjectDetection.from_pretrained(
                     path, config=config, output_loading_info=True, **options
                 )
-                processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+                processor = AutoImageProcessor.from_pretrained(path, **here)
         except Exception as error:  # Transformers raises anything from KeyError to RuntimeError here
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
