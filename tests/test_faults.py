@@ -6,6 +6,7 @@ over by the same command with --resume.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -20,10 +21,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny_finetuning
 from conftest import textured
 from runs import TINY, Run, logged
 from siamese_detr.errors import UserError
 from siamese_detr.training.checkpoint import latest_valid, list_checkpoints, verify
+from tiny_detectors import tiny_detector
 
 PATIENCE = 120
 ENDLESS = 10_000
@@ -167,6 +170,53 @@ def test_a_data_worker_killed(base: dict[str, Any], tmp_path: Path) -> None:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     assert_continues(options)
+
+
+def until_children(run: Run, count: int) -> list[int]:
+    """The run's data processes, once there are so many."""
+    end = time.monotonic() + PATIENCE
+    while run.process.is_alive() and time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            found = children(run.process.pid)  # type: ignore[arg-type]
+            if len(found) >= count:
+                return found
+        time.sleep(0.001)
+    raise AssertionError(run.text)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Labels of so many pictures that an evaluation takes a second."""
+    return str(tiny_finetuning.write_scenes(tmp_path_factory.mktemp("many") / "scenes", 60))
+
+
+def test_a_data_worker_killed_in_an_evaluation(many: str, tmp_path: Path) -> None:
+    detector = tiny_detector("conditional-detr", classes=2)
+    detector.save(tmp_path / "detector", class_names=["stripes", "dots"], shortest_edge=96)
+    options = {"model": str(tmp_path / "detector"), "labels": many, "out": str(tmp_path / "metrics.json")}
+    run = Run(options | {"device": "cpu", "workers": 1, "batch_size": 1}, verb="evaluate")
+    (worker,) = until_children(run, 1)
+    time.sleep(0.2)
+    os.kill(worker, signal.SIGKILL)
+    assert_clear(run, "a data process ended", "lower workers", "start it again")
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_all_processes_asked_to_stop_in_an_evaluation(many: str, tmp_path: Path) -> None:
+    """As clusters do: the data processes too. The evaluation is ended, the run saved, and all goes on."""
+    options = tiny_finetuning.TINY | tiny_finetuning.QUICK | {"train": many, "val": many, "out": str(tmp_path / "run")}
+    options |= {"steps": 30, "eval_every": 0.1, "save_every": 1000, "eval_batch_size": 1, "workers": 1, "resume": True}
+    run = Run(options, verb="finetune")
+    processes = [*until_children(run, 2), run.process.pid]
+    time.sleep(0.2)  # the new one sets up its handling of signals
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)  # type: ignore[arg-type]
+    assert run.wait(PATIENCE) == 75, run.text
+    (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    verify(saved)
+    again = Run(options | {"steps": int(saved.name.rpartition("-")[2]) + 1}, verb="finetune")
+    assert again.wait(PATIENCE) == 0, again.text
 
 
 def test_memory_that_ends(base: dict[str, Any], tmp_path: Path) -> None:
