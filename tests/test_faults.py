@@ -26,7 +26,7 @@ from conftest import textured
 from runs import TINY, Run, logged
 from siamese_detr.errors import UserError
 from siamese_detr.training.checkpoint import latest_valid, list_checkpoints, verify
-from tiny_detectors import tiny_detector
+from tiny_detectors import CASES, tiny_detector
 
 PATIENCE = 120
 ENDLESS = 10_000
@@ -244,13 +244,18 @@ def test_an_allocation_too_large(base: dict[str, Any], tmp_path: Path, monkeypat
         pretrain(**base | {"out": str(tmp_path / "run"), "steps": 1})
 
 
-FAMILIES = ("detr", "conditional-detr", "deformable-detr", "dab-detr", "rt-detr", "rt-detr-v2", "d-fine")
+FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES.values()))
+METHODS = ("siamese", "up-detr", "detreg")
+QUICK = {("deformable-detr", "siamese"), ("conditional-detr", "up-detr"), ("detr", "detreg")}
 
 
 @pytest.mark.parametrize(
     ("detector", "method"),
-    [pytest.param(family, "siamese", marks=() if family == "deformable-detr" else slow) for family in FAMILIES]
-    + [("conditional-detr", "up-detr"), pytest.param("detr", "detreg")],
+    [
+        pytest.param(family, method, marks=() if (family, method) in QUICK else slow)
+        for family in FAMILIES
+        for method in METHODS
+    ],
 )
 def test_every_detector_and_method_continues_exactly(
     base: dict[str, Any], tmp_path: Path, detector: str, method: str
@@ -264,6 +269,10 @@ def test_every_detector_and_method_continues_exactly(
         "view_size": 64,
         "hidden_size": 32,
     }
+    if detector in ("lw-detr", "rf-detr"):  # these need a backbone of their own kind
+        start = tiny_detector(detector, classes=1, dropout=0.1)
+        start.save(tmp_path / "start", shortest_edge=2 * (start.square_side or 1))
+        options |= {"init": str(tmp_path / "start"), "view_size": 96}
     whole = Run(options | {"out": str(tmp_path / "whole")})
     killed = Run(options | {"out": str(tmp_path / "run"), "workers": 1}, kill_at_flush=15)
     assert whole.wait(PATIENCE) == 0, whole.text

@@ -21,6 +21,7 @@ from siamese_detr import cli
 from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import PRETEXTS, SiamesePretext
+from siamese_detr.proposals.propose import propose
 from siamese_detr.training import pretrain as module
 from siamese_detr.training.feature_bank import FeatureBank
 from siamese_detr.training.pretrain import pretrain
@@ -33,8 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:backbone 'random")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Options of a tiny run on 10 images with their proposals."""
-    from siamese_detr.proposals.propose import propose
-
     root = tmp_path_factory.mktemp("pretrain")
     (root / "photos").mkdir()
     for n in range(10):
@@ -103,6 +102,27 @@ def test_a_longer_run_begins_as_the_shorter_one(base: dict[str, Any], tmp_path: 
     assert all(torch.equal(saved(tmp_path / "long", 6)[k], v) for k, v in saved(tmp_path / "short", 6).items())
 
 
+def test_what_the_list_of_images_leaves_out_is_told(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Proposals given, so that nobody else says it."""
+    photos = tmp_path / "photos"
+    shutil.copytree(base["images"], photos)
+    propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
+    (photos / "more.tar.gz").write_bytes(b"")
+    pretrain(
+        **{
+            **base,
+            "images": str(photos),
+            "proposals": str(tmp_path / "store"),
+            "out": str(tmp_path / "run"),
+            "steps": 1,
+        }
+    )
+    assert "left out: " in (said := capsys.readouterr().err)
+    assert "more.tar.gz" in said
+
+
 def test_a_directory_of_something_else_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="holds no run"):
@@ -110,8 +130,6 @@ def test_a_directory_of_something_else_is_refused(base: dict[str, Any], tmp_path
 
 
 def test_a_run_is_not_continued_on_other_images(base: dict[str, Any], tmp_path: Path) -> None:
-    from siamese_detr.proposals.propose import propose
-
     options = {**base, "out": str(tmp_path / "run"), "steps": 1, "proposals": str(tmp_path / "store")}
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -127,8 +145,6 @@ def test_a_run_is_not_continued_on_other_images(base: dict[str, Any], tmp_path: 
 
 def test_a_run_is_not_continued_on_as_many_other_images_or_other_boxes(base: dict[str, Any], tmp_path: Path) -> None:
     """One picture less and one more; proposals of another seed. Moved with its pictures, the run goes on."""
-    from siamese_detr.proposals.propose import propose
-
     photos = tmp_path / "photos"
     shutil.copytree(base["images"], photos)
 
@@ -217,8 +233,6 @@ def test_unreadable_images_are_listed_and_limited(
     base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Skipped, told of, counted and listed once, with reasons; too many of them, or no others, end the run."""
-    from siamese_detr.proposals.propose import propose
-
     photos = tmp_path / "photos"
     shutil.copytree(base["images"], photos)
     propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
@@ -240,8 +254,6 @@ def test_unreadable_images_are_listed_and_limited(
 
 def test_a_batch_without_readable_images_is_left_out(base: dict[str, Any], tmp_path: Path) -> None:
     """Of several micro-batches the others make the update; of one there is none, and all goes on."""
-    from siamese_detr.proposals.propose import propose
-
     photos = tmp_path / "photos"
     shutil.copytree(base["images"], photos)
     propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
