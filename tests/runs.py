@@ -69,6 +69,8 @@ def child(log: str, options: dict[str, Any], env: dict[str, str], kill_at_flush:
             flush(path)
 
         checkpoint.flush = flush_or_die
+    if env.get("POISON", "none") == env.get("RANK", "0"):
+        poison(step=3)
     try:
         load_verb(verb)(**options)
     except UserError as error:
@@ -77,6 +79,22 @@ def child(log: str, options: dict[str, Any], env: dict[str, str], kill_at_flush:
     except Exception:
         os.write(2, traceback.format_exc().encode())
         raise SystemExit(1) from None
+
+
+def poison(step: int) -> None:
+    """Make the loss of an update a NaN, in this process."""
+    from siamese_detr.pretext import SiamesePretext
+
+    forward, calls = SiamesePretext.forward, [0]
+
+    def poisoned(self: Any, *args: Any) -> Any:
+        output = forward(self, *args)
+        calls[0] += 1
+        if calls[0] == step:
+            output.loss = output.loss * float("nan")
+        return output
+
+    SiamesePretext.forward = poisoned  # type: ignore[method-assign]
 
 
 class Run:
@@ -119,12 +137,14 @@ class Run:
         return self.log.read_text() if self.log.exists() else ""
 
 
-def team(options: dict[str, Any], processes: int, verb: str = "pretrain") -> list[Run]:
+def team(
+    options: dict[str, Any], processes: int, verb: str = "pretrain", env: dict[str, str] | None = None
+) -> list[Run]:
     """A verb in several processes, as torchrun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    env = (env or {}) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     env["LOCAL_WORLD_SIZE"] = str(processes)
     return [Run(options, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, verb=verb) for rank in range(processes)]
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from siamese_detr.errors import UserError
+from siamese_detr.files import clean
 from siamese_detr.training import checkpoint
 from siamese_detr.training.checkpoint import latest_valid, list_checkpoints, save_checkpoint, verify
 from siamese_detr.training.journal import WindowMeans
@@ -49,6 +50,18 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
     save(tmp_path, 100, keep=2)  # the same step again replaces it
     assert latest_valid(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_a_damaged_newer_one_does_not_cost_what_is_saved_after_it(tmp_path: Path) -> None:
+    """A run that went back saves behind the damaged checkpoint: that one takes no valid one's place."""
+    save(tmp_path, 10)
+    (save(tmp_path, 20) / "model.safetensors").unlink()
+    for step in (15, 18):
+        save(tmp_path, step, keep=1)
+        assert latest_valid(tmp_path, lambda message: None) == tmp_path / f"checkpoint-{step}"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-18", "checkpoint-20"]
+    save(tmp_path, 20, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-20"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "manifest", "missing", "extra", "empty", "swap"])
@@ -165,7 +178,7 @@ def test_leftovers_are_cleaned(tmp_path: Path) -> None:
     for name in (".writing-checkpoint-2-77", ".removing-checkpoint-0-77"):
         shutil.copytree(path, tmp_path / name)
     assert list_checkpoints(tmp_path) == [path]
-    checkpoint.clean(tmp_path)
+    clean(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1"]
 
 

@@ -82,9 +82,10 @@ def test_yaml_mistakes_name_the_file(tmp_path: Path) -> None:
     path.write_text("stepz: 1\n")
     with pytest.raises(UserError, match=r"stepz.*c\.yaml.*steps"):
         toy(images="x", config=path)
-    path.write_text("a: [\n")
-    with pytest.raises(UserError, match=r"c\.yaml is not valid YAML"):
-        toy(images="x", config=path)
+    for text in ("a: [\n", "a: " + "[" * 10_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"c\.yaml is not valid YAML"):
+            toy(images="x", config=path)
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, ResNet
 from siamese_detr.detectors import build_detector, load_detector
 from siamese_detr.detectors.saving import image_processor
 from siamese_detr.errors import UserError
+from siamese_detr.evaluation.inference import Detector
 from tiny_detectors import every_detector, fitting_side, tiny_backbone, tiny_detector
 
 
@@ -125,6 +126,18 @@ def test_unreadable_directories_are_explained(saved, tmp_path):
     (saved / "config.json").write_text("{ nonsense")
     with pytest.raises(UserError, match=r"config\.json"):
         load_detector(saved)
+
+
+def test_code_in_a_directory_is_never_run(saved, tmp_path, monkeypatch):
+    """Transformers would ask on the terminal whether to run it; nobody is asked."""
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked whether to run code"))
+    (saved / "code.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
+    named = {"AutoConfig": "code.C", "AutoModelForObjectDetection": "code.M"}
+    (saved / "config.json").write_text(json.dumps({"model_type": "unknown", "auto_map": named}))
+    for load in (load_detector, Detector.load):
+        with pytest.raises(UserError, match=r"config\.json|cannot be loaded"):
+            load(saved)
+    assert not (tmp_path / "owned").exists()
 
 
 def test_weights_of_another_detector_are_refused(saved):

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,21 +160,60 @@ def test_fine_tuning_and_evaluation_in_two_processes(tmp_path: Path) -> None:
     """The losses and the AP of one process; the verb ``evaluate`` shares its images too."""
     labels = str(tiny_finetuning.write_scenes(tmp_path / "scenes", count=6))
     options = tiny_finetuning.TINY | tiny_finetuning.QUICK
-    options |= {"train": labels, "val": labels, "steps": 4, "eval_every": 4, "flip": 0.0, "lr": 1e-4}
-    options |= {"backbone": "random:test_efficientnet", "hidden_size": 16, "heads": 2, "eval_batch_size": 2}
+    validation = str(tiny_finetuning.write_scenes(tmp_path / "validation", count=6, seed=1))
+    for n in (0, 1):  # one in the share of each process
+        (tmp_path / "validation" / f"{n}.jpg").write_bytes(b"gone")
+    options |= {"train": labels, "val": validation, "steps": 4, "eval_every": 4, "flip": 0.0, "lr": 1e-4}
+    options |= {"backbone": "random:test_efficientnet", "hidden_size": 16, "heads": 2, "eval_batch_size": 1}
     alone = Run(options | {"out": str(tmp_path / "one")}, verb="finetune")
     assert alone.wait(PATIENCE) == 0, alone.text
     runs = team(options | {"out": str(tmp_path / "two")}, 2, verb="finetune")
     assert ends(runs) == [0, 0], runs[0].text + runs[1].text
     assert_alike(tmp_path / "two", tmp_path / "one")
 
-    measure = {"model": str(tmp_path / "one" / "last"), "labels": labels, "device": "cpu", "batch_size": 2}
+    listed = [(tmp_path / run / "skipped-validation.jsonl").read_text() for run in ("one", "two")]
+    assert listed[0] == listed[1]
+    assert listed[0].count("\n") == 2
+
+    measure = {"model": str(tmp_path / "one" / "last"), "labels": validation, "device": "cpu", "batch_size": 1}
     for name, runs in {
         "a": [Run(measure | {"out": str(tmp_path / "a.json")}, verb="evaluate")],
         "b": team(measure | {"out": str(tmp_path / "b.json")}, 2, verb="evaluate"),
     }.items():
         assert set(ends(runs)) == {0}, name + runs[0].text
+        assert "2 of 6 images could not be read" in runs[0].text
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads((tmp_path / "b.json").read_text())
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_nan_in_any_process_stops_all_before_the_update(
+    base: dict[str, Any], tmp_path: Path, everywhere: bool
+) -> None:
+    """In the second process alone, or in all at once (weights that a rate without measure threw to infinity)."""
+    options = base | {"out": str(tmp_path / "run"), "save_every": 1}
+    env = {"POISON": "1"}
+    if everywhere:
+        options, env = options | {"lr": 1e30}, {}
+    runs = team(options, 2, env=env)
+    assert ends(runs) == [2, 2], runs[0].text + runs[1].text
+    told = [line for run in runs for line in run.text.splitlines() if "stopped before the update" in line]
+    assert told, runs[0].text + runs[1].text
+    assert "Traceback" not in runs[0].text + runs[1].text
+    assert "with: torchrun --nproc-per-node=2 -m siamese_detr.cli pretrain --config " in told[0]
+    document = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert document["processes"] == 2
+    assert [len(batch) for batch in document["samples"]] == [8]
+    step = logged(tmp_path / "run")[-1]["step"]
+    assert document["step"] == step
+    replayed = team(options | {"replay": str(tmp_path / "run" / "nonfinite.json")}, 2, env=env)
+    assert ends(replayed) == [0, 0], replayed[0].text + replayed[1].text
+    text = replayed[0].text + replayed[1].text
+    # What one process had is not in the state that is replayed: without it the step is finite.
+    assert f"step {step + 1}: " in text
+    assert ("not finite: " in text) == everywhere
+    one = Run(options | {"replay": str(tmp_path / "run" / "nonfinite.json")})
+    assert one.wait(PATIENCE) == 0, one.text
+    assert "done by 2 processes, and this is 1" in one.text
 
 
 @slow
@@ -221,7 +261,48 @@ def test_torchrun_restarts_after_a_kill(base: dict[str, Any], tmp_path: Path) ->
     assert len(list_checkpoints(tmp_path / "asked" / "checkpoints")) == 1, (tmp_path / "log").read_text()[-3000:]
 
 
-def wait_for(condition: Any, process: subprocess.Popen) -> None:
-    end = time.monotonic() + PATIENCE
+@slow
+def test_torchrun_goes_on_with_fewer_machines(base: dict[str, Any], tmp_path: Path) -> None:
+    """Of two machines (here: two torchruns on one) one is lost for good: the other continues alone, to the losses of
+    one process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = base | {"out": str(tmp_path / "run"), "save_every": 5, "schedule": "constant", "steps": 120}
+    words = [word for k, v in options.items() if not isinstance(v, bool) for word in (f"--{k}", str(v))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def start(number: int) -> subprocess.Popen:
+        host = f"--rdzv-conf=is_host={number == 0},last_call_timeout=20,keep_alive_interval=1,keep_alive_max_attempt=3"
+        verb = ["-m", "siamese_detr.cli", "pretrain", "--resume", *words, "--no-progress"]
+        with open(tmp_path / f"log{number}", "w") as log:
+            return subprocess.Popen([*command, host, *verb], env=environment, stdout=log, stderr=log)
+
+    machines = [start(0), start(1)]
+    try:
+        wait_for(lambda: any(record["step"] >= 5 for record in logged(tmp_path / "run")), machines[0])
+        lost = machines[1].pid
+        workers = Path(f"/proc/{lost}/task/{lost}/children").read_text().split()
+        assert workers
+        for process in (lost, *map(int, workers)):  # the launcher and its process: the machine is gone
+            os.kill(process, signal.SIGKILL)
+        # The launcher itself waits five minutes more for the lost one before it ends.
+        text = (tmp_path / "log0").read_text
+        wait_for(lambda: "pre-trained for 120 updates" in text(), machines[0], 3 * PATIENCE)
+        assert "pre-trained for 120 updates" in text(), text()[-3000:]
+    finally:
+        for machine in machines:
+            machine.terminate()
+            machine.wait(PATIENCE)
+    assert len((tmp_path / "run" / "sessions.jsonl").read_text().splitlines()) >= 2
+    whole = Run(options | {"out": str(tmp_path / "whole")})
+    assert whole.wait(PATIENCE) == 0, whole.text
+    assert_alike(tmp_path / "run", tmp_path / "whole", later=2e-3)
+
+
+def wait_for(condition: Any, process: subprocess.Popen, patience: float = PATIENCE) -> None:
+    end = time.monotonic() + patience
     while not condition() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)

@@ -6,6 +6,7 @@ over by the same command with --resume.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -20,10 +21,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny_finetuning
 from conftest import textured
 from runs import TINY, Run, logged
 from siamese_detr.errors import UserError
 from siamese_detr.training.checkpoint import latest_valid, list_checkpoints, verify
+from tiny_detectors import CASES, tiny_detector
 
 PATIENCE = 120
 ENDLESS = 10_000
@@ -109,6 +112,22 @@ def test_a_full_disk(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> 
     assert_continues(options)
 
 
+def test_a_disk_without_room_for_another_checkpoint(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
+    """The message says to lower ``keep``: that alone, with nothing else removed, lets the run go on."""
+    options = base | {"out": on(small_disk, tmp_path), "save_every": 1, "keep": 3}
+    first = Run(options | {"steps": 3})
+    assert first.wait(PATIENCE) == 0, first.text
+    used = sum(path.stat().st_size for path in (small_disk / "run" / "checkpoints").rglob("*")) // 3
+    disk = os.statvfs(small_disk)
+    with open(small_disk / "filler", "wb") as file:
+        file.write(b"\0" * (disk.f_bavail * disk.f_frsize - used // 2))
+    assert_clear(Run(options), "No space left", "lower `keep`", "--resume")
+    verify(small_disk / "run" / "checkpoints" / "checkpoint-3")
+    again = Run(options | {"keep": 1, "steps": 5})
+    assert again.wait(PATIENCE) == 0, again.text
+    assert [path.name for path in list_checkpoints(small_disk / "run" / "checkpoints")] == ["checkpoint-5"]
+
+
 def test_a_directory_that_cannot_be_written(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
     options = base | {"out": on(small_disk, tmp_path)}
     mount("-o", "remount,ro", str(small_disk))
@@ -153,6 +172,53 @@ def test_a_data_worker_killed(base: dict[str, Any], tmp_path: Path) -> None:
     assert_continues(options)
 
 
+def until_children(run: Run, count: int) -> list[int]:
+    """The run's data processes, once there are so many."""
+    end = time.monotonic() + PATIENCE
+    while run.process.is_alive() and time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            found = children(run.process.pid)  # type: ignore[arg-type]
+            if len(found) >= count:
+                return found
+        time.sleep(0.001)
+    raise AssertionError(run.text)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Labels of so many pictures that an evaluation takes a second."""
+    return str(tiny_finetuning.write_scenes(tmp_path_factory.mktemp("many") / "scenes", 60))
+
+
+def test_a_data_worker_killed_in_an_evaluation(many: str, tmp_path: Path) -> None:
+    detector = tiny_detector("conditional-detr", classes=2)
+    detector.save(tmp_path / "detector", class_names=["stripes", "dots"], shortest_edge=96)
+    options = {"model": str(tmp_path / "detector"), "labels": many, "out": str(tmp_path / "metrics.json")}
+    run = Run(options | {"device": "cpu", "workers": 1, "batch_size": 1}, verb="evaluate")
+    (worker,) = until_children(run, 1)
+    time.sleep(0.2)
+    os.kill(worker, signal.SIGKILL)
+    assert_clear(run, "a data process ended", "lower workers", "start it again")
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_all_processes_asked_to_stop_in_an_evaluation(many: str, tmp_path: Path) -> None:
+    """As clusters do: the data processes too. The evaluation is ended, the run saved, and all goes on."""
+    options = tiny_finetuning.TINY | tiny_finetuning.QUICK | {"train": many, "val": many, "out": str(tmp_path / "run")}
+    options |= {"steps": 30, "eval_every": 0.1, "save_every": 1000, "eval_batch_size": 1, "workers": 1, "resume": True}
+    run = Run(options, verb="finetune")
+    processes = [*until_children(run, 2), run.process.pid]
+    time.sleep(0.2)  # the new one sets up its handling of signals
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)  # type: ignore[arg-type]
+    assert run.wait(PATIENCE) == 75, run.text
+    (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    verify(saved)
+    again = Run(options | {"steps": int(saved.name.rpartition("-")[2]) + 1}, verb="finetune")
+    assert again.wait(PATIENCE) == 0, again.text
+
+
 def test_memory_that_ends(base: dict[str, Any], tmp_path: Path) -> None:
     """The process may take no more memory than it has: whichever allocation fails, it is said."""
     options = base | {"out": str(tmp_path / "run")}
@@ -178,13 +244,18 @@ def test_an_allocation_too_large(base: dict[str, Any], tmp_path: Path, monkeypat
         pretrain(**base | {"out": str(tmp_path / "run"), "steps": 1})
 
 
-FAMILIES = ("detr", "conditional-detr", "deformable-detr", "dab-detr", "rt-detr", "rt-detr-v2", "d-fine")
+FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES.values()))
+METHODS = ("siamese", "up-detr", "detreg")
+QUICK = {("deformable-detr", "siamese"), ("conditional-detr", "up-detr"), ("detr", "detreg")}
 
 
 @pytest.mark.parametrize(
     ("detector", "method"),
-    [pytest.param(family, "siamese", marks=() if family == "deformable-detr" else slow) for family in FAMILIES]
-    + [("conditional-detr", "up-detr"), pytest.param("detr", "detreg")],
+    [
+        pytest.param(family, method, marks=() if (family, method) in QUICK else slow)
+        for family in FAMILIES
+        for method in METHODS
+    ],
 )
 def test_every_detector_and_method_continues_exactly(
     base: dict[str, Any], tmp_path: Path, detector: str, method: str
@@ -198,6 +269,10 @@ def test_every_detector_and_method_continues_exactly(
         "view_size": 64,
         "hidden_size": 32,
     }
+    if detector in ("lw-detr", "rf-detr"):  # these need a backbone of their own kind
+        start = tiny_detector(detector, classes=1, dropout=0.1)
+        start.save(tmp_path / "start", shortest_edge=2 * (start.square_side or 1))
+        options |= {"init": str(tmp_path / "start"), "view_size": 96}
     whole = Run(options | {"out": str(tmp_path / "whole")})
     killed = Run(options | {"out": str(tmp_path / "run"), "workers": 1}, kill_at_flush=15)
     assert whole.wait(PATIENCE) == 0, whole.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,47 @@ def test_labels_of_a_fraction_are_kept(labels, tmp_path):
     assert {a["category_id"] for a in part["annotations"]} == {5, 6}
     assert not (out / "best").exists()
     assert not (out / "metrics.json").exists()
+
+
+def test_a_run_is_not_continued_on_other_labels(tmp_path):
+    """One box moved, in as many images; the same labels elsewhere are the same."""
+    labels = write_scenes(tmp_path / "scenes", 4)
+    options = {**TINY, **QUICK, "out": str(tmp_path / "run"), "image_size": 64}
+    finetune(**options, train=str(labels), steps=1)
+    content = json.loads(labels.read_text())
+    shutil.copytree(labels.with_suffix(""), tmp_path / "moved" / "scenes")
+    (tmp_path / "moved" / "scenes.json").write_text(json.dumps(content))
+    content["annotations"][0]["bbox"][0] -= 1
+    labels.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="began with other training labels"):
+        finetune(**options, train=str(labels), steps=2, resume=True)
+    with pytest.raises(UserError, match="began with other validation labels"):
+        finetune(**options, train=str(tmp_path / "moved" / "scenes.json"), val=str(labels), steps=2, resume=True)
+    finetune(**options, train=str(tmp_path / "moved" / "scenes.json"), steps=2, resume=True)
+
+
+def test_unreadable_validation_images_are_told_of_and_listed(tmp_path, capsys):
+    labels, validation = write_scenes(tmp_path / "a", 4), write_scenes(tmp_path / "b", 4, seed=1)
+    (tmp_path / "b" / "2.jpg").write_bytes(b"gone")
+    options = {**TINY, **QUICK, "image_size": 64, "eval_every": 1, "steps": 2}
+    finetune(**options, train=str(labels), val=str(validation), out=str(tmp_path / "run"))
+    (record,) = map(json.loads, (tmp_path / "run" / "skipped-validation.jsonl").read_text().splitlines())
+    assert record["path"].endswith("2.jpg")
+    assert record["reason"]
+    assert capsys.readouterr().err.count("1 of 4 validation images cannot be read") == 1
+
+
+def test_a_replay_leaves_the_history(tmp_path):
+    """A run that went on after the step that is replayed keeps what it measured since."""
+    labels = str(write_scenes(tmp_path / "scenes", 4))
+    options = {**TINY, **QUICK, "image_size": 64, "eval_every": 1, "save_every": 1, "keep": 0, "steps": 3}
+    options |= {"train": labels, "val": labels, "out": str(tmp_path / "run")}
+    history = finetune(**options).history
+    assert len(history) == 3
+    document = tmp_path / "run" / "nonfinite.json"  # as if the second step had been stopped
+    document.write_text(json.dumps({"step": 1, "processes": 1, "checkpoint": "checkpoints/checkpoint-1"}))
+    assert "step 2 " in (finetune(**options, replay=str(document)).replay or "").replace("step 2:", "step 2 ")
+    assert [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()] == history
 
 
 def test_unreadable_images_are_skipped_and_listed(tmp_path):

@@ -70,6 +70,31 @@ def test_fine_tuning_killed_at_random_moments(labels: str, tmp_path: Path, detec
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_an_export_killed(tmp_path: Path) -> None:
+    """It leaves no detector under the name, or a whole one; the next export clears away the half of this one."""
+    from tiny_detectors import tiny_detector
+
+    detector, out = tmp_path / "detector", tmp_path / "out"
+    tiny_detector("conditional-detr").save(detector)
+    options = {"model": str(detector), "out": str(out)}
+    hidden = lambda: [path.name for path in out.glob(".*")]  # noqa: E731
+    for _ in range(10):
+        run = Run(options, verb="export")
+        while run.process.is_alive() and not hidden():
+            time.sleep(0.0005)
+        with contextlib.suppress(ProcessLookupError):
+            run.signal(signal.SIGKILL)
+        if run.wait(PATIENCE) == -signal.SIGKILL and hidden():
+            break
+    assert hidden(), "no kill came in time"
+    assert not (out / "config.json").exists()
+    again = Run(options, verb="export")
+    assert again.wait(PATIENCE) == 0, again.text
+    assert not hidden()
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, detector))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
 @slow
 def test_a_comparison_killed_and_started_again(labels: str, tmp_path: Path) -> None:
     """Killed in its second cell, and at once begun anew: the first is kept, the second ends as if nothing had been."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from transformers import AutoModelForObjectDetection
 
 from conftest import textured
 from runs import TINY, logged
+from siamese_detr import cli
 from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import PRETEXTS, SiamesePretext
+from siamese_detr.proposals.propose import propose
 from siamese_detr.training import pretrain as module
 from siamese_detr.training.feature_bank import FeatureBank
 from siamese_detr.training.pretrain import pretrain
@@ -30,8 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:backbone 'random")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Options of a tiny run on 10 images with their proposals."""
-    from siamese_detr.proposals.propose import propose
-
     root = tmp_path_factory.mktemp("pretrain")
     (root / "photos").mkdir()
     for n in range(10):
@@ -100,6 +102,27 @@ def test_a_longer_run_begins_as_the_shorter_one(base: dict[str, Any], tmp_path: 
     assert all(torch.equal(saved(tmp_path / "long", 6)[k], v) for k, v in saved(tmp_path / "short", 6).items())
 
 
+def test_what_the_list_of_images_leaves_out_is_told(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Proposals given, so that nobody else says it."""
+    photos = tmp_path / "photos"
+    shutil.copytree(base["images"], photos)
+    propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
+    (photos / "more.tar.gz").write_bytes(b"")
+    pretrain(
+        **{
+            **base,
+            "images": str(photos),
+            "proposals": str(tmp_path / "store"),
+            "out": str(tmp_path / "run"),
+            "steps": 1,
+        }
+    )
+    assert "left out: " in (said := capsys.readouterr().err)
+    assert "more.tar.gz" in said
+
+
 def test_a_directory_of_something_else_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="holds no run"):
@@ -107,8 +130,6 @@ def test_a_directory_of_something_else_is_refused(base: dict[str, Any], tmp_path
 
 
 def test_a_run_is_not_continued_on_other_images(base: dict[str, Any], tmp_path: Path) -> None:
-    from siamese_detr.proposals.propose import propose
-
     options = {**base, "out": str(tmp_path / "run"), "steps": 1, "proposals": str(tmp_path / "store")}
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -120,6 +141,33 @@ def test_a_run_is_not_continued_on_other_images(base: dict[str, Any], tmp_path: 
                 pretrain(**{**options, "images": str(photos)})
     with pytest.raises(UserError, match="began with images 4, and now there are 5"):
         pretrain(**{**options, "images": str(photos), "steps": 2, "resume": True})
+
+
+def test_a_run_is_not_continued_on_as_many_other_images_or_other_boxes(base: dict[str, Any], tmp_path: Path) -> None:
+    """One picture less and one more; proposals of another seed. Moved with its pictures, the run goes on."""
+    photos = tmp_path / "photos"
+    shutil.copytree(base["images"], photos)
+
+    def store(name: str, **options: Any) -> str:
+        propose(images=str(photos), out=str(tmp_path / name), method="random", workers=1, **options)
+        return str(tmp_path / name)
+
+    base = base | {"schedule": "constant"}
+    options = {**base, "images": str(photos), "proposals": store("first"), "out": str(tmp_path / "run")}
+    pretrain(**{**options, "steps": 2})
+    with pytest.raises(UserError, match="began with other proposals"):
+        pretrain(**{**options, "proposals": store("second", seed=1), "resume": True})
+    (photos / "03.jpg").rename(photos / "99.jpg")
+    with pytest.raises(UserError, match=r"began with other images \(as many\)"):
+        pretrain(**{**options, "proposals": store("third"), "resume": True})
+    (photos / "99.jpg").rename(photos / "03.jpg")
+    shutil.move(photos, tmp_path / "elsewhere")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    photos = tmp_path / "elsewhere"
+    moved = {"images": str(photos), "proposals": store("fourth"), "out": str(tmp_path / "copy"), "resume": True}
+    pretrain(**{**options, **moved})
+    pretrain(**{**base, "out": str(tmp_path / "whole")})
+    assert logged(tmp_path / "copy") == logged(tmp_path / "whole")
 
 
 class Poison(SiamesePretext):
@@ -144,14 +192,18 @@ class Poison(SiamesePretext):
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "matching"])
 def test_a_nan_stops_before_the_update(
-    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    base: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
 ) -> None:
     """State before the step is kept, the samples are named, and one command does the step again."""
     monkeypatch.setattr(module, "build_pretext", lambda method, detector, config: Poison(detector, config))
     monkeypatch.setattr(Poison, "where", where)
     monkeypatch.setattr(Poison, "calls", 0)
     out = tmp_path / "run"
-    with pytest.raises(UserError, match=r"not finite at step 3: stopped before the update.*--replay"):
+    with pytest.raises(UserError, match=r"not finite at step 3: stopped before the update.*--replay") as stopped:
         pretrain(**{**base, "out": str(out), "save_every": 1, "keep": 0})
     document = json.loads((out / "nonfinite.json").read_text())
     assert (document["step"], len(document["samples"]), len(document["samples"][0])) == (2, 1, 4)
@@ -163,6 +215,11 @@ def test_a_nan_stops_before_the_update(
         assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
     assert not (out / "checkpoints" / "checkpoint-3").exists()
 
+    words = shlex.split(str(stopped.value).rpartition(" with: ")[2])
+    assert words[:2] == ["siamese-detr", "pretrain"]
+    Poison.calls = 2
+    assert cli.main(words[1:]) == 0
+    assert capsys.readouterr().out.startswith("step 3: ")
     Poison.calls = 2
     result = pretrain(**{**base, "out": str(out), "replay": str(out / "nonfinite.json")})
     assert result.replay.startswith("step 3: ")
@@ -176,10 +233,6 @@ def test_unreadable_images_are_listed_and_limited(
     base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Skipped, told of, counted and listed once, with reasons; too many of them, or no others, end the run."""
-    import shutil
-
-    from siamese_detr.proposals.propose import propose
-
     photos = tmp_path / "photos"
     shutil.copytree(base["images"], photos)
     propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
@@ -201,10 +254,6 @@ def test_unreadable_images_are_listed_and_limited(
 
 def test_a_batch_without_readable_images_is_left_out(base: dict[str, Any], tmp_path: Path) -> None:
     """Of several micro-batches the others make the update; of one there is none, and all goes on."""
-    import shutil
-
-    from siamese_detr.proposals.propose import propose
-
     photos = tmp_path / "photos"
     shutil.copytree(base["images"], photos)
     propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
@@ -242,8 +291,6 @@ def test_a_checkpoint_of_another_release_is_refused(
     checkpoint_of_two: Path, base: dict[str, Any], tmp_path: Path, file: str, content: Any
 ) -> None:
     """Whole and unharmed, but with other contents than this release writes: one line that says what to do."""
-    import shutil
-
     from siamese_detr.training import checkpoint as checkpoints
 
     shutil.copytree(checkpoint_of_two, tmp_path / "run")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -86,6 +90,25 @@ def test_killed_while_saving(base: dict[str, Any], uninterrupted: Path, tmp_path
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
+def test_killed_while_saving_the_detector(base: dict[str, Any], tmp_path: Path) -> None:
+    """What a kill leaves of a detector half written is removed when the run goes on: it would fill disks in time."""
+    options = base | {"out": str(tmp_path / "run"), "resume": True, "save_every": 1, "steps": 10_000}
+    hidden = lambda: [path.name for path in (tmp_path / "run").glob(".*") if path.is_dir()]  # noqa: E731
+    for _ in range(10):
+        run = Run(options)
+        while run.process.is_alive() and not hidden():
+            time.sleep(0.0005)
+        run.signal(signal.SIGKILL)
+        run.wait()
+        if hidden():
+            break
+    assert hidden(), "no kill came in time"
+    step = logged(tmp_path / "run")[-1]["step"]
+    again = Run(options | {"steps": step + 2})
+    assert again.wait() == 0, again.text
+    assert not hidden()
+
+
 def test_preempted_refused_and_continued(base: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
     """SIGTERM saves at the step's end and exits with 75; meanwhile a second run in the directory is refused."""
     options = base | {"out": str(tmp_path / "run"), "save_every": 100, "steps": 10_000, "workers": 1}
@@ -103,6 +126,40 @@ def test_preempted_refused_and_continued(base: dict[str, Any], uninterrupted: Pa
     assert "--resume" in again.text
     assert Run(options | {"resume": True, "steps": max(step, 8), "workers": 0}).wait() == 0
     assert logged(tmp_path / "run")[:4] == logged(uninterrupted)[:4]
+
+
+def command(*words: str) -> subprocess.Popen:
+    """``siamese-detr`` as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "siamese_detr.cli", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_preempted_before_the_first_step(base: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
+    """Asked to stop while it starts, or computes proposals, the command ends with 75 and a line, as in training; then
+    `--resume auto` takes it up."""
+    options = base | {"out": str(tmp_path / "run")}
+    words = [word for k, v in options.items() if not isinstance(v, bool) for word in (f"--{k}", str(v))]
+    words += ["--no-progress", "--resume", "auto"]
+    begun = command("pretrain", *words)
+    while begun.poll() is None and not (tmp_path / "run" / "config.yaml").exists():
+        time.sleep(0.001)
+    begun.send_signal(signal.SIGUSR1)
+    assert begun.wait(60) == 75
+    assert "SIGUSR1" in begun.stderr.read()
+    again = command("pretrain", *words)
+    while again.poll() is None and not logged(tmp_path / "run"):
+        time.sleep(0.005)
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(60) in (0, 75)
+    if again.returncode:
+        assert re.search(r"SIGTERM: saved at step \d+ of 8.*--resume", again.stderr.read())
+    last = Run(options | {"resume": True})
+    assert last.wait() == 0, last.text
+    assert logged(tmp_path / "run") == logged(uninterrupted)
 
 
 def test_several_processes(base: dict[str, Any], tmp_path: Path) -> None:

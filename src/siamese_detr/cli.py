@@ -14,7 +14,10 @@ from typing import Annotated, Any, get_origin, get_type_hints
 
 from siamese_detr import VERBS, __version__, load_config, load_verb
 from siamese_detr.errors import UserError
+from siamese_detr.training.signals import EXIT_PREEMPTED, Preempted, stoppable
 
+CONTINUED = ("propose", "pretrain", "finetune", "compare")
+"""Commands that, started again, go on where they were."""
 REFUSALS = {
     errno.ENOSPC: "make room and start it again (with --resume, where the command has it)",
     errno.EDQUOT: "make room and start it again (with --resume, where the command has it)",
@@ -42,7 +45,11 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"unknown command {name!r}{nearest(name, list(VERBS))}; the commands are {', '.join(VERBS)}"
             )
-        run(name, rest)
+        with stoppable() if name in CONTINUED else contextlib.nullcontext():
+            run(name, rest)
+    except Preempted as stop:
+        print(f"siamese-detr: {stop}", file=sys.stderr)
+        return EXIT_PREEMPTED
     except UserError as error:
         print(f"siamese-detr: error: {error}", file=sys.stderr)
         return 2
@@ -95,7 +102,7 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
         if option not in names and option.removeprefix("no_") not in names and option not in ("help", ""):
             near = nearest(option, names).replace("_", "-").replace("'", "--", 1).replace("'", "")
             raise UserError(f"unknown option --{option.replace('_', '-')}{near}; {seek_help(name)}")
-    argv = spell_out(argv, undecided)
+    argv = spell_out(resume_flag(argv), undecided)
     values = read_sources(config_class, sources.get("--recipe"), sources.get("--config"))
     missing = {field.name: tyro.MISSING for field in fields if is_required(field) and field.name not in values}
     if not {"-h", "--help"} & set(argv) and (left := [key for key in missing if key not in options]):
@@ -156,6 +163,12 @@ def spell_out(argv: list[str], undecided: list[str]) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def resume_flag(argv: list[str]) -> list[str]:
+    """``--resume auto``, as other tools spell it, is ``--resume``: the newest valid checkpoint, or the beginning."""
+    words = [word.replace("--resume=auto", "--resume") for word in argv]
+    return [word for before, word in itertools.pairwise(["", *words]) if (before, word) != ("--resume", "auto")]
 
 
 def seek_help(name: str) -> str:

@@ -132,7 +132,7 @@ def read_text(path: Path) -> str:
 def parse_yaml(config_class: type, text: str, source: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}

@@ -226,12 +226,12 @@ class _download:
 
 def _transformers(name: str) -> Backbone:
     with quiet(), _download(name):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if not hasattr(config, "stage_names"):
         raise UserError(f"{name!r} is a {config.model_type!r} model, which Transformers cannot use as a backbone")
     try:
         with quiet():
-            processor = AutoImageProcessor.from_pretrained(name)
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     except (OSError, ValueError, AttributeError, TypeError):
         mean, std = IMAGENET_MEAN, IMAGENET_STD

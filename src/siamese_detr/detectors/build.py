@@ -143,7 +143,7 @@ def load_detector(
             f"{directory} is not a detector: it has no config.json; give the Hugging Face directory of a detector"
         )
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read {directory / 'config.json'}: {_first_line(error)}") from None
     found = config.model_type.replace("_", "-")

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 
 from siamese_detr.errors import UserError
+from siamese_detr.files import TEMPORARY
 
 if TYPE_CHECKING:
     from .adapter import DetectorAdapter
@@ -108,7 +109,7 @@ def save_detector(
     temporary: str | None = None
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent)
+        temporary = tempfile.mkdtemp(prefix=f"{TEMPORARY}{directory.name}-", dir=directory.parent)
         with quiet():
             adapter.model.save_pretrained(temporary)
             processor.save_pretrained(temporary)

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import numpy as np
 import yaml
 
 from siamese_detr.config import read_sources, validate, validate_value
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import find_detector
-from siamese_detr.images.labels import DetectionDataset
 from siamese_detr.images.listing import ImageList
 from siamese_detr.proposals.propose import ProposeConfig
 from siamese_detr.training.finetune_config import FinetuneConfig
@@ -313,16 +311,4 @@ def images_key(images: ImageList) -> str:
     digest = hashlib.sha256()
     for path in images.paths:
         digest.update(path.encode(errors="surrogateescape") + b"\n")
-    return digest.hexdigest()
-
-
-def dataset_key(*datasets: DetectionDataset) -> str:
-    """Hash of labels: images by name, classes and boxes."""
-    digest = hashlib.sha256()
-    for dataset in datasets:
-        digest.update(json.dumps(dataset.class_names).encode())
-        for image in dataset.images:
-            digest.update(f"{image.path.name}\n{image.width} {image.height}\n".encode(errors="surrogateescape"))
-            for array in (image.boxes, image.classes, image.crowd):
-                digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

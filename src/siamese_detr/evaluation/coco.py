@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from rich import box
 from rich.table import Table
+
+from siamese_detr.files import write_json
 
 MAX_DETECTIONS = (1, 10, 100)
 AREAS = ("all", "small", "medium", "large")
@@ -116,7 +117,7 @@ class CocoMetrics:
 
     def write(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(path), self.to_dict(), indent=2)
 
     def table(self) -> Table:
         """A table for the terminal, in percent: the overall line, then the classes."""

@@ -19,7 +19,6 @@ from siamese_detr.errors import UserError
 from siamese_detr.evaluation.cells import (
     Protocol,
     Task,
-    dataset_key,
     images_key,
     parse_init,
     resolve,
@@ -31,7 +30,7 @@ from siamese_detr.evaluation.compare_config import CompareConfig
 from siamese_detr.evaluation.results import METRIC, conclude, finished, read_cell, write_plots, write_tables
 from siamese_detr.evaluation.schedule import Ended, Job, device_slots, run_jobs
 from siamese_detr.evaluation.summary import CellResult, summary_table, to_markdown
-from siamese_detr.images.labels import read_labels
+from siamese_detr.images.labels import dataset_key, read_labels
 from siamese_detr.images.listing import list_images
 from siamese_detr.proposals.propose import ProposeConfig
 from siamese_detr.training.finetune_config import FinetuneConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from siamese_detr.config import verb
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import CocoMetrics, Detections, coco_metrics
 from siamese_detr.evaluation.evaluate_config import EvaluateConfig
-from siamese_detr.evaluation.inference import Detector, Job, gather, run
+from siamese_detr.evaluation.inference import Detector, Job, gather, gather_problems, run
+from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, read_labels
 from siamese_detr.training.processes import join, lost_process_explained
 
@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> CocoMetrics:
         result.metrics.write(out)
         beside = out.with_name(f"{out.stem}.detections.json")
         ids = dataset.category_ids or list(range(len(dataset.class_names)))
-        beside.write_text(json.dumps(result.detections.to_coco(ids)), encoding="utf-8")
+        write_json(beside, result.detections.to_coco(ids), indent=None)
         console.print(f"metrics in {out}, detections in {beside}", markup=False)
     return result.metrics
 
@@ -112,9 +112,10 @@ def evaluate_detector(
             skipped.append((result.job.path, result.problem))
         else:
             parts.append(result.detections(classes))
-    if skipped and not parts and world == 1:
-        raise UserError(f"none of the {len(skipped)} images can be read, e.g. {skipped[0][0]}: {skipped[0][1]}")
     detections = gather(Detections.concatenate(parts), detector.device)
+    skipped = gather_problems(skipped, detector.device)
+    if len(skipped) == len(jobs):
+        raise UserError(f"none of the {len(skipped)} images can be read, e.g. {skipped[0][0]}: {skipped[0][1]}")
     return Evaluation(coco_metrics(dataset.to_coco(), detections), detections, skipped)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,8 @@ from transformers.utils import logging
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
+from siamese_detr.training.processes import machine_explained
+from siamese_detr.training.signals import ignore_in_worker
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,14 @@ class Detector:
         """
         path = find_detector(directory)
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
-            options = {"local_files_only": True, "weights_only": True, "use_safetensors": True, "dtype": torch.float32}
+            here = {"local_files_only": True, "trust_remote_code": False}
+            config = AutoConfig.from_pretrained(path, **here)
+            options = here | {"weights_only": True, "use_safetensors": True, "dtype": torch.float32}
             with quiet_loading():
                 model, info = AutoModelForObjectDetection.from_pretrained(
                     path, config=config, output_loading_info=True, **options
                 )
-                processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
+                processor = AutoImageProcessor.from_pretrained(path, **here)
         except Exception as error:  # Transformers raises anything from KeyError to RuntimeError here
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
@@ -253,37 +257,50 @@ def run(
         collate_fn=list,
         num_workers=min(workers, len(batches)),
         pin_memory=False,
+        worker_init_fn=ignore_in_worker,
     )
-    for samples in loader:
-        # Files may differ from what the labels say of their size: trust the tensors.
-        groups: dict[tuple, list] = {}
-        for index, size, inputs in samples:
-            if isinstance(inputs, str):
-                yield ImageResult(jobs[index], problem=inputs)
-            else:
-                key = tuple((name, *value.shape) for name, value in inputs.items())
-                groups.setdefault(key, []).append((index, size, inputs))
-        for group in groups.values():
-            sizes = [jobs[index].size or size for index, size, _ in group]
-            inputs = {name: torch.cat([item[2][name] for item in group]) for name in group[0][2]}
-            found = detector.detect(inputs, sizes, top_k)
-            for (index, _, _), image_size, (classes, scores, boxes) in zip(group, sizes, found, strict=True):
-                yield ImageResult(jobs[index], image_size, classes, scores, boxes)
+    with machine_explained("start it again (with --resume, where the command has that)"):
+        for samples in loader:
+            # Files may differ from what the labels say of their size: trust the tensors.
+            groups: dict[tuple, list] = {}
+            for index, size, inputs in samples:
+                if isinstance(inputs, str):
+                    yield ImageResult(jobs[index], problem=inputs)
+                else:
+                    key = tuple((name, *value.shape) for name, value in inputs.items())
+                    groups.setdefault(key, []).append((index, size, inputs))
+            for group in groups.values():
+                sizes = [jobs[index].size or size for index, size, _ in group]
+                inputs = {name: torch.cat([item[2][name] for item in group]) for name in group[0][2]}
+                found = detector.detect(inputs, sizes, top_k)
+                for (index, _, _), image_size, (classes, scores, boxes) in zip(group, sizes, found, strict=True):
+                    yield ImageResult(jobs[index], image_size, classes, scores, boxes)
 
 
 def gather(detections: Detections, device: torch.device) -> Detections:
     """The detections of all processes, in the same order in each; with one process, only sorted."""
+    return Detections.from_rows(gather_rows(detections.rows(), device)).sorted()
+
+
+def gather_problems(problems: Sequence[tuple[str, str]], device: torch.device) -> list[tuple[str, str]]:
+    """The (path, reason) pairs of all processes, sorted."""
+    lines = "".join(json.dumps(pair) + "\n" for pair in problems).encode()
+    everyones = gather_rows(np.frombuffer(lines, np.uint8), device).tobytes()
+    return sorted((path, reason) for path, reason in map(json.loads, everyones.splitlines()))
+
+
+def gather_rows(rows: np.ndarray, device: torch.device) -> np.ndarray:
+    """The rows (N, ...) of all processes, one process after another; with one process, its own."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        place = device if distributed.get_backend() == "nccl" else torch.device("cpu")
-        rows = torch.from_numpy(detections.rows()).to(place)
-        lengths = torch.zeros(distributed.get_world_size(), dtype=torch.int64, device=place)
-        lengths[distributed.get_rank()] = len(rows)
-        distributed.all_reduce(lengths)
-        padded = rows.new_zeros((int(lengths.max()), 7))
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in lengths]
-        distributed.all_gather(parts, padded)
-        together = torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
-        detections = Detections.from_rows(together.cpu().numpy())
-    return detections.sorted()
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return rows
+    place = device if distributed.get_backend() == "nccl" else torch.device("cpu")
+    mine = torch.from_numpy(rows.copy()).to(place)
+    lengths = torch.zeros(distributed.get_world_size(), dtype=torch.int64, device=place)
+    lengths[distributed.get_rank()] = len(mine)
+    distributed.all_reduce(lengths)
+    padded = mine.new_zeros((int(lengths.max()), *mine.shape[1:]))
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in lengths]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)]).cpu().numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.draw import draw_detections
 from siamese_detr.evaluation.inference import Detector, ImageResult, Job, run
 from siamese_detr.evaluation.predict_config import PredictConfig
+from siamese_detr.files import write_json
 from siamese_detr.images.decode import read_image, read_size
 from siamese_detr.images.listing import EXTENSIONS, ImageList, list_images
 
@@ -56,6 +56,8 @@ def predict(config: PredictConfig) -> PredictResult:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
     detector = Detector.load(config.model, config.device)
     console = Console(stderr=True, soft_wrap=True)
+    for problem in images.problems[:3]:
+        console.print(f"left out: {problem}", markup=False)
 
     jobs, skipped = [], []
     for index in range(len(images)):
@@ -151,6 +153,6 @@ def coco_results(outcome: PredictResult) -> list[dict[str, Any]]:
 
 def write(path: Path, content: Any) -> None:
     try:
-        path.write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None) + "\n", encoding="utf-8")
+        write_json(path, content, indent=1 if isinstance(content, dict) else None)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

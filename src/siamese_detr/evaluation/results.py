@@ -14,8 +14,8 @@ from siamese_detr.evaluation import plots
 from siamese_detr.evaluation.cells import Protocol, Task
 from siamese_detr.evaluation.schedule import Ended
 from siamese_detr.evaluation.summary import CellResult, to_csv, to_json, to_markdown
+from siamese_detr.files import write_json, write_text
 from siamese_detr.training.journal import JsonLines
-from siamese_detr.training.rundir import write_json
 
 RESULT = "result.json"
 METRIC = "AP"
@@ -104,8 +104,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_tables(out: Path, cells: Sequence[CellResult]) -> None:
     """Write table.md, table.csv and results.json of what is done so far."""
-    (out / "table.md").write_text(to_markdown(cells, METRIC), encoding="utf-8")
-    (out / "table.csv").write_text(to_csv(cells), encoding="utf-8")
+    write_text(out / "table.md", to_markdown(cells, METRIC))
+    write_text(out / "table.csv", to_csv(cells))
     write_json(out / "results.json", to_json(cells, METRIC))
 
 

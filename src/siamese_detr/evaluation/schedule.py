@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from siamese_detr.training.signals import Preempted
+
 Outcome = Literal["done", "failed", "skipped"]
 
 
@@ -57,12 +59,11 @@ class Slot:
     environment: Mapping[str, str]
 
 
-class Stopped(SystemExit):
-    """The jobs were asked to stop (SIGTERM) and have ended; the same command goes on later. Exit code 75,
-    EX_TEMPFAIL."""
+class Stopped(Preempted):
+    """The jobs were asked to stop (SIGTERM) and have ended; the same command goes on later."""
 
     def __init__(self) -> None:
-        super().__init__(75)
+        super().__init__("SIGTERM: the runs under way have saved themselves; the same command goes on")
 
 
 def device_slots(parallel: int | None = None) -> list[Slot]:

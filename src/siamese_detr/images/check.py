@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from siamese_detr.config import verb
 from siamese_detr.errors import ImageError, UserError
+from siamese_detr.files import write_json
 from siamese_detr.images.duplicates import Fingerprint, default_workers, equal_groups, fingerprints, similar_groups
 from siamese_detr.images.labels import DetectionDataset, find_labels, read_labels
 from siamese_detr.images.listing import existing, list_images
@@ -163,7 +163,7 @@ def check(config: CheckConfig) -> CheckReport:
     _add_classes(report, datasets.get("data"), datasets.get("val"), config.min_labels)
     if config.out is not None:
         try:
-            Path(config.out).write_text(json.dumps(report.to_dict(), indent=2))
+            write_json(Path(config.out), report.to_dict(), indent=2)
         except OSError as error:
             raise UserError(f"cannot write {config.out}: {error.strerror}") from None
     report.print()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,7 @@ from siamese_detr.images.voc import is_voc, read_voc
 from siamese_detr.images.yolo import read_yolo
 from siamese_detr.randomness import rng
 
-__all__ = ["DetectionDataset", "LabelledImage", "Problem", "read_labels"]
+__all__ = ["DetectionDataset", "LabelledImage", "Problem", "dataset_key", "read_labels"]
 
 
 @dataclass
@@ -159,6 +161,18 @@ def read_labels(
     if not any(len(image.boxes) for image in found):
         raise UserError(f"{source}: no usable box in {len(found)} images ({main or 'there are no annotations'})")
     return DetectionDataset(root, tables.class_names, found, listed, tables.category_ids)
+
+
+def dataset_key(*datasets: DetectionDataset) -> str:
+    """Hash of labels: images by name, classes and boxes."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        digest.update(json.dumps(dataset.class_names).encode())
+        for image in dataset.images:
+            digest.update(f"{image.path.name}\n{image.width} {image.height}\n".encode(errors="surrogateescape"))
+            for array in (image.boxes, image.classes, image.crowd):
+                digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def find_labels(path: Path) -> Path | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from siamese_detr.config import verb
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector, find_detector, quiet_loading
+from siamese_detr.files import TEMPORARY, clean
 from siamese_detr.interchange.export_config import ExportConfig
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -55,7 +56,8 @@ def export(config: ExportConfig) -> ExportResult:
     detector = Detector.load(source, "cpu")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as name:
+        clean(out)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=out) as name:
             folder = Path(name)
             if config.format == "onnx":
                 difference = export_onnx(detector, folder, config)

@@ -7,6 +7,7 @@ Nothing is held in memory per row: 10 million rows cost the mapped pages that ar
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -91,6 +92,10 @@ class StoreSettings:
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: damaged ({error}); delete {directory} and run propose again") from error
+
+    def key(self) -> str:
+        """Hash of how the boxes were made, wherever the images are."""
+        return hashlib.sha256(json.dumps([self.method, self.parameters], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> bytes:
         values = {
@@ -278,6 +283,18 @@ class ProposalStore:
         out = np.empty(len(found), np.int64)
         out[order] = found
         return out
+
+    def images_key(self, rows: np.ndarray) -> str:
+        """Hash of the relative paths of these rows' images, whatever the rows' order."""
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        parts = [self._paths(n).take(pa.array(rows[shards == n] - self.starts[n])) for n in np.unique(shards).tolist()]
+        paths = pa.concat_arrays(parts)
+        if not pc.all(pc.less_equal(paths[:-1], paths[1:])).as_py():
+            paths = paths.take(pc.sort_indices(paths))
+        digest = hashlib.sha256()
+        for start in range(0, len(paths), 2**16):
+            digest.update("".join(f"{path}\n" for path in paths[start : start + 2**16].to_pylist()).encode())
+        return digest.hexdigest()
 
     def iter_paths(self) -> Iterator[str]:
         """Relative paths of all rows, in row order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from siamese_detr.config import verb
 from siamese_detr.errors import UserError
+from siamese_detr.files import write_text
 from siamese_detr.reporting.page import Missing, Page, render
 from siamese_detr.reporting.report_config import ReportConfig
 from siamese_detr.reporting.runs import read_config
@@ -44,11 +44,9 @@ def report(config: ReportConfig) -> ReportResult:
     kind = kind_of(run)
     page = make_page(run, kind, config)
     file = Path(config.out).expanduser() if config.out else run / "report.html"
-    temporary = file.with_name(f".{file.name}.writing")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(render(page), encoding="utf-8")
-        os.replace(temporary, file)
+        write_text(file, render(page))
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
     left_out = list(missing(page))

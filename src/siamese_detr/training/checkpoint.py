@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siamese_detr.errors import UserError
+from siamese_detr.files import DISCARDED, TEMPORARY
 
 FORMAT = 1
 """Raised when what a checkpoint's files hold changes such that older ones cannot be continued. (The first releases
@@ -30,8 +31,6 @@ wrote no number: they are of format 1.)"""
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 SUFFIXES = (".safetensors", ".json")
-TEMPORARY = ".writing-"
-DISCARDED = ".removing-"
 
 
 class OtherFormat(UserError):
@@ -90,10 +89,17 @@ def save_checkpoint(
             f"cannot write checkpoint {target}: {error}; earlier checkpoints are intact: make room (or lower `keep`) "
             "and continue with --resume"
         ) from error
-    if keep > 0:
-        for old in list_checkpoints(folder)[:-keep]:
-            discard(old)
+    prune(folder, step, keep)
     return target
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Leave the ``keep`` newest checkpoints up to ``step`` (0: all). Later ones are of a run that went back, because
+    they are damaged: they neither count nor go.
+    """
+    if keep > 0:
+        for old in [path for path in list_checkpoints(folder) if step_of(path) <= step][:-keep]:
+            discard(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -174,13 +180,6 @@ def understood(checkpoint: Path) -> Iterator[None]:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError) as error:
         raise OtherFormat(checkpoint, f"{type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
-
-
-def clean(folder: Path) -> None:
-    """Remove what killed processes left half-written or half-removed in ``folder``."""
-    for prefix in (TEMPORARY, DISCARDED):
-        for path in folder.glob(f"{prefix}*"):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(checkpoint: Path) -> None:

@@ -4,6 +4,8 @@ last detector."""
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.saving import image_processor
 from siamese_detr.evaluation.evaluate import evaluate_detector
 from siamese_detr.evaluation.inference import Detector
+from siamese_detr.files import write_json, write_text
 from siamese_detr.images.labels import DetectionDataset
 from siamese_detr.training.criterion import CriterionConfig, SetCriterion, Targets
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.labelled_dataset import EpochBatches, TrainingImages, collate, prepare
-from siamese_detr.training.rundir import write_json
 from siamese_detr.training.settings import RunSettings
 from siamese_detr.training.trainer import BaseTrainer
 
@@ -56,6 +58,8 @@ class DetectionTrainer(BaseTrainer):
         evaluation_batch: images per forward pass in evaluation.
         options: passed on.
     """
+
+    verb = "finetune"
 
     def __init__(
         self,
@@ -122,12 +126,26 @@ class DetectionTrainer(BaseTrainer):
                         self.journal.board.add_scalar(f"validation/{name}", value, step)
             if (overall["AP"] or 0.0) > max(before, default=-1.0):
                 self.save(self.settings.out / "best")
+            self.note_unreadable(found.skipped)
             records = self.records()
             write_json(self.settings.out / "metrics.json", {"best": best_of(records), "last": records[-1]})
         self.evaluated = step
         metrics = {f"eval_{name}": value for name, value in overall.items() if value is not None}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def note_unreadable(self, problems: list[tuple[str, str]]) -> None:
+        """List the validation images that could not be read; tell of them when they are others than before."""
+        file = self.settings.out / "skipped-validation.jsonl"
+        text = "".join(json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in problems)
+        if text == (file.read_text(encoding="utf-8") if file.exists() else ""):
+            return
+        write_text(file, text)
+        print(
+            f"{len(problems)} of {len(self.validation or ())} validation images cannot be read (listed in {file}): "
+            "their boxes count as missed",
+            file=sys.stderr,
+        )
 
     def records(self) -> list[dict[str, Any]]:
         """The evaluations so far."""
@@ -161,5 +179,5 @@ class _RewindHistory(transformers.TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not self.trainer.replaying:
             self.trainer.history.rewind(state.global_step)

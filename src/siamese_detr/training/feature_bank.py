@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from siamese_detr.errors import UserError
 from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.training.journal import JsonLines
+from siamese_detr.training.processes import machine_explained
 from siamese_detr.training.signals import ignore_in_worker
 from siamese_detr.views.two_views import Rows, TwoViewDataset, collate
 
@@ -292,18 +293,19 @@ def fill(
     )
     failures = JsonLines(bank.directory / "failures.jsonl")
     states: dict[int, int] = {}
-    for number, (members, batch) in enumerate(zip(batches, track(loader, len(batches)), strict=True)):
-        slot_of = {bank.key(slot)[1]: slot for slot in members}
-        present = [slot_of.pop(row) for row in batch["index"].tolist()]
-        if present:
-            bank.put(present, freeze(batch))
-        states |= dict.fromkeys(present, PRESENT) | dict.fromkeys(slot_of.values(), UNREADABLE)
-        failures.append(
-            {"row": row, "path": path, "reason": reason}
-            for row, (path, reason) in zip(slot_of, batch["skipped"], strict=True)
-        )
-        if number % FLUSH_EVERY == FLUSH_EVERY - 1:
-            bank.commit(states)
-            states = {}
+    with machine_explained("continue with --resume"):
+        for number, (members, batch) in enumerate(zip(batches, track(loader, len(batches)), strict=True)):
+            slot_of = {bank.key(slot)[1]: slot for slot in members}
+            present = [slot_of.pop(row) for row in batch["index"].tolist()]
+            if present:
+                bank.put(present, freeze(batch))
+            states |= dict.fromkeys(present, PRESENT) | dict.fromkeys(slot_of.values(), UNREADABLE)
+            failures.append(
+                {"row": row, "path": path, "reason": reason}
+                for row, (path, reason) in zip(slot_of, batch["skipped"], strict=True)
+            )
+            if number % FLUSH_EVERY == FLUSH_EVERY - 1:
+                bank.commit(states)
+                states = {}
     bank.commit(states)
     return len(slots)

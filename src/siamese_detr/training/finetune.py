@@ -16,7 +16,8 @@ from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector, load_detector
 from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.evaluation.inference import find_detector, quiet_loading
-from siamese_detr.images.labels import DetectionDataset, read_labels
+from siamese_detr.files import write_json
+from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
 from siamese_detr.training.detection_trainer import DetectionTrainer, best_of
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.journal import JsonLines
@@ -24,7 +25,7 @@ from siamese_detr.training.labelled_dataset import TrainingImages
 from siamese_detr.training.optimizer import adamw
 from siamese_detr.training.processes import lost_process_explained
 from siamese_detr.training.progress import ProgressBar
-from siamese_detr.training.rundir import begin, check_place, record_session, write_json
+from siamese_detr.training.rundir import begin, check_place, check_session
 from siamese_detr.training.signals import RunLock
 
 
@@ -79,7 +80,9 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             check_place(out)
             stack.enter_context(RunLock(out))
             begin(out, config)
-            record_session(out, images=len(dataset))
+            labels = {"training labels": dataset_key(dataset)}
+            labels["validation labels"] = dataset_key(validation) if validation is not None else ""
+            check_session(out, {"images": len(dataset), **labels})
             write_json(out / "start.json", origin)
             if config.fraction < 1:
                 write_json(out / "train.json", dataset.to_coco(original_ids=True))

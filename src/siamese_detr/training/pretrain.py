@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from siamese_detr.training.optimizer import adamw, lr_factor
 from siamese_detr.training.pretrain_config import DROPOUTS, PretrainConfig
 from siamese_detr.training.processes import Team, default_workers, lost_process_explained
 from siamese_detr.training.progress import ProgressBar
-from siamese_detr.training.rundir import begin, check_place, record_session, sessions
+from siamese_detr.training.rundir import begin, check_place, check_session
 from siamese_detr.training.settings import RunSettings
 from siamese_detr.training.signals import RunLock
 from siamese_detr.training.source import checksum, find_source
@@ -67,6 +68,7 @@ class PretextTrainer(BaseTrainer):
         options: as :class:`BaseTrainer`.
     """
 
+    verb = "pretrain"
     model: Pretext
 
     def __init__(
@@ -106,6 +108,9 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     team = Team(PartialState(cpu=config.device == "cpu"))
     # Mistakes are found before anything is written, and before hours of proposals.
     images = list_images(config.images)
+    if team.main and config.proposals is not None:  # else propose tells of them
+        for problem in images.problems[:3]:
+            print(f"left out: {problem}", file=sys.stderr)
     seed_torch(config.seed)
     pretext = build(config).to(team.state.device)
     with lost_process_explained(), contextlib.ExitStack() as stack:
@@ -122,7 +127,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         steps = config.total_steps(len(rows))
         dataset = TwoViewDataset(store, config.views(), config.seed)
         if team.main and config.replay is None:
-            check_session(out, images=len(rows), backbone=checksum(pretext.detector.backbone))
+            check_session(out, facts(store, rows, pretext))
         source = find_source(config, pretext, dataset, rows, team)
         batch_size, count = config.batch_size // config.accumulate, steps * config.accumulate
         trainer = PretextTrainer(
@@ -207,6 +212,16 @@ def find_proposals(config: PretrainConfig, out: Path) -> ProposalStore:
     return ProposalStore.open(config.proposals or out / "proposals")
 
 
+def facts(store: ProposalStore, rows: np.ndarray, pretext: Pretext) -> dict[str, Any]:
+    """What a run must be continued on."""
+    return {
+        "images": len(rows),
+        "images (as many)": store.images_key(rows),
+        "proposals (method or its parameters)": store.settings.key(),
+        "backbone": checksum(pretext.detector.backbone),
+    }
+
+
 def save_detector(config: PretrainConfig, detector: DetectorAdapter, out: Path, step: int) -> None:
     """Write OUT/detector; an interrupted save leaves the one before."""
     shape: dict[str, Any] = {}
@@ -217,18 +232,6 @@ def save_detector(config: PretrainConfig, detector: DetectorAdapter, out: Path, 
         provenance={"method": config.method, "pretrained_steps": step, "run": str(out.absolute()), "init": config.init},
         **shape,
     )
-
-
-def check_session(out: Path, **facts: Any) -> None:
-    """Record this session; refuse to continue a run on other images or another backbone than it began with."""
-    before = sessions(out)
-    for name, value in facts.items():
-        if before and before[0].get(name, value) != value:
-            raise UserError(
-                f"{out} began with {name} {before[0][name]}, and now there are {value}: "
-                "a run cannot be continued on something else; begin another one (with --init, from this one's detector)"
-            )
-    record_session(out, step=0, **facts)
 
 
 def result(out: Path, replay: str | None = None) -> PretrainResult:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
@@ -66,6 +67,38 @@ def lost_process_explained() -> Iterator[None]:
             f"another process of this run ended or cannot be reached ({reason[:150]}): its own message, if it had time "
             "for one, tells why; checkpoints are intact, continue with --resume"
         ) from error
+
+
+@contextlib.contextmanager
+def machine_explained(then: str) -> Iterator[None]:
+    """Turn what machines do to long runs into one line each.
+
+    Args:
+        then: what to do when that is mended.
+
+    Raises:
+        UserError: memory ended, a data process was killed, or the operating system refused.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of memory on the accelerator: raise accumulate, lower batch_size or the images' size, use bf16 or "
+            f"checkpoint_activations, and {then}"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if "can't allocate memory" in str(error):  # PyTorch's words for the host's
+            raise UserError(
+                f"out of memory: raise accumulate, lower batch_size, workers or the images' size, and {then}"
+            ) from error
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a data process ended ({' '.join(str(error).split())[:200] or 'out of memory'}): if memory ran out, "
+            f"lower workers; {then}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{error}; mend that and {then}") from error
 
 
 def default_workers() -> int:

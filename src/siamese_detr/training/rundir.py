@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import yaml
 import siamese_detr
 from siamese_detr.config import write_config
 from siamese_detr.errors import UserError
-from siamese_detr.training.checkpoint import clean
+from siamese_detr.files import clean
 from siamese_detr.training.journal import JsonLines
 
 CONFIG = "config.yaml"
@@ -67,11 +67,12 @@ def begin(out: Path, config: RunConfig) -> None:
         try:
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
             changes = config.changes(dict(before))
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             raise UserError(f"cannot read {file}, so the run cannot be continued: {error}") from error
         if changes:
             raise UserError(f"--resume continues the run in {out} as it began, but {'; '.join(changes)}")
-        clean(out / "checkpoints")
+        for folder in (out, out / "checkpoints"):
+            clean(folder)
         return
     try:
         temporary = out / f".{CONFIG}"
@@ -103,6 +104,23 @@ def record_session(out: Path, **facts: Any) -> None:
     JsonLines(out / SESSIONS).append([record])
 
 
+def check_session(out: Path, facts: Mapping[str, Any]) -> None:
+    """Record this session; refuse to continue a run on something else than it began with.
+
+    Args:
+        facts: name for people -> a number, or the hash of a content.
+    """
+    before = sessions(out)
+    for name, value in facts.items():
+        if before and before[0].get(name, value) != value:
+            what = f"{name} {before[0][name]}, and now there are {value}" if isinstance(value, int) else f"other {name}"
+            raise UserError(
+                f"{out} began with {what}: a run cannot be continued on something else; begin another one (with "
+                "--init, from this one's detector)"
+            )
+    record_session(out, **facts)
+
+
 def installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -113,10 +131,3 @@ def installed(package: str) -> str | None:
 def sessions(out: Path) -> list[dict[str, Any]]:
     """What ran in ``out`` so far, oldest first."""
     return JsonLines(out / SESSIONS).read()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader finds the old or the new file, never half of one."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

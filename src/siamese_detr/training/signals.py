@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -33,8 +36,31 @@ class Preempted(SystemExit):
         return self.message
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, SIGTERM and SIGUSR1 end the command at once by :class:`Preempted`, but in a :class:`StopRequest`. What is
+    outside of the training steps (starting, proposals, a bank of features, the last evaluation) goes on where it was.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Preempted(
+            f"{signal.Signals(number).name}: stopped; the same command goes on (with --resume, where it has that)"
+        )
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    previous = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class StopRequest:
-    """Context in which SIGTERM and SIGUSR1 only set ``requested``; a second SIGTERM acts as it did outside."""
+    """Context in which SIGTERM and SIGUSR1 only set ``requested``; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -51,7 +77,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
-        signal.signal(number, self._previous[number])
+        signal.signal(number, signal.SIG_DFL)
 
 
 def ignore_in_worker(worker: int) -> None:
@@ -60,8 +86,12 @@ def ignore_in_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Locked(UserError):
+    """Another process holds the directory."""
+
+
 class RunLock:
-    """Context that holds a directory for one process; :class:`UserError` if another has it.
+    """Context that holds a directory for one process; :class:`Locked` if another has it.
 
     A POSIX record lock: the kernel frees it when the process ends, however it ends, and children do not inherit it.
     """
@@ -80,9 +110,15 @@ class RunLock:
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                os.close(self._descriptor)
+                raise UserError(
+                    f"{self.path} cannot be locked ({error.strerror}): the file system must support POSIX locks, or "
+                    "two runs could write into one directory; choose a place on another"
+                ) from error
             holder = os.read(self._descriptor, 64).decode(errors="replace").strip()
             os.close(self._descriptor)
-            raise UserError(
+            raise Locked(
                 f"another run ({holder or 'unknown'}) is writing into {self.path.parent}: wait for it, or use another"
             ) from error
         os.ftruncate(self._descriptor, 0)

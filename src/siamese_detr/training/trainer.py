@@ -7,12 +7,13 @@ the next step boundary; unreadable images are listed and counted; loss terms are
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import json
+import os
+import shlex
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from siamese_detr.errors import UserError
+from siamese_detr.files import write_json
 from siamese_detr.pretext.matching import NonFiniteError
 from siamese_detr.randomness import seed_torch
 from siamese_detr.training import checkpoint as checkpoints
 from siamese_detr.training.diagnose import watch
 from siamese_detr.training.journal import Journal, JsonLines
 from siamese_detr.training.persistence import PersistentTrainer
+from siamese_detr.training.processes import machine_explained
 from siamese_detr.training.settings import Batches, RankBatches, RunSettings, skip
-from siamese_detr.training.signals import Preempted, StopRequest, ignore_in_worker
+from siamese_detr.training.signals import Locked, Preempted, RunLock, StopRequest, ignore_in_worker
 
 SHOWN = 10
 """Unreadable images that a process tells of on the screen; all are in ``skipped.jsonl``."""
@@ -51,6 +54,9 @@ class BaseTrainer(PersistentTrainer):
         epoch_size: samples in an epoch (default: all of ``dataset``).
         options: passed on to the stock Trainer.
     """
+
+    verb: str
+    """The command whose run this is."""
 
     def __init__(
         self,
@@ -76,8 +82,8 @@ class BaseTrainer(PersistentTrainer):
         self._listed: dict[str, str] = {}  # unreadable image -> reason, whichever process found it
         self._found = self._found_before = self._seen = 0
         self._start = 0
-        self._replaying = False
-        self._began = datetime.datetime.now()
+        self.replaying = False
+        self._began = time.monotonic()
         super().__init__(model, settings, optimizer, data_collator=collate, train_dataset=dataset, **options)
         self._hosts: Any = torch.distributed.new_group(backend="gloo") if self.args.world_size > 1 else None
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it when accumulating
@@ -109,12 +115,13 @@ class BaseTrainer(PersistentTrainer):
         self._start = step * self.settings.accumulate
         self._seen = step * self.settings.batch_size
         if self.args.should_save:
+            checkpoints.prune(self.settings.checkpoints, step, self.settings.keep)  # a lower `keep` makes room now
             self._listed = {record["path"]: record["reason"] for record in self._skipped_lines().rewind(step)}
             self._found_before = len(self._listed)
         if self.args.should_save:
             self.journal = Journal(self.settings.out, step)
         try:
-            with self.stop, self._explained():
+            with self.stop, machine_explained(f"continue {self.settings.out} with --resume"):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except BaseException as error:
             # Data workers end with their iterator, which the traceback would keep alive: the process could not exit.
@@ -147,10 +154,16 @@ class BaseTrainer(PersistentTrainer):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read {document}: give the nonfinite.json of a run ({error})") from error
         checkpoints.verify(checkpoint)
+        if values.get("processes", 1) != self.args.world_size:
+            print(
+                f"the step was done by {values['processes']} processes, and this is {self.args.world_size}: dropout is "
+                "drawn otherwise",
+                file=sys.stderr,
+            )
         self._start = step * self.settings.accumulate
         with watch(self.model) as found:
             try:
-                self._replaying = True
+                self.replaying = True
                 self.train(resume_from_checkpoint=str(checkpoint))
                 outcome = f"step {step + 1} is done, and was finite"
             except _ReplayDone as done:
@@ -158,32 +171,6 @@ class BaseTrainer(PersistentTrainer):
             except (RuntimeError, NonFiniteError) as error:
                 outcome = f"{str(error).splitlines()[0]}"
         return f"step {step + 1}: {outcome}" + "".join(f"\n  not finite: {name}" for name in found[:10])
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn what machines do to long runs into one line each; the last checkpoint is whole in every case."""
-        out = self.settings.out
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                "out of memory on the accelerator: raise accumulate, lower batch_size or the views' size, use bf16 or "
-                f"checkpoint_activations, and continue {out} with --resume"
-            ) from error
-        except (MemoryError, RuntimeError) as error:
-            if "can't allocate memory" in str(error):  # PyTorch's words for the host's
-                raise UserError(
-                    "out of memory: raise accumulate, lower batch_size, workers or the views' size, and continue "
-                    f"{out} with --resume"
-                ) from error
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a data process ended ({' '.join(str(error).split())[:200] or 'out of memory'}): if memory ran out, "
-                f"lower workers; continue {out} with --resume"
-            ) from error
-        except OSError as error:
-            raise UserError(f"{error}; mend that and continue {out} with --resume") from error
 
     def _find_checkpoint(self) -> Path | None:
         """The newest valid checkpoint, as the main process sees it."""
@@ -222,7 +209,7 @@ class BaseTrainer(PersistentTrainer):
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except NonFiniteError as error:  # found before the loss was: the other processes end with this one
-            if self._replaying:
+            if self.replaying:
                 raise
             self._count_terms()
             raise self._nonfinite([str(error)], "not computed", self.means.read(local=True)) from error
@@ -243,7 +230,7 @@ class BaseTrainer(PersistentTrainer):
         readable = max((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), default=0)
         self._unreadable += len(skipped)
         self._readable += readable
-        if not self._replaying and skipped.keys() - self._listed.keys():
+        if not self.replaying and skipped.keys() - self._listed.keys():
             # Another process may have met them in another epoch.
             self._listed |= {record["path"]: record["reason"] for record in self._skipped_lines().read()}
             new = {path: reason for path, reason in skipped.items() if path not in self._listed}
@@ -308,7 +295,7 @@ class BaseTrainer(PersistentTrainer):
     def _before_update(self, norm: Tensor) -> None:
         """Stop on non-finite numbers before they spread, note requests to stop; one sync for all of it."""
         losses = torch.stack([loss for loss, _ in self._micro] or [norm.new_zeros(())]).float()
-        if self._replaying:
+        if self.replaying:
             raise _ReplayDone(f"loss {losses.tolist()}, gradient norm {norm.item()}; no update made")
         self._count_terms()
         counts = [self._found_before + self._found, self._unreadable, self._readable]
@@ -351,8 +338,8 @@ class BaseTrainer(PersistentTrainer):
         if seen >= min(self.epoch_size, 1000) and found > self.settings.max_bad_share * seen:
             raise UserError(
                 f"{found} of {seen} images cannot be read (listed in {self._skipped_lines().path}), more than "
-                f"max_bad_share {self.settings.max_bad_share}: is the disk still mounted? Else mend or remove them, or "
-                "raise it, and use --resume"
+                f"max_bad_share {self.settings.max_bad_share}: is the disk still mounted? Else mend them, or raise it, "
+                "and use --resume"
             )
 
     def _nonfinite(self, losses: list[str], norm: str, terms: Mapping[str, Any]) -> UserError:
@@ -375,13 +362,26 @@ class BaseTrainer(PersistentTrainer):
             ],
             "samples": [next(batches) for _ in range(self.settings.accumulate)],
         }
-        self._write_checkpoint(out / "nonfinite", self.means.state(local=True))
-        (out / "nonfinite.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        try:
+            with RunLock(out / "nonfinite"):  # several processes may have come upon it
+                self._write_checkpoint(out / "nonfinite", self.means.state(local=True))
+                write_json(out / "nonfinite.json", document)
+        except Locked:
+            return UserError(f"loss or gradient is not finite at step {step + 1}: see the other processes")
         return UserError(
             f"loss or gradient is not finite at step {step + 1}: stopped before the update. Samples and state are in "
-            f"{out / 'nonfinite.json'}; do that step again, to see which operation is at fault, by the same command "
-            f"with --replay {out / 'nonfinite.json'}"
+            f"{out / 'nonfinite.json'}; do that step again, to see which operation is at fault, with: "
+            f"{self._command(replay=out / 'nonfinite.json')}"
         )
+
+    def _command(self, **options: Any) -> str:
+        """The command that repeats this run with other options."""
+        world, local = self.args.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        words = [f"torchrun --nproc-per-node={local}"] if world > 1 else []
+        words += [f"--nnodes={world // local} ..."] if world > local else []
+        words += ["-m siamese_detr.cli" if world > 1 else "siamese-detr", self.verb]
+        options = {"config": self.settings.out / "config.yaml", "out": self.settings.out, **options}
+        return " ".join([*words, *(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())])
 
     # ---- logs
 
@@ -393,7 +393,7 @@ class BaseTrainer(PersistentTrainer):
             epoch = {"epoch": self.state.global_step * self.settings.batch_size / self.epoch_size}
             logs = {**self.means.drain(), **rate, **epoch}
         if self.journal is not None:
-            seconds = (datetime.datetime.now() - self._began).total_seconds()
+            seconds = time.monotonic() - self._began
             self.journal.log(self.state.global_step, {**logs, "seconds": round(seconds, 3)})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
