@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from typing import Literal
 
 import pytest
 
-from siamese_detr import cli
+import siamese_detr
+from siamese_detr import VERBS, cli
 from siamese_detr.config import verb, write_config
 from siamese_detr.errors import UserError
 
@@ -41,13 +43,33 @@ class ToyConfig:
 
 @verb(ToyConfig)
 def toy(config: ToyConfig) -> ToyConfig:
-    """Return the configuration."""
+    """Return the configuration.
+
+    Raises:
+        UserError: never.
+    """
     return config
 
 
 def test_python_calls() -> None:
     assert toy("x", steps=4) == toy(images="x", steps=4) == toy(ToyConfig("x", steps=4)) == ToyConfig("x", 4)
     assert list(inspect.signature(toy).parameters)[:2] == ["images", "steps"]
+
+
+def test_pythons_help_shows_the_arguments_and_what_they_mean() -> None:
+    said = " ".join(pydoc.plain(pydoc.render_doc(toy)).split())
+    assert "toy(images: str, steps: int = 3, method: Literal['a', 'b'] = 'a'" in said.replace("( ", "(")
+    order = ["Return the configuration.", "Args: images: a folder. steps: how many.", "config: path", "Raises:"]
+    assert sorted(order, key=said.index) == order
+
+
+def test_every_verb_is_a_documented_function_of_the_package() -> None:
+    assert set(VERBS) < set(siamese_detr.__all__)
+    for name in VERBS:
+        function = getattr(siamese_detr, name)
+        assert inspect.isroutine(function)
+        explained = [line.split(":")[0].strip() for line in function.__doc__.splitlines() if line.startswith("    ")]
+        assert set(inspect.signature(function).parameters) <= set(explained)
 
 
 def test_file_is_overridden_by_arguments(tmp_path: Path) -> None:

@@ -6,12 +6,26 @@ The verbs are functions of this package and commands of ``siamese-detr``, with t
 
     siamese_detr.pretrain(images="photos", out="runs/pretrained")
     siamese_detr.finetune(train="train.json", val="val.json", model="runs/pretrained", out="runs/detector")
+
+``help(siamese_detr.pretrain)`` explains the arguments.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from siamese_detr.demonstration import demo
+    from siamese_detr.evaluation.compare import compare
+    from siamese_detr.evaluation.evaluate import evaluate
+    from siamese_detr.evaluation.predict import predict
+    from siamese_detr.images.check import check
+    from siamese_detr.interchange.export import export
+    from siamese_detr.proposals.propose import propose
+    from siamese_detr.reporting.report import report
+    from siamese_detr.training.finetune import finetune
+    from siamese_detr.training.pretrain import pretrain
 
 __version__ = "0.1.0"
 
@@ -40,7 +54,22 @@ CONFIGS = {
     "export": "siamese_detr.interchange.export_config",
 }
 
-__all__ = ["VERBS", "__version__", "load_config", "load_verb"]
+__all__ = [
+    "VERBS",
+    "__version__",
+    "check",
+    "compare",
+    "demo",
+    "evaluate",
+    "export",
+    "finetune",
+    "load_config",
+    "load_verb",
+    "predict",
+    "pretrain",
+    "propose",
+    "report",
+]
 
 
 def load_verb(name: str) -> Any:

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path, PurePath
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 import pydantic
 import yaml
@@ -25,57 +25,81 @@ Config = TypeVar("Config")
 Result = TypeVar("Result", covariant=True)
 
 
-class Verb(Generic[Config, Result]):
+class Verb(Protocol[Result]):
     """A function of one configuration, callable with its fields as arguments. Made by :func:`verb`."""
 
-    config_class: type[Config]
-
-    def __init__(self, function: Callable[[Config], Result], config_class: type[Config]) -> None:
-        functools.update_wrapper(self, function)
-        self.function = function
-        self.config_class = config_class
-        fields = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=inspect.Parameter.empty if is_required(field) else default_of(field),
-                annotation=field.type,
-            )
-            for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
-        ]
-        sources = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None")
-            for name in ("config", "recipe")
-        ]
-        self.__signature__ = inspect.Signature(
-            fields + sources, return_annotation=inspect.signature(function).return_annotation
-        )
+    config_class: type
 
     def __call__(
         self, *args: Any, config: str | Path | None = None, recipe: str | None = None, **options: Any
-    ) -> Result:
-        if len(args) == 1 and isinstance(args[0], self.config_class):
-            if config is not None or recipe is not None or options:
-                raise TypeError("give either a configuration object or its fields, not both")
-            return self.function(args[0])
-        names = [field.name for field in dataclasses.fields(self.config_class)]  # type: ignore[arg-type]
-        if len(args) > len(names):
-            raise TypeError(f"{self.__name__}() takes at most {len(names)} positional arguments")  # type: ignore[attr-defined]
-        given = dict(zip(names, args, strict=False))
-        if twice := given.keys() & options.keys():
-            raise TypeError(f"{', '.join(sorted(twice))} given twice")
-        values = read_sources(self.config_class, recipe, config) | given | options
-        return self.function(validate(self.config_class, values, "arguments"))
+    ) -> Result: ...
 
 
-def verb(config_class: type[Config]) -> Callable[[Callable[[Config], Result]], Verb[Config, Result]]:
+def verb(config_class: type[Config]) -> Callable[[Callable[[Config], Result]], Verb[Result]]:
     """Decorate ``def propose(config: ProposeConfig)`` so that it takes the fields, a ``config`` file and a ``recipe``.
 
     The result is callable as ``propose("photos", out="store")``, ``propose(ProposeConfig(...))`` or
-    ``propose(config="run.yaml", recipe="laptop", out="store")``. Raises
+    ``propose(config="run.yaml", recipe="laptop", out="store")``; ``help`` shows its arguments. Raises
     :class:`UserError` for unknown keys or wrong types.
     """
-    return lambda function: Verb(function, config_class)
+    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    names = [field.name for field in fields]
+
+    def decorate(function: Callable[[Config], Result]) -> Verb[Result]:
+        # A true function, because only of those `help` and editors show the signature.
+        @functools.wraps(function)
+        def call(*args: Any, config: str | Path | None = None, recipe: str | None = None, **options: Any) -> Result:
+            if len(args) == 1 and isinstance(args[0], config_class):
+                if config is not None or recipe is not None or options:
+                    raise TypeError("give either a configuration object or its fields, not both")
+                return function(args[0])
+            if len(args) > len(names):
+                raise TypeError(f"{call.__name__}() takes at most {len(names)} positional arguments")
+            given = dict(zip(names, args, strict=False))
+            if twice := given.keys() & options.keys():
+                raise TypeError(f"{', '.join(sorted(twice))} given twice")
+            values = read_sources(config_class, recipe, config) | given | options
+            return function(validate(config_class, values, "arguments"))
+
+        made: Any = call
+        made.config_class = config_class
+        made.__signature__ = signature(config_class, inspect.signature(function).return_annotation)
+        made.__doc__ = document(function, config_class)
+        return made
+
+    return decorate
+
+
+def signature(config_class: type, result: Any) -> inspect.Signature:
+    """The fields of a configuration as parameters, and the files that can give their values."""
+    types = get_type_hints(config_class)
+    fields = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if is_required(field) else default_of(field),
+            annotation=types[field.name],
+        )
+        for field in dataclasses.fields(config_class)
+    ]
+    sources = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | Path | None)
+        for name in ("config", "recipe")
+    ]
+    return inspect.Signature(fields + sources, return_annotation=result)
+
+
+def document(function: Callable, config_class: type) -> str:
+    """The docstring of a verb: the function's own, with the arguments that its configuration explains."""
+    about, raises, errors = inspect.cleandoc(function.__doc__ or "").partition("\n\nRaises:")
+    arguments = inspect.cleandoc(config_class.__doc__ or "").partition("\nArgs:\n")[2].rstrip()
+    names = "".join(f"{name}, " for name in recipe_names(config_class))
+    sources = [
+        "config: path of a YAML file with values for these arguments.",
+        f"recipe: values that those of ``config`` and the arguments override: {names}or the path of a YAML file.",
+    ]
+    lines = [f"    {line}" for line in sources]
+    return "\n".join([f"{about}\n\nArgs:\n{arguments}", *lines]) + raises + errors
 
 
 def is_required(field: dataclasses.Field) -> bool:
