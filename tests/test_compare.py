@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import yaml
 
 from siamese_detr import cli
+from siamese_detr.detectors import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation import compare as module
 from siamese_detr.evaluation.cells import Task
@@ -205,6 +208,11 @@ def test_variants_are_initialisations(options: dict[str, Any]) -> None:
         ({"variants": {"detreg": {}}}, "not among inits"),
         ({"train": "nowhere.json"}, "nowhere.json"),
         ({"preset": "paper-table-9"}, "paper-table-9"),
+        ({"inits": ("siamese:iuo=0.3",)}, "did you mean 'iou'"),
+        ({"inits": ("siamese:discrimination=all",)}, "discrimination='all'"),
+        ({"inits": ("siamese:num_regions=200",)}, "too few queries"),
+        ({"pretrain": {"backbone": "nowhere.pth"}}, r"nowhere\.pth"),
+        ({"pretrain": {"detector": "conditional-dter"}}, "did you mean 'conditional-detr'"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_run(
@@ -217,13 +225,59 @@ def test_mistakes_are_found_before_anything_is_run(
 
 
 @pytest.mark.parametrize("name", ["paper-table-1", "paper-table-2"])
-def test_presets_state_the_papers_protocol(options: dict[str, Any], name: str) -> None:
+def test_presets_state_the_papers_protocol(
+    options: dict[str, Any], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = CompareConfig(**{k: options[k] for k in ("images", "train", "val", "out")}, preset=name, seeds=(3,))
     filled = apply_preset(config)
     assert filled.inits == ("backbone", "up-detr", "detreg", "siamese")
     assert filled.seeds == (3,)  # the user's word
+    assert apply_preset(dataclasses.replace(config, seeds=(0, 1))).seeds == (0, 1)  # also where it is the usual one
     run({k: options[k] for k in ("images", "train", "val", "out")}, preset=name, dry_run=True)
     assert not Path(options["out"]).exists()
+    told = capsys.readouterr().err
+    for part in ("Published AP", "8 in ", "steps 300000, batch_size 256", "detreg: proposal_method selective-search"):
+        assert part in told
+    for part in ("epochs 50, batch_size 16", "lambda_region 5, lambda_global 10"):
+        assert part in told
+    (command,) = re.findall(r"siamese-detr (compare .*)", told.replace("\\\n", " "))
+    given = {"IMAGENET/train": options["images"], "COCO/annotations/instances_train2017.json": options["train"]}
+    given |= {"VOC-trainval-07+12.json": options["train"], "VOC-test-07.json": options["val"]}
+    given |= {"COCO/annotations/instances_val2017.json": options["val"], "OUT": options["out"]}
+    given |= {"swav_800ep_pretrain.pth.tar": "random:resnet50"}
+    words = [given.get(word, word) for word in command.split()]
+    assert cli.main([*words, "--dry-run"]) == 0
+
+
+def test_a_table_of_ablations(options: dict[str, Any]) -> None:
+    """Initialisations that differ in options of pre-training, from the shell."""
+    inits = ["siamese", "siamese:discrimination=none", "siamese:num_queries=20,short_sides=[80,96],iou=0.3"]
+    arguments = ["compare", options["images"], options["train"], options["val"], options["out"], "--inits", *inits]
+    arguments += ["--fractions", "1", "--seeds", "0", "--pretrain", "lambda_global", "2"]
+    assert cli.main(arguments) == 0
+    out = Path(options["out"])
+    table = (out / "table.md").read_text()
+    assert all(f"| {init} | " in table for init in inits)
+    files = [next((out / "pretrained").glob(f"{pattern}/run-*.yaml")) for pattern in ("siamese", "*none*", "*iou-0.3*")]
+    plain, boxes, queries = (yaml.safe_load(file.read_text()) for file in files)
+    differ = {name: boxes[name] for name in plain if plain[name] != boxes[name] and name != "out"}
+    assert differ == {"discrimination": "none"}
+    differ = {name: queries[name] for name in plain if plain[name] != queries[name] and name != "out"}
+    assert differ == {"num_queries": 20, "short_sides": [80, 96], "iou": 0.3}
+    assert plain["lambda_global"] == 2
+
+
+def test_a_detector_of_another_family_may_be_among_them(options: dict[str, Any], tmp_path: Path) -> None:
+    """PATH and PATH+siamese: its pre-training takes the family from the detector, not from the others."""
+    sizes = {"hidden_size": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 12}
+    detector = build_detector("detr", "random:resnet18", **sizes)
+    detector.save(tmp_path / "coco", shortest_edge=96)
+    path = str(tmp_path / "coco")
+    result = run(options, inits=("backbone", path, f"{path}+siamese"), fractions=(1.0,), seeds=(0,))
+    assert [cell.metrics["AP"] for cell in result.cells] == [0.1, 0.3, 0.3]
+    (file,) = (Path(options["out"]) / "pretrained").glob("*/run-*.yaml")
+    written = yaml.safe_load(file.read_text())
+    assert (written["detector"], written["init"]) == ("detr", path)
 
 
 def test_a_preset_is_changed_from_the_shell(options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path, PurePath
@@ -127,23 +128,29 @@ def read_sources(config_class: type, recipe: str | None, config: str | Path | No
     """The values of a recipe (by name or path) overridden by those of a configuration file (YAML)."""
     values: dict[str, Any] = {}
     if recipe is not None:
-        if recipe in (names := recipe_names(config_class)):
-            text = (
-                resources.files("siamese_detr")
-                .joinpath("recipes", f"{recipe_prefix(config_class)}{recipe}.yaml")
-                .read_text()
-            )
-            values |= parse_yaml(config_class, text, f"recipe {recipe}")
-        elif Path(recipe).is_file():
-            values |= parse_yaml(config_class, read_text(Path(recipe)), recipe)
-        else:
-            known = f"the recipes are {', '.join(names)}" if names else "this command has no recipes"
-            raise UserError(
-                f"unknown recipe {recipe!r}{nearest(recipe, names)}; {known}, or give the path of a YAML file"
-            )
+        text, source = read_recipe(config_class, recipe)
+        values |= parse_yaml(config_class, text, source)
     if config is not None:
         values |= parse_yaml(config_class, read_text(Path(config)), str(config))
     return values
+
+
+def read_recipe(config_class: type, recipe: str) -> tuple[str, str]:
+    """The text of a recipe (by name or path), and what to call it."""
+    if recipe in (names := recipe_names(config_class)):
+        file = resources.files("siamese_detr").joinpath("recipes", f"{recipe_prefix(config_class)}{recipe}.yaml")
+        return file.read_text(encoding="utf-8"), f"recipe {recipe}"
+    if Path(recipe).is_file():
+        return read_text(Path(recipe)), recipe
+    known = f"the recipes are {', '.join(names)}" if names else "this command has no recipes"
+    raise UserError(f"unknown recipe {recipe!r}{nearest(recipe, names)}; {known}, or give the path of a YAML file")
+
+
+def recipe_comment(config_class: type, recipe: str) -> str:
+    """What a recipe says about itself: the comment it begins with."""
+    text, _ = read_recipe(config_class, recipe)
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
 
 
 def read_text(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .backbones import Backbone, resolve_backbone
-from .build import FAMILIES, LoadReport, build_detector, load_detector
+from .build import FAMILIES, LoadReport, build_detector, load_detector, plan_detector
 
 __all__ = [
     "FAMILIES",
@@ -14,5 +14,6 @@ __all__ = [
     "Memory",
     "build_detector",
     "load_detector",
+    "plan_detector",
     "resolve_backbone",
 ]

@@ -24,7 +24,7 @@ from siamese_detr.errors import UserError
 
 from . import initialise
 from .adapter import DetectorAdapter, DetectorSize
-from .backbones import IMAGENET_MEAN, IMAGENET_STD, resolve_backbone
+from .backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, resolve_backbone
 from .saving import quiet
 
 FAMILIES = {
@@ -56,6 +56,48 @@ def adapter_class(family: str) -> type[DetectorAdapter]:
     return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
 
+@dataclass(frozen=True)
+class DetectorPlan:
+    """A detector that can be built: everything about it is known and fits together."""
+
+    adapter: type[DetectorAdapter]
+    size: DetectorSize
+    backbone: Backbone
+    backbone_config: PretrainedConfig
+    config: PretrainedConfig
+
+
+def plan_detector(
+    family: str = "conditional-detr",
+    backbone: str | PretrainedConfig = "efficientnet-lite0",
+    *,
+    class_names: list[str] | None = None,
+    **sizes: Any,
+) -> DetectorPlan:
+    """What :func:`build_detector` would build, without building it: mistakes show in a fraction of a second.
+
+    Raises:
+        UserError: unknown family, backbone or option; sizes that do not fit together.
+    """
+    adapter = adapter_class(family)
+    fields = {field.name for field in dataclasses.fields(DetectorSize)}
+    options = {name: value for name, value in sizes.items() if name not in fields}
+    given = {name: value for name, value in sizes.items() if name in fields and value is not None}
+    if class_names is not None:
+        given["num_labels"] = len(class_names)
+    own = inspect.signature(adapter.configure).parameters
+    if unknown := [name for name in options if name not in own]:
+        near = difflib.get_close_matches(unknown[0], [*fields, *own], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"a {family!r} detector has no option {unknown[0]!r}{hint}")
+    size = DetectorSize(**{**adapter.defaults, **given})
+    if size.hidden_size % (2 * size.heads):
+        raise UserError(f"hidden_size {size.hidden_size} must be a multiple of 2 x heads (2 x {size.heads})")
+    resolved = resolve_backbone(backbone)
+    backbone_config = adapter.backbone_config(resolved, adapter.wanted_strides(**options), size.dilation)
+    return DetectorPlan(adapter, size, resolved, backbone_config, adapter.configure(backbone_config, size, **options))
+
+
 def build_detector(
     family: str = "conditional-detr",
     backbone: str | PretrainedConfig = "efficientnet-lite0",
@@ -76,31 +118,17 @@ def build_detector(
     Raises:
         UserError: unknown family, backbone or option; sizes that do not fit together.
     """
-    adapter = adapter_class(family)
-    fields = {field.name for field in dataclasses.fields(DetectorSize)}
-    options = {name: value for name, value in sizes.items() if name not in fields}
-    given = {name: value for name, value in sizes.items() if name in fields and value is not None}
-    if class_names is not None:
-        given["num_labels"] = len(class_names)
-    own = inspect.signature(adapter.configure).parameters
-    if unknown := [name for name in options if name not in own]:
-        near = difflib.get_close_matches(unknown[0], [*fields, *own], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"a {family!r} detector has no option {unknown[0]!r}{hint}")
-    size = DetectorSize(**{**adapter.defaults, **given})
-    if size.hidden_size % (2 * size.heads):
-        raise UserError(f"hidden_size {size.hidden_size} must be a multiple of 2 x heads (2 x {size.heads})")
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        resolved = resolve_backbone(backbone)
-        backbone_config = adapter.backbone_config(resolved, adapter.wanted_strides(**options), size.dilation)
-        model = adapter.model_class(adapter.configure(backbone_config, size, **options))
-        provenance = {"family": family, "backbone": resolved.name}
-        detector = adapter(model, resolved.image_mean, resolved.image_std, provenance)
+        plan = plan_detector(family, backbone, class_names=class_names, **sizes)
+        model = plan.adapter.model_class(plan.config)
+        provenance = {"family": family, "backbone": plan.backbone.name}
+        detector = plan.adapter(model, plan.backbone.image_mean, plan.backbone.image_std, provenance)
         detector.initialise()
-        resolved.load_into(detector.backbone, backbone_config)
-    names = class_names or (["object"] if size.num_labels == 1 else [f"class {i}" for i in range(size.num_labels)])
+        plan.backbone.load_into(detector.backbone, plan.backbone_config)
+    labels = plan.size.num_labels
+    names = class_names or (["object"] if labels == 1 else [f"class {i}" for i in range(labels)])
     detector.name_classes(names)
     return detector.train()
 

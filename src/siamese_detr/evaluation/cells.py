@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, get_type_hints
 import yaml
 
 from siamese_detr.config import read_sources, validate, validate_value
+from siamese_detr.detectors import plan_detector
+from siamese_detr.detectors.build import DetectorPlan
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import ImageList
@@ -32,6 +35,9 @@ SHARED = {
     *("dropout", "attention_dropout", "activation_dropout", "detector_options"),
 }
 """Settings of the detector, which pre-training and fine-tuning have in common."""
+INLINE = re.compile(rf"((?:.*\+)?(?:{'|'.join(METHODS)})):(\w+=.*)")
+"""A method and options of its pre-training, ``siamese:discrimination=none,iou=0.3``."""
+OPTION = re.compile(r"(\w+)=(.*?)(?:,(?=\w+=)|$)")
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Protocol:
         by_fraction: further fine-tuning options at a label fraction, for all initialisations alike.
         counts: number of labelled images of each (fraction, seed).
         pretrain_each_seed: pre-train anew for every seed.
+        inputs: what the images and labels hold, in words.
     """
 
     out: Path
@@ -107,13 +114,21 @@ class Protocol:
     by_fraction: Mapping[float, Mapping[str, Any]]
     counts: Mapping[tuple[float, int], int]
     pretrain_each_seed: bool = False
+    inputs: str = ""
+
+
+def split_init(name: str) -> tuple[str, dict[str, str]]:
+    """``siamese:iou=0.3`` as ``siamese`` and ``{"iou": "0.3"}``; any other name as it is, without options."""
+    found = INLINE.fullmatch(name)
+    return (found[1], dict(OPTION.findall(found[2]))) if found else (name, {})
 
 
 def parse_init(name: str, variants: Mapping[str, Mapping[str, Any]]) -> Init:
     """The initialisation that ``name`` means.
 
     Args:
-        name: ``scratch``, ``backbone``, a method, the name of a variant, ``PATH`` or ``PATH+METHOD``.
+        name: ``scratch``, ``backbone``, a method, ``PATH`` or ``PATH+METHOD``, a method with options of its
+            pre-training (``siamese:discrimination=none,iou=0.3``), or the name of a variant.
         variants: options of pre-training by initialisation; an entry with a ``method`` defines an initialisation.
 
     Raises:
@@ -130,15 +145,18 @@ def parse_init(name: str, variants: Mapping[str, Mapping[str, Any]]) -> Init:
         if options:
             raise UserError(f"{name!r} is not pre-trained: it takes no pre-training options")
         return Init(name, name, None, {})
-    if name in METHODS:
-        return Init(name, "backbone", name, options)
-    path, plus, last = name.rpartition("+")
+    bare, written = split_init(name)
+    if written:  # what the variants say of the method holds for it with these options too
+        options = {**variants.get(bare, {}), **options, **written}
+    if bare in METHODS:
+        return Init(name, "backbone", bare, options)
+    path, plus, last = bare.rpartition("+")
     if plus and last in METHODS:
         return Init(name, path, last, options)
     if not Path(name).expanduser().exists():
         raise UserError(
-            f"initialisation {name!r} is neither scratch, backbone, one of {', '.join(METHODS)}, a variant, nor the "
-            "path of a detector (nor PATH+METHOD)"
+            f"initialisation {name!r} is neither scratch, backbone, one of {', '.join(METHODS)} (alone or as in "
+            "siamese:iou=0.3), a variant, nor the path of a detector (nor PATH+METHOD)"
         )
     return Init(name, name, None, {})
 
@@ -184,6 +202,31 @@ def tasks(protocol: Protocol) -> list[Task]:
     return sorted(made.values(), key=lambda task: ("propose", "pretrain", "finetune").index(task.verb))
 
 
+def check_detectors(tasks: Sequence[Task]) -> None:
+    """See that every detector that is to be made new can be, before hours of proposals and pre-training.
+
+    Raises:
+        UserError: one cannot, or has too few queries for the regions.
+    """
+    planned: dict[str, DetectorPlan] = {}
+    for task in tasks:
+        kind = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}.get(task.verb)
+        if kind is None or task.options.get("init") or task.options.get("model"):
+            continue
+        config: Any = validate(kind, {**task.options, "out": "-"}, task.name)
+        sizes = {name: value for name, value in config.sizes().items() if value is not None}
+        key = json.dumps([config.detector, config.backbone, sizes], sort_keys=True)
+        if key not in planned:
+            with warnings.catch_warnings(action="ignore"):  # the runs give them
+                planned[key] = plan_detector(config.detector, config.backbone, **sizes)
+        queries = planned[key].size.num_queries
+        if task.verb == "pretrain" and config.regions > queries:
+            raise UserError(
+                f"{task.name}: too few queries for the number of regions: {queries} queries, {config.regions} regions; "
+                "raise num_queries or lower num_regions"
+            )
+
+
 def propose_task(protocol: Protocol, method: str, made: dict[str, Task]) -> Task:
     name = f"proposals {method}"
     if name not in made:
@@ -206,6 +249,7 @@ def pretrain_task(protocol: Protocol, init: Init, seed: int, made: dict[str, Tas
     start_key = ""
     if init.start not in ("scratch", "backbone"):
         fixed["init"], start_key = str(find_detector(init.start).absolute()), detector_key(init.start)
+        overrides["detector"] = family_of(init.start)
     options = plain(resolve(PretrainConfig, None, overrides, fixed, base))
     if init.start == "scratch":
         options["backbone"] = random_backbone(options["backbone"])
@@ -294,6 +338,15 @@ def hash_of(verb: str, options: Mapping[str, Any], **others: str) -> str:
     kept = {name: value for name, value in options.items() if name not in OPERATION}
     text = json.dumps([verb, kept, others], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def family_of(directory: str) -> str:
+    """The family of a stored detector, whatever the other initialisations are."""
+    config = find_detector(directory) / "config.json"
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"]).replace("_", "-")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config} cannot be read: it is no detector's ({type(error).__name__})") from error
 
 
 def detector_key(directory: str) -> str:

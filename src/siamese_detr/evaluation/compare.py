@@ -14,19 +14,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from siamese_detr.config import default_of, is_required, read_sources, verb, write_config
+from siamese_detr.config import default_of, is_required, read_sources, recipe_comment, verb, write_config
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.cells import (
     Protocol,
     Task,
+    check_detectors,
     images_key,
     parse_init,
     resolve,
     same_detector,
     same_input,
+    split_init,
     tasks,
 )
 from siamese_detr.evaluation.compare_config import CompareConfig
+from siamese_detr.evaluation.describe import describe
 from siamese_detr.evaluation.results import METRIC, conclude, finished, read_cell, write_plots, write_tables
 from siamese_detr.evaluation.schedule import Ended, Job, device_slots, run_jobs
 from siamese_detr.evaluation.summary import CellResult, summary_table, to_markdown
@@ -37,6 +40,13 @@ from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.rundir import record_session
 from siamese_detr.training.signals import RunLock
+
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "inits": ("backbone", "siamese"),
+    "fractions": (0.01, 0.1, 1.0),
+    "seeds": (0, 1),
+}
+"""What is compared where neither the user nor a preset says."""
 
 
 @dataclass
@@ -66,14 +76,17 @@ def compare(config: CompareConfig) -> CompareResult:
         Stopped: SIGTERM came; the runs are saved (a SystemExit with code 75).
     """
     config = apply_preset(config)
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     protocol = make_protocol(config)
     todo = tasks(protocol)
+    check_detectors(todo)
     missing = [task for task in todo if not finished(task)]
     missing = [task for task in missing if task.cell or needed(task, missing)]
     if config.dry_run:
-        for task in todo:
-            console.print(f"{'to run' if task in missing else 'done  '}  {task.name}", markup=False, highlight=False)
+        about = [recipe_comment(CompareConfig, config.preset), ""] if config.preset else []
+        lines = [*about, *describe(protocol, todo), ""]
+        lines += [f"{'to run' if task in missing else 'done  '}  {task.name}" for task in todo]
+        console.print("\n".join(lines), markup=False, highlight=False)
         return CompareResult(protocol.out, [read_cell(task, config.evaluation) for task in todo if task.cell])
     protocol.out.mkdir(parents=True, exist_ok=True)
     with RunLock(protocol.out):
@@ -109,12 +122,12 @@ def compare(config: CompareConfig) -> CompareResult:
 
 
 def apply_preset(config: CompareConfig) -> CompareConfig:
-    """Fill in what the preset says and the user left at its default; the user's options win over the preset's.
+    """Fill in what the preset says and the user did not, then what neither says; the user's options win.
 
-    What it says of initialisations and label fractions that the user does not want is left out.
+    What the preset says of initialisations and label fractions that the user does not want is left out.
     """
     if config.preset is None:
-        return config
+        return fill_in(config)
     changes: dict[str, Any] = {}
     values = read_sources(CompareConfig, config.preset, None)
     for spec in dataclasses.fields(CompareConfig):
@@ -124,16 +137,33 @@ def apply_preset(config: CompareConfig) -> CompareConfig:
         if isinstance(mine, dict):
             changes[spec.name] = values[spec.name] | mine
         elif mine == default_of(spec):
-            changes[spec.name] = tuple(values[spec.name]) if isinstance(mine, tuple) else values[spec.name]
-    config = dataclasses.replace(config, **changes)
-    variants = {name: options for name, options in config.variants.items() if name in config.inits}
+            given = values[spec.name]
+            changes[spec.name] = tuple(given) if isinstance(given, list) else given
+    config = fill_in(dataclasses.replace(config, **changes))
+    assert config.inits is not None
+    assert config.fractions is not None
+    variants = {name: options for name, options in config.variants.items() if name in with_methods(config.inits)}
     at = {part: options for part, options in config.finetune_at.items() if part in map(str, config.fractions)}
     return dataclasses.replace(config, variants=variants, finetune_at=at)
 
 
+def fill_in(config: CompareConfig) -> CompareConfig:
+    """What the user need not say."""
+    given = {name: getattr(config, name) for name in DEFAULTS}
+    return dataclasses.replace(config, **{n: DEFAULTS[n] if v is None else v for n, v in given.items()})
+
+
+def with_methods(inits: Sequence[str]) -> set[str]:
+    """The initialisations, and without their options those that have some: names that variants may have."""
+    return {*inits, *(split_init(name)[0] for name in inits)}
+
+
 def make_protocol(config: CompareConfig) -> Protocol:
     """Read all inputs and build all configurations, so that mistakes show before hours of training."""
-    for name in ("inits", "fractions", "seeds"):
+    assert config.inits is not None
+    assert config.fractions is not None
+    assert config.seeds is not None
+    for name in DEFAULTS:
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
             raise UserError(f"{name} must name at least one, each once, not {list(values)}")
@@ -144,7 +174,7 @@ def make_protocol(config: CompareConfig) -> Protocol:
         raise UserError(f"evaluation must be last or best, not {config.evaluation!r}")
     if config.parallel is not None and config.parallel < 1:
         raise UserError(f"parallel must be at least 1, not {config.parallel}")
-    if unused := config.variants.keys() - set(config.inits):
+    if unused := config.variants.keys() - with_methods(config.inits):
         raise UserError(f"variants has {sorted(unused)[0]!r}, which is not among inits")
     inits = [parse_init(name, config.variants) for name in config.inits]
     images, train, val = (str(Path(p).expanduser().absolute()) for p in (config.images, config.train, config.val))
@@ -164,10 +194,16 @@ def make_protocol(config: CompareConfig) -> Protocol:
             f"{config.train} and {config.val} have other classes ({len(training.class_names)} and "
             f"{len(validation.class_names)}): both must list the same ones in the same order"
         )
+    pretrains = any(init.method for init in inits)
+    unlabelled = list_images(images) if pretrains else None
+    read = f"labels: {len(training)} images with {len(training.class_names)} classes in {config.train}; measured on "
+    read += f"{len(validation)} images of {config.val}, on the {config.evaluation} evaluation"
+    if unlabelled is not None:
+        read = f"images to pre-train on: {len(unlabelled)} in {config.images}\n{read}"
     return Protocol(
         out=Path(config.out).expanduser().absolute(),
         images=images,
-        images_key=images_key(list_images(images)) if any(init.method for init in inits) else "",
+        images_key=images_key(unlabelled) if unlabelled is not None else "",
         labels_key=dataset_key(training, validation),
         propose=propose,
         pretrain=pretrain,
@@ -178,6 +214,7 @@ def make_protocol(config: CompareConfig) -> Protocol:
         by_fraction=read_fractions(config.finetune_at, config.fractions),
         counts={(f, s): len(training.take(f, s)) for f in config.fractions for s in config.seeds},
         pretrain_each_seed=config.pretrain_each_seed,
+        inputs=read,
     )
 
 

@@ -12,7 +12,8 @@ class CompareConfig:
     """Compare initialisations of a detector by what fine-tuning makes of them.
 
     Every initialisation gets the same fine-tuning, label parts and seeds. Options of the verbs are given as
-    `--finetune epochs 50 lr 1e-4`, or in YAML as a mapping.
+    `--finetune epochs 50 lr 1e-4`, or in YAML as a mapping. A table of ablations:
+    `--inits siamese:discrimination=none siamese:discrimination=region siamese:discrimination=global siamese`.
 
     Args:
         images: unlabelled images to pre-train on: folder, list file (.txt) or COCO JSON.
@@ -21,31 +22,34 @@ class CompareConfig:
         out: directory of the comparison; what is there already is not run again.
         inits: what to compare: scratch (everything random), backbone (pre-trained backbone, random Transformer: the
             papers' "scratch"), siamese, up-detr or detreg (pre-trained here), PATH (a detector as it is, e.g. one
-            supervised on COCO), PATH+siamese (that detector after our pre-training), or the name of a variant.
-        fractions: parts of the training images, each above 0 to 1.
-        seeds: of the part of the images, new weights and training; results are averaged over them.
+            supervised on COCO), PATH+siamese (that detector after our pre-training); a method with options of pretrain
+            of its own, siamese:iou=0.3,num_regions=5; or the name of a variant. Default: backbone siamese.
+        fractions: parts of the training images, each above 0 to 1. Default: 0.01 0.1 1.
+        seeds: of the part of the images, new weights and training; results are averaged over them. Default: 0 1.
         preset: start from a protocol: the paper's, paper-table-1 or paper-table-2, or laptop. Its mappings are changed
-            entry by entry (those of a --recipe as a whole).
+            entry by entry (those of a --recipe as a whole). With --dry-run, it tells what it is.
         propose: options of propose.
         pretrain_recipe: recipe of pretrain, a name or a YAML file.
         pretrain: further options of pretrain; those of the detector hold for all initialisations.
-        variants: options of pretrain for one initialisation, by its name; with a method they define a new one.
+        variants: options of pretrain for one initialisation, by its name; with a method they define a new one (in YAML,
+            `variants: {boxes only: {method: siamese, discrimination: none}}`).
         finetune_recipe: recipe of finetune, a name or a YAML file.
         finetune: further options of finetune.
         finetune_at: options of finetune at one label fraction, by its number, for all initialisations alike.
         pretrain_each_seed: pre-train anew for every seed (default: one pre-training serves all seeds).
         evaluation: count each cell's last evaluation, or its best (which flatters noisy runs).
         parallel: runs at a time (default: one per visible GPU, or one on the CPU).
-        dry_run: only tell what would be run.
+        dry_run: only tell the protocol, and what would be run.
     """
 
     images: str
     train: str
     val: str
     out: str
-    inits: tuple[str, ...] = ("backbone", "siamese")
-    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
-    seeds: tuple[int, ...] = (0, 1)
+    # None: not said. What the user says is told from what a preset may fill in.
+    inits: tuple[str, ...] | None = None
+    fractions: tuple[float, ...] | None = None
+    seeds: tuple[int, ...] | None = None
     preset: str | None = None
     propose: dict[str, Value] = field(default_factory=dict)
     pretrain_recipe: str | None = None
