@@ -99,7 +99,9 @@ class PretrainConfig:
         target_view: own (the paper) or other: the view of the region targets (siamese).
         cross_view: decode regions in the other view (siamese).
         jitter_queries: pool the queries' features at jittered boxes (siamese).
-        pool_padding: average padding into the global feature, as the paper's code does (siamese).
+        pool_padding: let padding into the global and region features, as the paper's code does (siamese).
+        global_levels: levels the global feature pools: all, or backbone, those of the backbone's maps alone, as the
+            paper's code does in multi-scale Deformable DETR (siamese).
         global_hidden_size: width of the global projector (siamese).
         global_size: width of the global projection (siamese).
         global_predictor_size: width of the global predictor's inner layer (siamese).
@@ -195,6 +197,7 @@ class PretrainConfig:
     cross_view: bool = True
     jitter_queries: bool = True
     pool_padding: bool = False
+    global_levels: Literal["all", "backbone"] = "all"
     global_hidden_size: int = 256
     global_size: int = 256
     global_predictor_size: int = 256
