@@ -133,6 +133,21 @@ def test_with_the_papers_pooling_padding_leaks():
     assert (plain.terms["loss_global"] - filled.terms["loss_global"]).abs() > 1e-3
 
 
+def test_the_papers_global_features_leave_out_the_level_that_deformable_detr_adds():
+    detector = small_detector("deformable-detr", num_feature_levels=4)
+    features = random_features(detector=detector)
+    pretext = {
+        levels: randomise(build_pretext("siamese", detector, SiameseConfig(global_levels=levels)))
+        for levels in ("all", "backbone")
+    }
+    sizes = {levels: module.global_head.projector[0].in_features for levels, module in pretext.items()}
+    assert sizes == {"all": 4 * 32, "backbone": 3 * 32}
+    loss = pretext["backbone"](features).terms["loss_global"]
+    pooled = detector.encode(features.maps, features.pixel_mask).pooled().unflatten(0, (2, -1))
+    predictions, projections = pretext["backbone"].global_head(pooled[..., : 3 * 32])
+    assert_close(loss, (2 - 2 * F.cosine_similarity(predictions, projections.flip(0), dim=-1)).mean())
+
+
 def test_both_directions_and_all_layers_receive_gradient():
     pretext, features = siamese(), random_features()
     recorder = Recorder(pretext.detector)

@@ -36,6 +36,8 @@ class SiameseConfig(PretextConfig):
             0): the learned queries alone then have to find them, as they have to find objects in fine-tuning.
         pool_padding: let padding into the pooled features, as the paper's code does: averaged into the global ones, and
             at the picture's edge interpolated into the regions'. Off: only the picture counts.
+        global_levels: which levels of the encoder output the global features pool: all, or those of the backbone's maps
+            alone, as the paper's code does (it differs in Deformable DETR, which adds a level of its own).
         global_hidden_size: width of the global projector.
         global_size: width of the global projection and prediction.
         global_predictor_size: width of the global predictor's inner layer.
@@ -50,6 +52,7 @@ class SiameseConfig(PretextConfig):
     jitter: bool = True
     region_dropout: float = 0.0
     pool_padding: bool = False
+    global_levels: Literal["all", "backbone"] = "all"
     global_hidden_size: int = 256
     global_size: int = 256
     global_predictor_size: int = 256
@@ -58,6 +61,7 @@ class SiameseConfig(PretextConfig):
         check_choice("discrimination", self.discrimination, ("none", "region", "global", "both"))
         check_choice("region_target", self.region_target, ("crop", "roi"))
         check_choice("target_view", self.target_view, ("own", "other"))
+        check_choice("global_levels", self.global_levels, ("all", "backbone"))
         if not 0 <= self.region_dropout < 1:
             raise UserError(f"region_dropout must be at least 0 and below 1, not {self.region_dropout}")
 
@@ -91,7 +95,7 @@ class SiamesePretext(Pretext):
         self.global_head = None
         if config.learns_globally:
             self.global_head = heads.GlobalHead(
-                detector.hidden_size * detector.num_levels,
+                detector.hidden_size * self._global_levels,
                 config.global_hidden_size,
                 config.global_size,
                 config.global_predictor_size,
@@ -161,8 +165,15 @@ class SiamesePretext(Pretext):
         with torch.autocast(said.device.type, enabled=False):
             return losses.region_loss(said, target, answers.valid, answers.counts)
 
+    @property
+    def _global_levels(self) -> int:
+        levels = self.detector.num_levels
+        return levels if self.config.global_levels == "all" else min(levels, len(self.detector.channels))
+
     def _pooled(self, memory: Memory) -> Tensor:
-        if not self.config.pool_padding:
-            return memory.pooled()
-        levels = memory.tokens.split([height * width for height, width in memory.shapes], dim=1)
-        return torch.cat([level.mean(1) for level in levels], dim=-1)
+        if self.config.pool_padding:
+            levels = memory.tokens.split([height * width for height, width in memory.shapes], dim=1)
+            pooled = torch.cat([level.mean(1) for level in levels], dim=-1)
+        else:
+            pooled = memory.pooled()
+        return pooled[:, : self.detector.hidden_size * self._global_levels]  # a level that was added comes last

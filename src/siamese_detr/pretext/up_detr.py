@@ -80,9 +80,12 @@ class UpDetrPretext(Pretext):
         """
         queries = self.region_embedding(patches).index_select(2, region)
         if self.training and self.config.patch_dropout > 0:
-            kept = torch.rand(queries.shape[:3], device=queries.device) >= self.config.patch_dropout
-            queries = queries * kept.unsqueeze(-1)
+            queries = queries * self.kept(queries).unsqueeze(-1)
         return queries
+
+    def kept(self, queries: Tensor) -> Tensor:
+        """Which queries (V, B, Q, D) of a training step keep their patch: bool (V, B, Q), drawn at random."""
+        return torch.rand(queries.shape[:3], device=queries.device) >= self.config.patch_dropout
 
 
 def patch_mask(region: Tensor) -> Tensor:

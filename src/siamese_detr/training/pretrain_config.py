@@ -100,7 +100,9 @@ class PretrainConfig:
         cross_view: decode regions in the other view (siamese).
         jitter_queries: pool the queries' features at jittered boxes (siamese).
         region_dropout: probability that an image's queries are shown none of its regions, as in fine-tuning (siamese).
-        pool_padding: average padding into the global feature, as the paper's code does (siamese).
+        pool_padding: let padding into the global and region features, as the paper's code does (siamese).
+        global_levels: levels the global feature pools: all, or backbone, those of the backbone's maps alone, as the
+            paper's code does in multi-scale Deformable DETR (siamese).
         global_hidden_size: width of the global projector (siamese).
         global_size: width of the global projection (siamese).
         global_predictor_size: width of the global predictor's inner layer (siamese).
@@ -197,6 +199,7 @@ class PretrainConfig:
     jitter_queries: bool = True
     region_dropout: float = 0.0
     pool_padding: bool = False
+    global_levels: Literal["all", "backbone"] = "all"
     global_hidden_size: int = 256
     global_size: int = 256
     global_predictor_size: int = 256
