@@ -149,8 +149,8 @@ def apply_preset(config: CompareConfig) -> CompareConfig:
 
 def fill_in(config: CompareConfig) -> CompareConfig:
     """What the user need not say."""
-    given = {name: getattr(config, name) for name in DEFAULTS}
-    return dataclasses.replace(config, **{n: DEFAULTS[n] if v is None else v for n, v in given.items()})
+    missing: dict[str, Any] = {name: value for name, value in DEFAULTS.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
 
 
 def with_methods(inits: Sequence[str]) -> set[str]:
