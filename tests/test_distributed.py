@@ -225,7 +225,7 @@ def test_torchrun_restarts_after_a_kill(base: dict[str, Any], tmp_path: Path) ->
     """
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     verb = ["-m", "siamese_detr.cli", "pretrain", "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
     def command(out: str, **changes: Any) -> list[str]:
         options = base | {"out": str(tmp_path / out), "save_every": 2} | changes
