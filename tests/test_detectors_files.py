@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, ResNet
 
 from siamese_detr.detectors import build_detector, load_detector
 from siamese_detr.detectors.saving import image_processor
+from siamese_detr.detectors.weights import read_weights
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
 from tiny_detectors import every_detector, fitting_side, tiny_backbone, tiny_detector
@@ -126,6 +128,35 @@ def test_unreadable_directories_are_explained(saved, tmp_path):
     (saved / "config.json").write_text("{ nonsense")
     with pytest.raises(UserError, match=r"config\.json"):
         load_detector(saved)
+
+
+WORDS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "length"),
+    [
+        (b"{}", 2**63),
+        (b"{}", 10**10),
+        (b"{}", 90_000_000),
+        (b"", None),
+        (b"[" * 100_000, None),
+        (b'{"\xff": 1}', None),
+        ({"a": WORDS | {"shape": [2**40, 2**20]}}, None),
+        ({"a": WORDS | {"shape": [-2]}}, None),
+        ({"a": WORDS | {"dtype": "OBJECT"}}, None),
+        ({"a": WORDS | {"data_offsets": [0, 2**40]}}, None),
+        ({"a": WORDS, "b": WORDS}, None),
+    ],
+)
+def test_headers_that_lie_are_refused(saved, header, length):
+    """Before memory is taken for what they announce, as weights alone and as a detector's."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file = saved / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(8))
+    for load, place in ((read_weights, file), (load_detector, saved), (Detector.load, saved)):
+        with pytest.raises(UserError, match="safetensors"):
+            load(place)
 
 
 def test_code_in_a_directory_is_never_run(saved, tmp_path, monkeypatch):

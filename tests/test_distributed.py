@@ -29,6 +29,7 @@ from siamese_detr.training.checkpoint import list_checkpoints
 
 slow = pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
 PATIENCE = 60  # seconds; the machine may be busy
+STARTING = 240  # seconds for torchrun to start processes, each of which imports everything, and for these to train
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,7 @@ def test_torchrun_restarts_after_a_kill(base: dict[str, Any], tmp_path: Path) ->
     """
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     verb = ["-m", "siamese_detr.cli", "pretrain", "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
     def command(out: str, **changes: Any) -> list[str]:
         options = base | {"out": str(tmp_path / out), "save_every": 2} | changes
@@ -239,9 +240,11 @@ def test_torchrun_restarts_after_a_kill(base: dict[str, Any], tmp_path: Path) ->
         broken = subprocess.Popen(
             [*run, "--max-restarts=2", *verb, *command("broken")], env=environment, stdout=log, stderr=log
         )
-        wait_for(lambda: any(record["step"] >= 3 for record in logged(tmp_path / "broken")), broken)
+        started = lambda: any(record["step"] >= 3 for record in logged(tmp_path / "broken"))  # noqa: E731
+        wait_for(started, broken, STARTING)
+        assert started(), (tmp_path / "log").read_text()[-3000:]
         os.kill(int((tmp_path / "broken" / ".lock").read_text().split()[1]), signal.SIGKILL)
-        assert broken.wait(PATIENCE) == 0, (tmp_path / "log").read_text()[-3000:]
+        assert broken.wait(STARTING) == 0, (tmp_path / "log").read_text()[-3000:]
     sessions = (tmp_path / "broken" / "sessions.jsonl").read_text().splitlines()
     assert len(sessions) == 2
     assert logged(tmp_path / "broken") == logged(tmp_path / "whole")
@@ -255,7 +258,7 @@ def test_torchrun_restarts_after_a_kill(base: dict[str, Any], tmp_path: Path) ->
         asked = subprocess.Popen(
             [*run, *verb, *command("asked", steps=10_000, save_every=5000)], env=environment, stdout=log, stderr=log
         )
-        wait_for(lambda: bool(logged(tmp_path / "asked")), asked)
+        wait_for(lambda: bool(logged(tmp_path / "asked")), asked, STARTING)
         asked.terminate()
         asked.wait(PATIENCE)
     assert len(list_checkpoints(tmp_path / "asked" / "checkpoints")) == 1, (tmp_path / "log").read_text()[-3000:]
@@ -282,7 +285,7 @@ def test_torchrun_goes_on_with_fewer_machines(base: dict[str, Any], tmp_path: Pa
 
     machines = [start(0), start(1)]
     try:
-        wait_for(lambda: any(record["step"] >= 5 for record in logged(tmp_path / "run")), machines[0])
+        wait_for(lambda: any(record["step"] >= 5 for record in logged(tmp_path / "run")), machines[0], STARTING)
         lost = machines[1].pid
         workers = Path(f"/proc/{lost}/task/{lost}/children").read_text().split()
         assert workers
@@ -290,7 +293,7 @@ def test_torchrun_goes_on_with_fewer_machines(base: dict[str, Any], tmp_path: Pa
             os.kill(process, signal.SIGKILL)
         # The launcher itself waits five minutes more for the lost one before it ends.
         text = (tmp_path / "log0").read_text
-        wait_for(lambda: "pre-trained for 120 updates" in text(), machines[0], 3 * PATIENCE)
+        wait_for(lambda: "pre-trained for 120 updates" in text(), machines[0], STARTING)
         assert "pre-trained for 120 updates" in text(), text()[-3000:]
     finally:
         for machine in machines:

@@ -233,6 +233,23 @@ def test_memory_that_ends(base: dict[str, Any], tmp_path: Path) -> None:
     assert_continues(options)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=str)
+def test_a_data_worker_killed_while_it_hands_a_batch_over(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """What the main process then meets, which a kill brings about only now and then."""
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+    def broken(self: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(_BaseDataLoaderIter, "__next__", broken)
+    from siamese_detr.training.pretrain import pretrain
+
+    with pytest.raises(UserError, match=r"a data process ended.*lower workers.*--resume"):
+        pretrain(**base | {"out": str(tmp_path / "run"), "steps": 1})
+
+
 def test_an_allocation_too_large(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from siamese_detr.training.pretrain import PretextTrainer, pretrain
 

@@ -16,11 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import tiny_finetuning
+from conftest import textured
+from runs import TINY as PRETRAIN
 from runs import Run, logged
 from siamese_detr.training.checkpoint import list_checkpoints
 
@@ -68,6 +71,33 @@ def test_fine_tuning_killed_at_random_moments(labels: str, tmp_path: Path, detec
     last = Run(killed | {"workers": 1}, verb="finetune")
     assert last.wait(PATIENCE) == 0, last.text
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_killed_while_features_are_banked(tmp_path: Path) -> None:
+    """Once before and once after entries are marked as present: the same bank and the same run, byte for byte."""
+    from siamese_detr.proposals.propose import propose
+
+    (tmp_path / "photos").mkdir()
+    for n in range(150):
+        textured(n, 120, 90).save(tmp_path / "photos" / f"{n:03}.jpg")
+    propose(images=str(tmp_path / "photos"), out=str(tmp_path / "store"), method="random", workers=1)
+    options = PRETRAIN | {"images": str(tmp_path / "photos"), "proposals": str(tmp_path / "store"), "resume": True}
+    options |= {"feature_bank": 2}
+    whole = Run(options | {"out": str(tmp_path / "whole")})
+    assert whole.wait(PATIENCE) == 0, whole.text
+    state = lambda: next((tmp_path / "run").glob("feature_bank/*/state"), None)  # noqa: E731
+    for least in (0, 128):
+        run = Run(options | {"out": str(tmp_path / "run")})
+        while run.process.is_alive() and (state() is None or np.count_nonzero(np.fromfile(state(), "u1")) < least):
+            time.sleep(0.001)
+        run.signal(signal.SIGKILL)
+        assert run.wait(PATIENCE) == -signal.SIGKILL, run.text
+    assert np.count_nonzero(np.fromfile(state(), "u1")) < 300, "too late to kill"
+    last = Run(options | {"out": str(tmp_path / "run"), "workers": 1})
+    assert last.wait(PATIENCE) == 0, last.text
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+    banks = [next((tmp_path / name).glob("feature_bank/*")) for name in ("run", "whole")]
+    assert all((banks[0] / file.name).read_bytes() == file.read_bytes() for file in banks[1].iterdir())
 
 
 def test_an_export_killed(tmp_path: Path) -> None:

@@ -162,6 +162,13 @@ def test_preempted_before_the_first_step(base: dict[str, Any], uninterrupted: Pa
     assert logged(tmp_path / "run") == logged(uninterrupted)
 
 
+def test_two_started_at_once(base: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
+    """Into one new directory: one runs, the other is refused."""
+    runs = [Run(base | {"out": str(tmp_path / "run")}) for _ in range(2)]
+    assert sorted(str(run.wait()) for run in runs) == ["0", "2"], runs[0].text
+    assert logged(tmp_path / "run") == logged(uninterrupted)
+
+
 def test_several_processes(base: dict[str, Any], tmp_path: Path) -> None:
     """Two processes compute what one does with the same global batch, and one continues what two began."""
     still = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "steps": 4, "lr": 1e-5}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 
 from siamese_detr.config import verb
@@ -23,7 +22,7 @@ from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.labelled_dataset import TrainingImages
 from siamese_detr.training.optimizer import adamw
-from siamese_detr.training.processes import lost_process_explained
+from siamese_detr.training.processes import lost_process_explained, meet
 from siamese_detr.training.progress import ProgressBar
 from siamese_detr.training.rundir import begin, check_place, check_session
 from siamese_detr.training.signals import RunLock
@@ -62,7 +61,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         Preempted: asked to stop; the run is saved (a SystemExit with code 75).
     """
     out = Path(config.out)
-    state = PartialState(cpu=config.device == "cpu")
+    state = meet(config.device)
     main = state.is_main_process
     console = Console(stderr=True, quiet=not main, soft_wrap=True)
     dataset = read_labels(config.train, config.train_images)

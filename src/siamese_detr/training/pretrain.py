@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from siamese_detr.config import verb
@@ -26,7 +25,7 @@ from siamese_detr.randomness import seed_torch
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.optimizer import adamw, lr_factor
 from siamese_detr.training.pretrain_config import DROPOUTS, PretrainConfig
-from siamese_detr.training.processes import Team, default_workers, lost_process_explained
+from siamese_detr.training.processes import Team, default_workers, lost_process_explained, meet
 from siamese_detr.training.progress import ProgressBar
 from siamese_detr.training.rundir import begin, check_place, check_session
 from siamese_detr.training.settings import RunSettings
@@ -105,7 +104,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         Preempted: asked to stop; the run is saved (a SystemExit with code 75).
     """
     out = Path(config.out)
-    team = Team(PartialState(cpu=config.device == "cpu"))
+    team = Team(meet(config.device))
     # Mistakes are found before anything is written, and before hours of proposals.
     images = list_images(config.images)
     if team.main and config.proposals is not None:  # else propose tells of them

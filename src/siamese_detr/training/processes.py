@@ -28,7 +28,8 @@ class Team:
         # A group of its own: the default one gives up after minutes, and computing proposals may take days.
         self._group: Any = None
         if self.size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+            with lost_process_explained():
+                self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -44,7 +45,13 @@ def join(device: str) -> bool:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
-    return PartialState(cpu=device == "cpu").is_main_process
+    return meet(device).is_main_process
+
+
+def meet(device: str) -> PartialState:
+    """Accelerate's state, for which the processes look for each other; `device` as in :func:`join`."""
+    with lost_process_explained():
+        return PartialState(cpu=device == "cpu")
 
 
 @contextlib.contextmanager
@@ -86,7 +93,8 @@ def machine_explained(then: str) -> Iterator[None]:
             "out of memory on the accelerator: raise accumulate, lower batch_size or the images' size, use bf16 or "
             f"checkpoint_activations, and {then}"
         ) from error
-    except (MemoryError, RuntimeError) as error:
+    # A data process that was killed while it handed a batch over shows as a connection that breaks off.
+    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if "can't allocate memory" in str(error):  # PyTorch's words for the host's
             raise UserError(
                 f"out of memory: raise accumulate, lower batch_size, workers or the images' size, and {then}"

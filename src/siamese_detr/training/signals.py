@@ -40,6 +40,9 @@ class Preempted(SystemExit):
 def stoppable() -> Iterator[None]:
     """Within, SIGTERM and SIGUSR1 end the command at once by :class:`Preempted`, but in a :class:`StopRequest`. What is
     outside of the training steps (starting, proposals, a bank of features, the last evaluation) goes on where it was.
+
+    Not where there are several processes: one that waits for another, in C, would not hear of the signal; they just
+    end, and the launcher has an exit code of its own.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -48,7 +51,8 @@ def stoppable() -> Iterator[None]:
             f"{signal.Signals(number).name}: stopped; the same command goes on (with --resume, where it has that)"
         )
 
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if not alone or threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
         yield
         return
     previous = {number: signal.signal(number, stop) for number in SIGNALS}
