@@ -56,6 +56,8 @@ def predict(config: PredictConfig) -> PredictResult:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
     detector = Detector.load(config.model, config.device)
     console = Console(stderr=True, soft_wrap=True)
+    for problem in images.problems[:5]:
+        console.print(f"left out: {problem}", markup=False)
 
     jobs, skipped = [], []
     for index in range(len(images)):
