@@ -76,6 +76,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels("no_boxes.json", annotations=None)
     labels("no_images.json", images=None)
     labels("lost.json", images=[image | {"file_name": f"lost_{image['file_name']}"} for image in images])
+    labels("halved.json", images=[image | {"file_name": f"{n - n % 2 * 9}.jpg"} for n, image in enumerate(images)])
+    labels("no_ids.json", images=[{"file_name": image["file_name"]} for image in images])
     labels("outside.json", annotations=[box | {"bbox": [500, 500, 9, 9]} for box in boxes])
     labels("zero.json", annotations=[box | {"bbox": [10, 10, 0, 5]} for box in boxes])
     twice = [*boxes[:2], boxes[2] | {"id": 0}, boxes[3] | {"bbox": [150, 100, 90, 90]}, boxes[0] | {"image_id": 77}]
@@ -112,6 +114,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "no annotations": ("finetune {no_boxes.json} {out}", ["no_boxes.json", "no list 'annotations'"]),
     "no image table": ("evaluate {detector} {no_images.json}", ["no_images.json", "no list 'images'"]),
     "pictures elsewhere": ("finetune {labels.json} {out} --train-images {odd}", ["labels.json", "0.jpg", "odd"]),
+    "images without ids": ("finetune {no_ids.json} {out}", ["no_ids.json", "no usable image", "image entry: 4"]),
     "all boxes outside": (
         "finetune {outside.json} {out} --train-images {photos}",
         ["outside.json: no usable box", "outside the image: 4"],
@@ -134,6 +137,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "no detector to export": ("export {empty} {out}", ["empty is no detector"]),
     "no proposals": (PRETRAIN.replace("{store}", "{empty}"), ["empty: no proposal store", "propose"]),
     "no run": ("report {empty}", ["empty holds no run"]),
+    "no folder of a run": ("report {gone}", ["gone does not exist"]),
     # places
     "a file as folder": (PROPOSE.replace("{out}", "{labels.json}"), ["labels.json", "another directory"]),
     "a place for no file": ("evaluate {detector} {labels.json} --out /proc/none/m.json", ["/proc/none/m.json"]),
@@ -208,12 +212,13 @@ def test_strange_images_are_used_or_counted(world: Path, tmp_path: Path, capsys:
 def test_faulty_labels_are_counted_and_the_rest_used(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = command("finetune {faulty.json} {out} --train-images {photos} --model {detector}", world, tmp_path / "run")
-    assert cli.main(argv) == 0
+    line = "finetune {faulty.json} {out} --train-images {photos} --model {detector} --val {halved.json}"
+    assert cli.main(command(f"{line} --val-images {{photos}}", world, tmp_path / "run")) == 0
     said = capsys.readouterr().err
-    assert "duplicate image id: 1" in said
+    assert "faulty.json: duplicate image id: 1" in said
+    assert "halved.json: missing image: 2 (left out)" in said
     assert "4 training images" in said
-    assert str(tmp_path / "run" / "last") in said
+    assert str(tmp_path / "run" / "best") in said
 
 
 def test_a_run_that_never_began_may_begin_with_other_settings(

@@ -22,6 +22,7 @@ from siamese_detr.detectors.saving import image_processor
 from siamese_detr.detectors.weights import read_weights
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
+from siamese_detr.interchange.export import export
 from tiny_detectors import every_detector, fitting_side, tiny_backbone, tiny_detector
 
 
@@ -62,6 +63,13 @@ def test_the_directory_needs_none_of_our_code(saved):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", script, saved], env=environment, capture_output=True, text=True)
     assert run.stdout.strip() == "['a', 'b', 'c']", run.stderr
+
+
+def test_whoever_may_read_new_files_may_read_the_detector(saved, tmp_path):
+    (tmp_path / "new").touch()
+    export(model=str(saved), out=str(tmp_path / "copy"))
+    modes = {file.name: file.stat().st_mode for folder in (saved, tmp_path / "copy") for file in folder.iterdir()}
+    assert modes == dict.fromkeys(modes, (tmp_path / "new").stat().st_mode)
 
 
 def test_normalisation_of_the_backbone_is_the_processors(tmp_path):

@@ -157,6 +157,18 @@ def test_unreadable_images_count_as_missed(tmp_path):
         evaluate_detector(detector, read_labels(tmp_path / "scenes.json"))
 
 
+def test_what_is_left_out_of_the_labels_is_told(tmp_path, capsys):
+    result, labels = learned()
+    content = json.loads(labels.read_text())
+    content["images"][3]["file_name"] = "lost.jpg"
+    content["annotations"][5]["bbox"] = [1, 1, 0, 0]
+    (tmp_path / "faulty.json").write_text(json.dumps(content))
+    evaluate(model=str(result.out), labels=str(tmp_path / "faulty.json"), images=str(labels.with_suffix("")), workers=0)
+    said = capsys.readouterr().err
+    assert "faulty.json: missing image: 1 (left out)" in said
+    assert "faulty.json: box of zero size: 1 (dropped)" in said
+
+
 @pytest.mark.parametrize("mistake", ["missing", "empty", "no weights", "pickle", "truncated"])
 def test_what_is_no_detector_is_named(tmp_path, mistake):
     result, labels = learned()

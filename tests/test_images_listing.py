@@ -49,6 +49,9 @@ def test_names_that_are_not_unicode_are_reported(tmp_path: Path) -> None:
     listed = list_images(tmp_path)
     assert listed.paths == ["a.jpg"]
     assert len(listed.problems) == 1
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(UserError, match=r"no image in .* \(name is not Unicode: .*xff.xfe\.jpg.*rename"):
+        list_images(tmp_path)
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -107,12 +108,16 @@ def test_unreadable_images_are_listed(tmp_path, capsys):
     (folder / "good.jpg").write_bytes(good)
     (folder / "cut.jpg").write_bytes(good[:600])
     (folder / "text.png").write_text("no picture")
+    with open(os.fsencode(folder) + b"/\xff.jpg", "wb") as file:
+        file.write(good)
     found = predict(model=str(result.out), images=str(folder), out=str(tmp_path / "out"), workers=0)
     assert len(found.results) == 1
     assert [path.rpartition("/")[2] for path, _ in found.skipped] == ["cut.jpg", "text.png"]
     listed = json.loads((tmp_path / "out" / "predictions.json").read_text())["skipped"]
     assert [row["path"].rpartition("/")[2] for row in listed] == ["cut.jpg", "text.png"]
-    assert "2 unreadable" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 unreadable" in said
+    assert "name is not Unicode" in said
     (folder / "good.jpg").unlink()
     with pytest.raises(UserError, match="none of the 2 images"):
         predict(model=str(result.out), images=str(folder), out=str(tmp_path / "none"), workers=0)

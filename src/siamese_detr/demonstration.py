@@ -12,6 +12,7 @@ from rich.table import Table
 
 from siamese_detr.config import verb, write_config
 from siamese_detr.errors import UserError
+from siamese_detr.images.listing import list_images
 from siamese_detr.images.scenes import make_scenes
 
 
@@ -59,6 +60,8 @@ def demo(config: DemoConfig) -> DemoResult:
     out = Path(config.out)
     if (out / "demo.json").exists() or (out / "pretrained").exists():
         raise UserError(f"{out} already holds a demonstration: choose another folder with --out, or delete it")
+    if config.images is not None:
+        list_images(config.images)  # a mistake is found now, not after the scenes have been made
     console = Console()
     seconds: dict[str, float] = {}
     write_config(config, out / "demo.yaml")

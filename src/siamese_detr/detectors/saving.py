@@ -20,6 +20,8 @@ from siamese_detr.files import TEMPORARY
 if TYPE_CHECKING:
     from .adapter import DetectorAdapter
 
+UNTOUCHED = "what was there is untouched: make room, or see to its permissions, and start again (a run: with --resume)"
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -76,6 +78,14 @@ def image_processor(
     )
 
 
+def write_model(model: transformers.PreTrainedModel, folder: str | Path) -> None:
+    """``save_pretrained``, with weights that whoever may read the configuration may read too."""
+    with quiet():
+        model.save_pretrained(folder)
+    for file in Path(folder).glob("*.safetensors"):
+        shutil.copymode(Path(folder, "config.json"), file)  # safetensors makes files that only their owner may read
+
+
 def save_detector(
     adapter: DetectorAdapter,
     directory: str | Path,
@@ -110,9 +120,8 @@ def save_detector(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(prefix=f"{TEMPORARY}{directory.name}-", dir=directory.parent)
-        with quiet():
-            adapter.model.save_pretrained(temporary)
-            processor.save_pretrained(temporary)
+        write_model(adapter.model, temporary)
+        processor.save_pretrained(temporary)
         Path(temporary, "siamese_detr.json").write_text(json.dumps(adapter.provenance, indent=2, default=str) + "\n")
         # The weights first: a config.json never stands without the weights it describes.
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.suffix != ".safetensors"):
@@ -120,9 +129,9 @@ def save_detector(
                 os.fsync(stream.fileno())
             os.replace(file, directory / file.name)
     except OSError as error:
-        raise UserError(f"cannot save the detector in {directory}: {error.strerror or error}") from None
+        raise UserError(f"cannot save the detector in {directory}: {error.strerror or error}; {UNTOUCHED}") from None
     except (RuntimeError, SafetensorError) as error:  # safetensors wraps I/O errors
-        raise UserError(f"cannot save the detector in {directory}: {error}; what was there is untouched") from None
+        raise UserError(f"cannot save the detector in {directory}: {error}; {UNTOUCHED}") from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -54,7 +54,9 @@ def evaluate(config: EvaluateConfig) -> CocoMetrics:
             raise UserError(f"cannot write {config.out}: {error.strerror}; choose another place") from error
     detector = Detector.load(config.model, config.device)
     dataset = read_labels(config.labels, config.images, config.split, default_split="val")
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, quiet=not main)
+    for problem in dataset.problems:
+        console.print(f"{config.labels}: {problem}", markup=False, highlight=False)
     with lost_process_explained():
         result = evaluate_detector(
             detector, dataset, batch_size=config.batch_size, workers=config.workers, top_k=config.top_k, progress=True

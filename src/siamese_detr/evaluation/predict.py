@@ -56,7 +56,7 @@ def predict(config: PredictConfig) -> PredictResult:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
     detector = Detector.load(config.model, config.device)
     console = Console(stderr=True, soft_wrap=True)
-    for problem in images.problems[:3]:
+    for problem in images.problems[:5]:
         console.print(f"left out: {problem}", markup=False)
 
     jobs, skipped = [], []

@@ -22,7 +22,7 @@ def read_coco(path: Path, images: str | None, problems: Problems) -> tuple[Path,
     names, class_index = _categories(path, tables["categories"], problems)
     entries = _unique_images(tables["images"], problems)
     if not entries:
-        raise UserError(f"{path}: it describes no usable image")
+        raise UserError(f"{path}: no usable image ({problems.summary() or 'it lists none'})")
     root = image_root(path, [entry["file_name"] for entry in entries], images)
     keys = [entry["id"] for entry in entries]
     ids = keys

@@ -154,13 +154,12 @@ def read_labels(
     if class_names is not None:
         _choose_classes(tables, class_names, problems)
     found = assemble(tables, problems)
-    listed = problems.as_list()
-    main = "; ".join(str(problem) for problem in listed[:3])
     if not found:
-        raise UserError(f"{source}: no usable image ({main or 'it lists none'})")
+        raise UserError(f"{source}: no usable image ({problems.summary() or 'it lists none'})")
     if not any(len(image.boxes) for image in found):
-        raise UserError(f"{source}: no usable box in {len(found)} images ({main or 'there are no annotations'})")
-    return DetectionDataset(root, tables.class_names, found, listed, tables.category_ids)
+        why = problems.summary() or "there are no annotations"
+        raise UserError(f"{source}: no usable box in {len(found)} images ({why}): mend the labels")
+    return DetectionDataset(root, tables.class_names, found, problems.as_list(), tables.category_ids)
 
 
 def dataset_key(*datasets: DetectionDataset) -> str:

@@ -176,7 +176,7 @@ def _scan(root: Path) -> ImageList:
             problems.append(f"cannot list {folder}: {error.strerror}")
             continue
         odd = [name for name in found if not _is_unicode(name)]
-        problems += [f"name is not Unicode: {os.fsencode(folder + name)!r}" for name in odd]
+        problems += [f"name is not Unicode: {os.fsencode(folder + name)!r}; rename it" for name in odd]
         found = sorted(set(found).difference(odd)) if odd else sorted(found)
         problems += [
             f"{folder}{name} is a compressed shard, which cannot be read from the middle: unpack it to {SUFFIX}"
@@ -190,7 +190,8 @@ def _scan(root: Path) -> ImageList:
             pending += [item + name for name in reversed(found)]
     if not paths:
         known = ", ".join(sorted(EXTENSIONS))
-        raise UserError(f"no image in {root} or its subfolders; looked for names ending in {known}")
+        passed = f" ({problems[0]})" if problems else ""
+        raise UserError(f"no image in {root} or its subfolders{passed}; looked for names ending in {known}")
     return ImageList(root, paths, problems)
 
 

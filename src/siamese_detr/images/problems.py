@@ -64,8 +64,9 @@ class Problem:
         return ACTIONS[self.kind]
 
     def __str__(self) -> str:
-        more = ", ..." if self.count > len(self.examples) else ""
-        return f"{self.kind}: {self.count} ({self.action}): {', '.join(self.examples)}{more}"
+        """One line: two examples show what is meant, and ``check`` shows more."""
+        shown = self.examples[:2]
+        return f"{self.kind}: {self.count} ({self.action}): {', '.join(shown)}{', …' * (self.count > len(shown))}"
 
 
 class Problems:
@@ -92,6 +93,10 @@ class Problems:
     def as_list(self) -> list[Problem]:
         """All problems, in the order in which their kinds are documented."""
         return [self._by_kind[kind] for kind in ACTIONS if kind in self._by_kind]
+
+    def summary(self) -> str:
+        """The first three kinds, for the line that says why nothing is left."""
+        return "; ".join(map(str, self.as_list()[:3]))
 
 
 @dataclass

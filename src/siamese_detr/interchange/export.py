@@ -19,8 +19,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from siamese_detr.config import verb
+from siamese_detr.detectors.saving import write_model
 from siamese_detr.errors import UserError
-from siamese_detr.evaluation.inference import Detector, find_detector, quiet_loading
+from siamese_detr.evaluation.inference import Detector, find_detector
 from siamese_detr.files import TEMPORARY, clean
 from siamese_detr.interchange.export_config import ExportConfig
 
@@ -79,8 +80,7 @@ def export_directory(detector: Detector, folder: Path, config: ExportConfig) -> 
     """Write the Hugging Face directory, load it again, and return how far its outputs are from the original's."""
     inputs = sample_inputs(detector, config, 1)
     before = outputs(detector.model, inputs)
-    with quiet_loading():
-        detector.model.to(PRECISIONS[config.precision]).save_pretrained(folder)  # type: ignore[operator]
+    write_model(detector.model.to(PRECISIONS[config.precision]), folder)  # type: ignore[arg-type]
     detector.processor.save_pretrained(folder)
     again = Detector.load(folder, "cpu")  # in float32 whatever is stored: the weights' rounding is what differs
     difference = largest_difference(before, outputs(again.model, inputs))

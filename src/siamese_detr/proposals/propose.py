@@ -145,7 +145,8 @@ def propose(config: ProposeConfig) -> ProposeReport:
     if len(failures) == len(paths):
         raise UserError(
             f"{config.images}: none of its {len(paths)} images could be read, the first: {failures[0].path} "
-            f"({failures[0].reason}); see {store.directory / FAILURES}, mend them and run again with retry_failed"
+            f"({failures[0].reason}); see {store.directory / FAILURES}, mend them and run again "
+            "(propose: with --retry-failed)"
         )
     _show(report, console)
     return report

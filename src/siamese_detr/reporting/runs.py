@@ -12,6 +12,7 @@ import yaml
 
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.summary import Curve
+from siamese_detr.images.listing import existing
 from siamese_detr.reporting.charts import line_chart
 from siamese_detr.reporting.page import Block, Code, Facts, Grid, Missing, Section
 from siamese_detr.training.journal import JsonLines
@@ -45,8 +46,12 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{run} holds no run: its config.yaml cannot be read ({type(error).__name__})") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        existing(run)
+        raise UserError(
+            f"{run} holds no run: it has no config.yaml that can be read; name a directory that pretrain, finetune or "
+            "compare wrote"
+        ) from error
     if not isinstance(values, dict):
         raise UserError(f"{run / 'config.yaml'} holds no configuration")
     return values

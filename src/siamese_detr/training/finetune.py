@@ -65,10 +65,11 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     main = state.is_main_process
     console = Console(stderr=True, quiet=not main, soft_wrap=True)
     dataset = read_labels(config.train, config.train_images)
-    for problem in dataset.problems[:3]:
-        console.print(f"{config.train}: {problem}", markup=False)
-    dataset = dataset.take(config.fraction, config.seed)
     validation = read_labels(config.val, config.val_images, default_split="val") if config.val is not None else None
+    for source, labels in ((config.train, dataset), (config.val, validation)):
+        for problem in labels.problems if labels is not None else ():
+            console.print(f"{source}: {problem}", markup=False, highlight=False)
+    dataset = dataset.take(config.fraction, config.seed)
     if validation is not None:
         class_map(dataset.class_names, validation.class_names)  # fails now, not after hours of training
     detector, origin = starting_detector(config, dataset.class_names)
