@@ -66,8 +66,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     console = Console(stderr=True, quiet=not main, soft_wrap=True)
     dataset = read_labels(config.train, config.train_images)
     validation = read_labels(config.val, config.val_images, default_split="val") if config.val is not None else None
-    for source, labels in ((config.train, dataset), (config.val, validation)):
-        for problem in labels.problems if labels is not None else ():
+    for source, read in ((config.train, dataset), (config.val, validation)):
+        for problem in read.problems if read is not None else ():
             console.print(f"{source}: {problem}", markup=False, highlight=False)
     dataset = dataset.take(config.fraction, config.seed)
     if validation is not None:
