@@ -183,6 +183,20 @@ def test_changed_labels_run_again(options: dict[str, Any], data: Path, tmp_path:
     assert len(ran(options)) == 4
 
 
+def test_classes_are_matched_by_name(options: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    """As fine-tuning matches them: VOC folders list only classes that occur, so two seldom list the same."""
+    document = json.loads((data / "train.json").read_text())
+    document["categories"].append({"id": 99, "name": "zebra"})
+    (tmp_path / "more.json").write_text(json.dumps(document))
+    given = {"finetune": {"train_images": str(data / "train")}, "inits": ("backbone",), "dry_run": True}
+    run(options, train=str(tmp_path / "more.json"), **given)
+    for category in document["categories"]:
+        category["name"] += " alien"
+    (tmp_path / "alien.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="no name in common"):
+        run(options, train=str(tmp_path / "alien.json"), **given)
+
+
 def test_variants_are_initialisations(options: dict[str, Any]) -> None:
     variants = {"without crops": {"method": "siamese", "region_target": "roi"}, "detreg": {"embedding_weight": 2.0}}
     run(options, inits=("without crops", "detreg"), variants=variants, fractions=(1.0,), seeds=(0,))

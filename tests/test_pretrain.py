@@ -22,6 +22,7 @@ from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import PRETEXTS, SiamesePretext
 from siamese_detr.proposals.propose import propose
+from siamese_detr.proposals.store import ProposalStore
 from siamese_detr.training import pretrain as module
 from siamese_detr.training.feature_bank import FeatureBank
 from siamese_detr.training.pretrain import pretrain
@@ -361,6 +362,62 @@ def test_the_older_methods(base: dict[str, Any], tmp_path: Path, method: str) ->
     options = {**base, "method": method, "num_regions": 3, "out": str(tmp_path / "run"), "steps": 2}
     result = pretrain(**{**options, "view_size": None, "short_sides": (40, 48), "max_size": 64})
     assert np.isfinite(result.loss)
+
+
+def first_terms(options: dict[str, Any], out: Path, **changes: Any) -> dict[str, float]:
+    """The loss terms of a run's first update."""
+    calm = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    pretrain(**{**options, **calm, **changes, "out": str(out), "steps": 1})
+    record = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    return {name: value for name, value in record.items() if name.startswith("loss_")}
+
+
+BOXES, REGION, GLOBAL = {"loss_cls", "loss_box", "loss_giou"}, {"loss_region"}, {"loss_global"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "changed", "gone"),
+    [
+        ({"discrimination": "none"}, set(), REGION | GLOBAL),
+        ({"discrimination": "region"}, set(), GLOBAL),
+        ({"discrimination": "global"}, set(), REGION),
+        ({"region_target": "roi"}, REGION, set()),
+        ({"target_view": "other"}, REGION, set()),
+        ({"cross_view": False}, BOXES | REGION, set()),
+        ({"iou": 0.3}, BOXES | REGION | GLOBAL, set()),
+        ({"iou": 0.7}, BOXES | REGION | GLOBAL, set()),
+        ({"selection": "diverse"}, BOXES | REGION, set()),
+        ({"box_source": "random"}, BOXES | REGION, set()),
+        ({"num_queries": 9}, BOXES | REGION | GLOBAL, set()),
+        ({"num_regions": 2}, BOXES | REGION, set()),
+    ],
+    ids=str,
+)
+def test_ablations_change_what_they_say(
+    base: dict[str, Any],
+    plain_terms: dict[str, float],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    changed: set[str],
+    gone: set[str],
+) -> None:
+    """The paper's ablations, from the verb's options to the losses: these terms change or go, the others stay."""
+    terms = first_terms(base, tmp_path / "run", **changes)
+    last_layer = BOXES | REGION | GLOBAL
+    assert last_layer - terms.keys() == gone
+    differ = {name for name in last_layer & terms.keys() if abs(terms[name] / plain_terms[name] - 1) > 1e-5}
+    assert differ == changed
+
+
+@pytest.fixture(scope="module")
+def plain_terms(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    return first_terms(base, tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.parametrize("method", ["edge-boxes", "selective-search", "random"])
+def test_proposals_come_from_the_method_named(base: dict[str, Any], tmp_path: Path, method: str) -> None:
+    pretrain(**{**base, "proposals": None, "proposal_method": method, "out": str(tmp_path / "run"), "steps": 1})
+    assert ProposalStore.open(tmp_path / "run" / "proposals").settings.method == method
 
 
 def test_continuing_from_a_detector(base: dict[str, Any], tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from siamese_detr.evaluation.cells import (
 )
 from siamese_detr.evaluation.compare_config import CompareConfig
 from siamese_detr.evaluation.describe import describe
+from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.evaluation.results import METRIC, conclude, finished, read_cell, write_plots, write_tables
 from siamese_detr.evaluation.schedule import Ended, Job, device_slots, run_jobs
 from siamese_detr.evaluation.summary import CellResult, summary_table, to_markdown
@@ -189,11 +190,7 @@ def make_protocol(config: CompareConfig) -> Protocol:
         finetune = same_detector(pretrain, finetune, config.finetune)
     training = read_labels(train, finetune.train_images)
     validation = read_labels(val, finetune.val_images, default_split="val")
-    if training.class_names != validation.class_names:
-        raise UserError(
-            f"{config.train} and {config.val} have other classes ({len(training.class_names)} and "
-            f"{len(validation.class_names)}): both must list the same ones in the same order"
-        )
+    class_map(training.class_names, validation.class_names)  # as fine-tuning does: by name, one in common at least
     pretrains = any(init.method for init in inits)
     unlabelled = list_images(images) if pretrains else None
     read = f"labels: {len(training)} images with {len(training.class_names)} classes in {config.train}; measured on "
