@@ -106,6 +106,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "only text": ("pretrain {text} {out}", ["no image in", "text"]),
     "nothing readable": ("propose {unreadable} {out}", ["none of its 2 images", "a.jpg", "failures.txt"]),
     "not one image to predict on": ("predict {detector} {unreadable} {out}", ["none of the 2 images", "a.jpg"]),
+    "no detector to predict with": ("predict {empty} {photos} {out}", ["empty is no detector"]),
     "missing picture": ("predict {detector} {gone.jpg} {out}", ["gone.jpg does not exist"]),
     "images of labels lost": ("propose {lost.json} {out}", ["lost.json", "lost_0.jpg", "put the JSON file beside"]),
     # labels
@@ -189,6 +190,8 @@ def test_one_line_with_the_remedy(name: str, world: Path, tmp_path: Path, capsys
     message = mistake(command(line, world, tmp_path / "out"), capsys)
     assert all(word in message for word in words), message
     assert sorted(world.rglob("*")) == before
+    if line.startswith("predict"):
+        assert not any((tmp_path / "out").rglob("*"))  # the next run there finds it as it was
 
 
 def test_strange_images_are_used_or_counted(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,3 +41,11 @@ def test_photos_that_are_not_there_are_missed_before_anything_is_made(tmp_path: 
     with pytest.raises(UserError, match="nowhere does not exist"):
         demo(out=str(tmp_path / "demo"), images=str(tmp_path / "nowhere"))
     assert not (tmp_path / "demo").exists()
+
+
+def test_a_folder_of_something_else_is_refused(photos: Path) -> None:
+    before = sorted(photos.iterdir())
+    for out in (photos, photos / "0.jpg"):
+        with pytest.raises(UserError, match=f"{out} is no empty folder.*--out"):
+            demo(out=str(out))
+    assert sorted(photos.iterdir()) == before

@@ -60,6 +60,8 @@ def demo(config: DemoConfig) -> DemoResult:
     out = Path(config.out)
     if (out / "demo.json").exists() or (out / "pretrained").exists():
         raise UserError(f"{out} already holds a demonstration: choose another folder with --out, or delete it")
+    if out.exists() and not (out.is_dir() and ((out / "demo.yaml").exists() or not any(out.iterdir()))):
+        raise UserError(f"{out} is no empty folder: choose another one with --out")
     if config.images is not None:
         list_images(config.images)  # a mistake is found now, not after the scenes have been made
     console = Console()

@@ -50,11 +50,11 @@ def predict(config: PredictConfig) -> PredictResult:
         raise UserError(f"threshold must be at least 0 and below 1, not {config.threshold}")
     images = image_list(config.images)
     out = Path(config.out)
+    detector = Detector.load(config.model, config.device)
     try:
         (out / "pictures" if config.draw else out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
-    detector = Detector.load(config.model, config.device)
     console = Console(stderr=True, soft_wrap=True)
     for problem in images.problems[:5]:
         console.print(f"left out: {problem}", markup=False)
