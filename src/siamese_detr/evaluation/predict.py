@@ -52,7 +52,7 @@ def predict(config: PredictConfig) -> PredictResult:
     out = Path(config.out)
     detector = Detector.load(config.model, config.device)
     try:
-        (out / "pictures" if config.draw else out).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
     console = Console(stderr=True, soft_wrap=True)
