@@ -219,12 +219,11 @@ def check_detectors(tasks: Sequence[Task]) -> None:
         if key not in planned:
             with warnings.catch_warnings(action="ignore"):  # the runs give them
                 planned[key] = plan_detector(config.detector, config.backbone, **sizes)
-        queries = planned[key].size.num_queries
-        if task.verb == "pretrain" and config.regions > queries:
-            raise UserError(
-                f"{task.name}: too few queries for the number of regions: {queries} queries, {config.regions} regions; "
-                "raise num_queries or lower num_regions"
-            )
+        if task.verb == "pretrain":
+            try:
+                config.check_queries(planned[key].size.num_queries)
+            except UserError as error:
+                raise UserError(f"{task.name}: {error}") from None
 
 
 def propose_task(protocol: Protocol, method: str, made: dict[str, Task]) -> Task:

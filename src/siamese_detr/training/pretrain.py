@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector, load_detector
-from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import FrozenFeatures, Pretext, PretextOutput, build_pretext
@@ -167,11 +166,7 @@ def build(config: PretrainConfig) -> Pretext:
     else:
         dropouts = {name: getattr(config, name) for name in DROPOUTS}
         detector = load_detector(find_detector(config.init), family=config.detector, **dropouts)
-    if config.regions > detector.num_queries:
-        raise UserError(
-            f"too few queries for the number of regions: {detector.num_queries} queries, {config.regions} regions; "
-            "raise num_queries or lower num_regions"
-        )
+    config.check_queries(detector.num_queries)
     if config.checkpoint_activations:
         model = detector.model  # the newer name first: the older one warns where both exist
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

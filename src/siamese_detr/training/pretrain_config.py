@@ -260,6 +260,14 @@ class PretrainConfig:
         """Regions per image."""
         return self.num_regions or REGIONS[self.method]
 
+    def check_queries(self, queries: int) -> None:
+        """Raise UserError if a detector of so many queries has fewer than there are regions."""
+        if self.regions > queries:
+            raise UserError(
+                f"too few queries for the number of regions: {queries} queries, {self.regions} regions; "
+                "raise num_queries or lower num_regions"
+            )
+
     def views(self) -> ViewConfig:
         """The views' part."""
         names = {f.name for f in dataclasses.fields(ViewConfig)} - {"views", "num_regions", "jitter"}
