@@ -21,6 +21,7 @@ import pydantic
 import yaml
 
 from siamese_detr.errors import UserError
+from siamese_detr.files import write_text
 
 Config = TypeVar("Config")
 Result = TypeVar("Result", covariant=True)
@@ -215,4 +216,4 @@ def write_config(config: Any, path: str | Path) -> None:
         key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    write_text(Path(path), yaml.safe_dump(plain, sort_keys=False))

@@ -75,9 +75,7 @@ def begin(out: Path, config: RunConfig) -> None:
             clean(folder)
         return
     try:
-        temporary = out / f".{CONFIG}"
-        write_config(config, temporary)
-        os.replace(temporary, file)
+        write_config(config, file)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
 
