@@ -47,6 +47,14 @@ def saved(out: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(out / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
 
 
+def with_photos(base: dict[str, Any], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A copy of the photos with proposals of its own, which a test may damage, and the options of a run on it."""
+    photos, store = tmp_path / "photos", str(tmp_path / "store")
+    shutil.copytree(base["images"], photos)
+    propose(images=str(photos), out=store, method="random", workers=1)
+    return photos, {**base, "images": str(photos), "proposals": store}
+
+
 def test_a_run_leaves_what_it_promises(base: dict[str, Any], tmp_path: Path) -> None:
     """Config, logs of every term, checkpoints, and a detector that Transformers loads alone; proposals made first."""
     out = tmp_path / "run"
@@ -107,19 +115,9 @@ def test_what_the_list_of_images_leaves_out_is_told(
     base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Proposals given, so that nobody else says it."""
-    photos = tmp_path / "photos"
-    shutil.copytree(base["images"], photos)
-    propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
+    photos, own = with_photos(base, tmp_path)
     (photos / "more.tar.gz").write_bytes(b"")
-    pretrain(
-        **{
-            **base,
-            "images": str(photos),
-            "proposals": str(tmp_path / "store"),
-            "out": str(tmp_path / "run"),
-            "steps": 1,
-        }
-    )
+    pretrain(**{**own, "out": str(tmp_path / "run"), "steps": 1})
     assert "left out: " in (said := capsys.readouterr().err)
     assert "more.tar.gz" in said
 
@@ -234,10 +232,8 @@ def test_unreadable_images_are_listed_and_limited(
     base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Skipped, told of, counted and listed once, with reasons; too many of them, or no others, end the run."""
-    photos = tmp_path / "photos"
-    shutil.copytree(base["images"], photos)
-    propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
-    options = {**base, "images": str(photos), "proposals": str(tmp_path / "store"), "workers": 1}
+    photos, own = with_photos(base, tmp_path)
+    options = {**own, "workers": 1}
     (photos / "03.jpg").write_bytes(b"\xff\xd8 no longer an image")
     result = pretrain(**{**options, "out": str(tmp_path / "some"), "max_bad_share": 0.1, "epochs": 4, "steps": None})
     (record,) = [json.loads(line) for line in (tmp_path / "some" / "skipped.jsonl").read_text().splitlines()]
@@ -255,12 +251,10 @@ def test_unreadable_images_are_listed_and_limited(
 
 def test_a_batch_without_readable_images_is_left_out(base: dict[str, Any], tmp_path: Path) -> None:
     """Of several micro-batches the others make the update; of one there is none, and all goes on."""
-    photos = tmp_path / "photos"
-    shutil.copytree(base["images"], photos)
-    propose(images=str(photos), out=str(tmp_path / "store"), method="random", workers=1)
+    photos, own = with_photos(base, tmp_path)
     for n in (0, 3, 4, 8):
         (photos / f"{n:02}.jpg").write_bytes(b"gone")
-    options = {**base, "images": str(photos), "proposals": str(tmp_path / "store"), "max_bad_share": 0.5, "steps": 12}
+    options = {**own, "max_bad_share": 0.5, "steps": 12}
     options |= {"save_every": 1, "keep": 0}
     result = pretrain(**{**options, "out": str(tmp_path / "halves"), "batch_size": 2, "accumulate": 2})
     assert result.skipped == 4
