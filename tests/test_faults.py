@@ -27,6 +27,7 @@ from conftest import textured
 from runs import TINY, Run, logged
 from siamese_detr.errors import UserError
 from siamese_detr.training.checkpoint import latest_valid, list_checkpoints, verify
+from siamese_detr.training.processes import machine_explained
 from tiny_detectors import CASES, tiny_detector
 
 PATIENCE = 120
@@ -259,6 +260,22 @@ def test_a_data_worker_killed_while_it_hands_a_batch_over(
 
     with pytest.raises(UserError, match=r"a data process ended.*lower workers.*--resume"):
         pretrain(**base | {"out": str(tmp_path / "run"), "steps": 1})
+
+
+def test_the_death_of_a_data_process_may_be_heard_of_after_its_connection_broke_off() -> None:
+    """Heard of later, it would interrupt the cleaning up, and be shown as a traceback."""
+
+    def hear(number: int, frame: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGALRM, hear)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(UserError, match=r"pid 1\) is killed by signal.*; go on"), machine_explained("go on"):
+            raise ConnectionResetError(104, "Connection reset by peer")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_an_allocation_too_large(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from siamese_detr.errors import UserError
+
+DEATH_HEARD = 1.0
+"""Seconds within which the main process hears of the death of a data process whose connection broke off."""
 
 
 class Team:
@@ -101,8 +105,16 @@ def machine_explained(then: str) -> Iterator[None]:
             ) from error
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        reason: Exception = error
+        if isinstance(error, ConnectionError | EOFError):
+            # PyTorch raises what the signal of its death says wherever the main process then is: better here than in
+            # the middle of cleaning up.
+            try:
+                time.sleep(DEATH_HEARD)
+            except RuntimeError as death:
+                reason = death
         raise UserError(
-            f"a data process ended ({' '.join(str(error).split())[:200] or 'out of memory'}): if memory ran out, "
+            f"a data process ended ({' '.join(str(reason).split())[:200] or 'out of memory'}): if memory ran out, "
             f"lower workers; {then}"
         ) from error
     except OSError as error:
