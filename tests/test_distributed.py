@@ -157,6 +157,24 @@ def test_one_asked_to_stop_stops_all(base: dict[str, Any], tmp_path: Path) -> No
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
 
 
+def test_one_asked_to_stop_in_an_evaluation_stops_all(tmp_path: Path) -> None:
+    """Long before the evaluation is done, which the run does again when it goes on."""
+    labels = str(tiny_finetuning.write_scenes(tmp_path / "scenes", count=4))
+    options = tiny_finetuning.TINY | tiny_finetuning.QUICK | {"train": labels, "out": str(tmp_path / "run")}
+    options |= {"val": str(tiny_finetuning.write_scenes(tmp_path / "many", count=101)), "eval_batch_size": 1}
+    options |= {"steps": 4, "eval_every": 2, "save_every": 100, "resume": True}
+    runs = team(options, 2, verb="finetune")
+    runs[0].until_step(2, PATIENCE)
+    runs[1].signal(signal.SIGTERM)
+    assert ends(runs) == [75, 75], runs[0].text + runs[1].text
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["checkpoint-2"]
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    runs = team(options, 2, verb="finetune")
+    assert ends(runs) == [0, 0], runs[0].text + runs[1].text
+    history = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in history] == [2, 4]
+
+
 def test_fine_tuning_and_evaluation_in_two_processes(tmp_path: Path) -> None:
     """The losses and the AP of one process; the verb ``evaluate`` shares its images too."""
     labels = str(tiny_finetuning.write_scenes(tmp_path / "scenes", count=6))

@@ -18,15 +18,17 @@ from transformers import AutoModelForObjectDetection
 
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.errors import UserError
+from siamese_detr.evaluation.inference import Detector
 from siamese_detr.training.finetune import finetune
 from siamese_detr.training.finetune_config import FinetuneConfig
+from siamese_detr.training.signals import Preempted
 from tiny_finetuning import CLASSES, QUICK, TINY, learned, write_scenes
 
 HEAD = ("class_labels_classifier", "class_embed")
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def losses(run: Path) -> list[tuple]:
@@ -143,6 +145,36 @@ def test_sigterm_saves_and_ends_with_the_documented_code(labels, tmp_path):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors.decode()[-2000:]
     assert list((out / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_stop_in_an_evaluation_waits_for_one_batch_and_the_evaluation_is_done_again(labels, tmp_path, monkeypatch):
+    """Asked to stop at the second image; continued, again at the first; then all is as if nothing had been."""
+    options = {**TINY, **QUICK, "dropout": 0.1, "crop": 0.5, "train": labels, "val": labels, "steps": 7}
+    options |= {"save_every": 100, "eval_every": 2, "eval_batch_size": 1}
+    whole = finetune(out=str(tmp_path / "whole"), **options)
+    assert [record["step"] for record in whole.history] == [4, 7]
+    options |= {"out": str(tmp_path / "run"), "resume": True}
+    for count in (2, 1):
+        detect, calls = Detector.detect, []
+
+        def asked_to_stop(*args, count=count, detect=detect, calls=calls):
+            calls.append(1)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return detect(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Detector, "detect", asked_to_stop)
+            with pytest.raises(Preempted, match=r"SIGTERM: saved at step 4 of 7.*--resume"):
+                finetune(**options)
+        assert len(calls) == count
+        assert not lines(tmp_path / "run" / "history.jsonl")
+    again = finetune(**options)
+    assert again.history == whole.history
+    assert losses(again.out) == losses(whole.out)
+    for name in ("best", "last"):
+        one, other = (load_file(run.out / name / "model.safetensors") for run in (whole, again))
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_labels_of_a_fraction_are_kept(labels, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,10 +87,12 @@ def evaluate_detector(
     workers: int = 0,
     top_k: int = 100,
     progress: bool = False,
+    each_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Detect in all images of ``dataset``, share the work among the processes if there are several, and score.
 
-    Every process returns the same metrics. Class indices of the detections are those of ``dataset``.
+    Every process returns the same metrics. Class indices of the detections are those of ``dataset``. ``each_batch`` is
+    called before every batch, equally often in all processes; what it raises ends the evaluation.
 
     Raises:
         UserError: detector and labels have no class in common, or no image can be read.
@@ -98,7 +101,16 @@ def evaluate_detector(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     jobs = [Job(image.id, str(image.path), (image.width, image.height)) for image in dataset.images]
-    results = run(detector, jobs, batch_size=batch_size, workers=workers, top_k=top_k, rank=rank, world=world)
+    results = run(
+        detector,
+        jobs,
+        batch_size=batch_size,
+        workers=workers,
+        top_k=top_k,
+        rank=rank,
+        world=world,
+        each_batch=each_batch,
+    )
     if progress and rank == 0:
         results = track(
             results,

@@ -1,17 +1,17 @@
 """Running a detector over images: any Hugging Face object detector, with its own image processor.
 
-Only images that the processor resizes to one shape share a batch, so nothing is ever padded: a picture's boxes
-    are those
-of ``transformers.pipeline("object-detection")``, whatever the batch size, the order or the number of processes.
+Only images that the processor resizes to one shape share a batch, so nothing is ever padded: a picture's boxes are
+those of ``transformers.pipeline("object-detection")``, whatever the batch size, the order or the number of processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -236,6 +236,7 @@ def run(
     top_k: int = 100,
     rank: int = 0,
     world: int = 1,
+    each_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[ImageResult]:
     """Detect in every image of ``jobs`` (of every ``world``-th batch, the ``rank``-th first), in no particular order.
 
@@ -246,11 +247,14 @@ def run(
         workers: data processes.
         top_k: most boxes per image.
         rank, world: this process and the number of processes that share the work.
+        each_batch: called before every batch, equally often in all processes; ends the work by raising.
     """
     size = getattr(detector.processor, "size", None) or {}
     square = bool(dict(size).get("height") and dict(size).get("width"))
     shapes = [(0, 0) if square else job.size or (-1, index) for index, job in enumerate(jobs)]
-    batches = same_shape_batches(shapes, batch_size)[rank::world]
+    everyones = same_shape_batches(shapes, batch_size)
+    batches = everyones[rank::world]
+    idle = -(-len(everyones) // world) - len(batches)
     loader = DataLoader(
         InferenceImages(jobs, detector.processor),
         batch_sampler=batches,
@@ -260,7 +264,8 @@ def run(
         worker_init_fn=ignore_in_worker,
     )
     with machine_explained("start it again (with --resume, where the command has that)"):
-        for samples in loader:
+        for samples in itertools.chain(loader, itertools.repeat([], idle)):
+            each_batch()
             # Files may differ from what the labels say of their size: trust the tensors.
             groups: dict[tuple, list] = {}
             for index, size, inputs in samples:

@@ -86,7 +86,7 @@ class DetectionTrainer(BaseTrainer):
         super().__init__(
             detector, settings, optimizer, images, batches, collate, eval_dataset=validation or [], **options
         )
-        self.add_callback(_RewindHistory(self))
+        self.add_callback(_ContinueHistory(self))
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
         pixel_values, pixel_mask = prepare(batch, self.detector.image_mean, self.detector.image_std)
@@ -103,7 +103,11 @@ class DetectionTrainer(BaseTrainer):
             self.save(self.settings.out / "last")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """COCO metrics on the validation images, on all processes; the best detector so far is kept."""
+        """COCO metrics on the validation images, on all processes; the best detector so far is kept.
+
+        Raises:
+            Preempted: asked to stop; the run is saved, and evaluates again when it is continued.
+        """
         assert self.validation is not None
         step = self.state.global_step
         self.detector.eval()
@@ -112,6 +116,7 @@ class DetectionTrainer(BaseTrainer):
             self.validation,
             batch_size=self.evaluation_batch,
             workers=self.settings.workers,
+            each_batch=self.stop_between_steps,
         )
         self.detector.train()
         overall = found.metrics.overall()
@@ -172,12 +177,19 @@ def best_of(records: list[dict[str, Any]]) -> dict[str, Any]:
     return max(records, key=lambda record: (record["AP"] or 0.0, -record["step"]))
 
 
-class _RewindHistory(transformers.TrainerCallback):
-    """A resumed run evaluates again what lies behind its checkpoint."""
+class _ContinueHistory(transformers.TrainerCallback):
+    """A resumed run evaluates again what lies behind its checkpoint, and first what a stop cut short at it."""
 
     def __init__(self, trainer: DetectionTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and not self.trainer.replaying:
-            self.trainer.history.rewind(state.global_step)
+        trainer, step, every = self.trainer, state.global_step, self.trainer.settings.evaluate_every
+        if trainer.replaying:
+            return
+        missing = False
+        if state.is_world_process_zero:
+            records = trainer.history.rewind(step)
+            missing = step > 0 and every > 0 and step % every == 0 and step not in {r["step"] for r in records}
+        if trainer._across(torch.tensor([float(missing)]))[0]:
+            trainer.evaluate()

@@ -42,6 +42,7 @@ class PersistentTrainer(transformers.Trainer):
     ) -> None:
         self.settings = settings
         self.means = WindowMeans()
+        self.saved_step = 0  # of the newest checkpoint, or the one the run continues from
         super().__init__(model, settings.arguments(), optimizers=(optimizer, None), **options)
 
     def saved(self, checkpoint: Path) -> None:
@@ -77,6 +78,7 @@ class PersistentTrainer(transformers.Trainer):
                 error = caught
         if self._across(torch.tensor([float(error is not None)]))[0]:
             raise error or UserError("the main process could not save: see its message")
+        self.saved_step = self.state.global_step
 
     def _write_checkpoint(self, folder: Path, means: dict[str, Any]) -> Path:
         optimizer, groups = checkpoints.pack_optimizer(self.optimizer, self.model)

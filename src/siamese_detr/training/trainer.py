@@ -111,7 +111,7 @@ class BaseTrainer(PersistentTrainer):
             UserError: a non-finite number, too many unreadable images, no checkpoint that can be read, a full disk.
         """
         checkpoint = self._find_checkpoint() if resume else None
-        step = checkpoints.step_of(checkpoint) if checkpoint else 0
+        self.saved_step = step = checkpoints.step_of(checkpoint) if checkpoint else 0
         self._start = step * self.settings.accumulate
         self._seen = step * self.settings.batch_size
         if self.args.should_save:
@@ -133,10 +133,26 @@ class BaseTrainer(PersistentTrainer):
             if self.journal is not None:
                 self.journal.close()
         if self.preempted is not None:
-            raise Preempted(
-                f"{self.preempted}: saved at step {self.state.global_step} of {self.settings.steps} in "
-                f"{self.settings.out}; continue with the same command and --resume"
-            )
+            raise self._stopped()
+
+    def stop_between_steps(self) -> None:
+        """Save, if that is not done, and end the run, if any process was asked to stop. A collective.
+
+        Raises:
+            Preempted: so it is.
+        """
+        if self._everywhere(self.stop.requested is None):
+            return
+        self.preempted = self.stop.requested or "another process was asked to stop"
+        if self.saved_step != self.state.global_step:
+            self._save_checkpoint(self.model)
+        raise self._stopped()
+
+    def _stopped(self) -> Preempted:
+        return Preempted(
+            f"{self.preempted}: saved at step {self.state.global_step} of {self.settings.steps} in "
+            f"{self.settings.out}; continue with the same command and --resume"
+        )
 
     def replay(self, document: Path) -> str:
         """Do the step that ended a run again from its saved state, watching for the first non-finite number.
