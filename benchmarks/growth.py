@@ -29,7 +29,7 @@ from siamese_detr.images import list_images
 from siamese_detr.proposals import ProposalStore
 from siamese_detr.proposals.propose import propose
 from siamese_detr.proposals.shard import Row
-from siamese_detr.proposals.store import StoreSettings
+from siamese_detr.proposals.store import Selection, StoreSettings
 from siamese_detr.proposals.writer import StoreWriter
 from siamese_detr.training.pretrain import build
 from siamese_detr.training.pretrain_config import PretrainConfig
@@ -84,9 +84,9 @@ def read_batches(dataset: TwoViewDataset, batches: list[list[tuple[int, int]]]) 
 def begin(directory: Path, listed: Path, config: ViewConfig) -> int:
     """What a run does before its first batch; the number of its images."""
     store = ProposalStore.open(directory)
-    chosen = store.select(list_images(str(listed)))
-    TwoViewDataset(store, config, 0)
-    next(iter(ViewBatchSampler(store, config, 256, 300_000, 0, chosen)))
+    chosen = Selection(store, store.select(list_images(str(listed))))
+    TwoViewDataset(chosen, config, 0)
+    next(iter(ViewBatchSampler(chosen, config, 256, 300_000, 0)))
     return len(chosen)
 
 
@@ -122,9 +122,9 @@ def feature_bank(folder: Path, photos: int) -> dict[str, Any]:
     dataset = TwoViewDataset(store, config.views(), 0)
     pretext = build(config)
     team = Team(PartialState(cpu=True))
-    filled, bank = timed(find_source, config, pretext, dataset, rows, team)
+    filled, bank = timed(find_source, config, pretext, dataset, team)
     config.feature_bank = 0
-    fresh = find_source(config, pretext, dataset, rows, team)
+    fresh = find_source(config, pretext, dataset, team)
     keys = [[(epoch, int(row)) for row in part] for epoch in (0, 1) for part in np.array_split(rows, len(rows) // 4)]
 
     read_bank, _ = timed(read_source, bank, keys)

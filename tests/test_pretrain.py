@@ -169,6 +169,23 @@ def test_a_run_is_not_continued_on_as_many_other_images_or_other_boxes(base: dic
     assert logged(tmp_path / "copy") == logged(tmp_path / "whole")
 
 
+def test_the_order_of_a_stores_rows_does_not_matter(base: dict[str, Any], tmp_path: Path) -> None:
+    """Proposals made anew, of the later half of the pictures first: the run goes on to the same bits."""
+    photos, own = with_photos(base, tmp_path)
+    own |= {"schedule": "constant", "out": str(tmp_path / "run")}
+    pretrain(**{**own, "steps": 2})
+    again = {"out": str(tmp_path / "again"), "method": "random", "workers": 1}
+    later = photos / "later.txt"
+    later.write_text("\n".join(str(photos / f"{n:02}.jpg") for n in range(5, 10)))
+    for images in (later, photos):
+        propose(images=str(images), **again)
+    assert next(ProposalStore.open(tmp_path / "again").iter_paths()) == "05.jpg"
+    pretrain(**{**own, "proposals": again["out"], "steps": 4, "resume": True})
+    pretrain(**{**base, "schedule": "constant", "out": str(tmp_path / "whole")})
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+    assert all(torch.equal(saved(tmp_path / "run", 4)[k], v) for k, v in saved(tmp_path / "whole", 4).items())
+
+
 class Poison(SiamesePretext):
     """Gives a NaN from step 3 on: in the loss, or only in the gradient of one bias."""
 

@@ -321,6 +321,30 @@ class ProposalStore:
         return shard
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Some of a store's images, counted anew: what is drawn by these numbers is the same whatever the store's order.
+
+    Attributes:
+        store: where they are.
+        rows: int64 (n,), their rows in it, as :meth:`ProposalStore.select` gives them.
+    """
+
+    store: ProposalStore
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> StoredImage:
+        """Image ``index`` (0 <= index < len). Raises as :meth:`ProposalStore.row`."""
+        return self.store.row(int(self.rows[index]))
+
+    def sizes(self, rows: np.ndarray | Sequence[int] | None = None) -> np.ndarray:
+        """int32 (n, 2): width and height in pixels of the given images (all if None)."""
+        return self.store.sizes(self.rows if rows is None else self.rows[np.asarray(rows, np.int64)])
+
+
 def shard_files(directory: Path) -> list[Path]:
     """The shards of a store, in row order."""
     return sorted(directory.glob("shard-*.arrow"))

@@ -17,7 +17,7 @@ from siamese_detr.images.decode import read_image
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import Pretext
 from siamese_detr.pretext.losses import at_matches, box_corners
-from siamese_detr.proposals.store import ProposalStore, StoredImage
+from siamese_detr.proposals.store import ProposalStore, Selection, StoredImage
 from siamese_detr.randomness import seed_torch
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box, Photo
@@ -55,14 +55,14 @@ def pretraining_page(run: Path, samples: int) -> Page:
     sections = [what_was_run(run, facts, values), log_section(run)]
     try:
         config = validate(PretrainConfig, located(run, values), str(run / "config.yaml"))
-        store, rows = stored_images(run, config)
+        images = stored_images(run, config)
     except UserError as error:
         sections.append(Section("Views and proposals", [Missing("Views, proposals and predictions", str(error))]))
     else:
-        views = [sample for sample in sample_views(store, rows, config, samples) if sample.images is not None]
+        views = [sample for sample in sample_views(images, config, samples) if sample.images is not None]
         photos = [[album.add(view) for view in sample.images] for sample in views]  # type: ignore[union-attr]
         sections.append(Section("Views and their regions", view_blocks(views, photos)))
-        sections.append(Section("Proposals", proposal_blocks(store, [sample.index for sample in views], album)))
+        sections.append(Section("Proposals", proposal_blocks(images, [sample.index for sample in views], album)))
         sections.append(Section("What the decoder predicts", decoder_blocks(run, config, views, photos)))
     title = f"Pre-training: {values.get('method')} on {values.get('detector')}"
     summary = "Nothing was logged yet."
@@ -72,20 +72,20 @@ def pretraining_page(run: Path, samples: int) -> Page:
     return Page(title, summary, sections, album.markup())
 
 
-def stored_images(run: Path, config: PretrainConfig) -> tuple[ProposalStore, np.ndarray]:
-    """The run's proposals, and the rows of its images (all of the store's if the list of images is not to be found)."""
+def stored_images(run: Path, config: PretrainConfig) -> Selection:
+    """The run's images with their proposals (all of the store's if the list of images is not to be found)."""
     store = ProposalStore.open(config.proposals or run / "proposals")
     try:
-        return store, store.select(list_images(config.images))
+        return Selection(store, store.select(list_images(config.images)))
     except UserError:
-        return store, np.arange(len(store))
+        return Selection(store, np.arange(len(store)))
 
 
-def sample_views(store: ProposalStore, rows: np.ndarray, config: PretrainConfig, samples: int) -> list[ViewSample]:
+def sample_views(images: Selection, config: PretrainConfig, samples: int) -> list[ViewSample]:
     """Views of images from all over the list, as the first epoch saw them."""
-    dataset = TwoViewDataset(store, config.views(), config.seed)
-    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(samples, len(rows))).round().astype(int))]
-    return [dataset[(0, int(row))] for row in chosen]
+    dataset = TwoViewDataset(images, config.views(), config.seed)
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(samples, len(images))).round().astype(int))
+    return [dataset[(0, number)] for number in chosen.tolist()]
 
 
 def region_boxes(sample: ViewSample, view: int) -> list[Box]:
@@ -122,10 +122,10 @@ def view_blocks(views: list[ViewSample], photos: list[list[Photo]]) -> list[Bloc
     return blocks
 
 
-def proposal_blocks(store: ProposalStore, rows: list[int], album: Album) -> list[Block]:
+def proposal_blocks(images: Selection, chosen: list[int], album: Album) -> list[Block]:
     figures: list[Figure] = []
-    for number, row in enumerate(rows, 1):
-        image: StoredImage = store.row(row)
+    for number, index in enumerate(chosen, 1):
+        image: StoredImage = images.row(index)
         try:
             pixels = read_image(image.path, min_side=album.longest)
         except ImageError as error:
@@ -135,7 +135,7 @@ def proposal_blocks(store: ProposalStore, rows: list[int], album: Album) -> list
         alt = f"Image {number} with its {len(boxes)} best proposals of {len(image.boxes)}."
         caption = f"Image {number}: the best {len(boxes)} of {len(image.boxes)}"
         figures.append(album.add(pixels, (image.width, image.height)).draw(boxes, alt, caption))
-    method = store.settings.method
+    method = images.store.settings.method
     if not figures:
         return [Missing("Proposals", "none of the sampled images could be read")]
     return [Text(f"Class-agnostic boxes computed before training, by {method}."), Grid(figures, 260)]

@@ -26,28 +26,27 @@ from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.processes import machine_explained
 from siamese_detr.training.signals import ignore_in_worker
-from siamese_detr.views.two_views import Rows, TwoViewDataset, collate
+from siamese_detr.views.two_views import TwoViewDataset, collate
 
-FORMAT = 2
+FORMAT = 3
 """Part of a bank's name: raised when views or features are computed otherwise, so that no older bank is used."""
 MISSING, PRESENT, UNREADABLE = 0, 1, 2
 FLUSH_EVERY = 32
 """Batches after which entries are forced to the disk and only then marked as present."""
 
 
-def fingerprint(store: Rows, rows: np.ndarray, dataset: TwoViewDataset, **facts: Any) -> str:
+def fingerprint(dataset: TwoViewDataset, **facts: Any) -> str:
     """Hash of all a bank's content depends on.
 
     Args:
-        store, rows: the images used, their sizes and proposals.
-        dataset: decides the views (its configuration and seed).
+        dataset: the images, their sizes and proposals; decides the views (its configuration and seed).
         facts: further JSON values: backbone checksum and configuration, normalisation, crop size.
     """
     digest = hashlib.sha256()
     views = dataclasses.asdict(dataset.config)
     digest.update(json.dumps([FORMAT, views, dataset.seed, facts], sort_keys=True, default=str).encode())
-    for index in rows.tolist():
-        row = store.row(index)
+    for index in range(len(dataset)):
+        row = dataset.store.row(index)
         digest.update(f"{row.path}\0{row.width}x{row.height}\0".encode(errors="surrogateescape"))
         digest.update(np.ascontiguousarray(row.boxes).tobytes())
     return digest.hexdigest()
@@ -93,24 +92,23 @@ class Layout:
 
 
 class FeatureBank(Dataset[dict[str, Any]]):
-    """An open bank; ``bank[(epoch, row)]`` gives the entry that the row has in that epoch (number epoch mod K).
+    """An open bank; ``bank[(epoch, image)]`` gives the entry that the image has in that epoch (number epoch mod K).
 
     Args:
         directory: of this bank.
         layout: shapes of an entry.
-        rows: rows of the store, in ascending or any fixed order.
+        images: number of images.
         sets: K, view sets per image.
         view_size: side of the square views, pixels.
     """
 
-    def __init__(self, directory: Path, layout: Layout, rows: np.ndarray, sets: int, view_size: int) -> None:
-        self.directory, self.layout, self.sets, self.view_size = directory, layout, sets, view_size
-        self.rows = np.asarray(rows)
-        self._sorted = np.argsort(self.rows, kind="stable")
+    def __init__(self, directory: Path, layout: Layout, images: int, sets: int, view_size: int) -> None:
+        self.directory, self.layout, self.images, self.sets = directory, layout, images, sets
+        self.view_size = view_size
         self._arrays: dict[str, np.memmap] | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.images
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_arrays": None}  # data workers map the files themselves
@@ -118,7 +116,7 @@ class FeatureBank(Dataset[dict[str, Any]]):
     @property
     def entries(self) -> int:
         """Entries in all: images x K."""
-        return len(self.rows) * self.sets
+        return self.images * self.sets
 
     @property
     def bytes(self) -> int:
@@ -136,14 +134,13 @@ class FeatureBank(Dataset[dict[str, Any]]):
             }
         return self._arrays
 
-    def slot(self, epoch: int, row: int) -> int:
-        """Where the entry of a row in an epoch is."""
-        place = self._sorted[np.searchsorted(self.rows, row, sorter=self._sorted)]
-        return int(epoch % self.sets) * len(self.rows) + int(place)
+    def slot(self, epoch: int, image: int) -> int:
+        """Where the entry of an image in an epoch is."""
+        return epoch % self.sets * self.images + image
 
     def key(self, slot: int) -> tuple[int, int]:
-        """(number of the view set, row) of an entry: the key of the data set it is made from."""
-        return slot // len(self.rows), int(self.rows[slot % len(self.rows)])
+        """(number of the view set, image) of an entry: the key of the data set it is made from."""
+        return divmod(slot, self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         slot = self.slot(*key)
@@ -277,7 +274,7 @@ def fill(
     """
     slots = bank.missing()[share[0] :: share[1]]
     of_set = slots // len(bank)
-    # A batch holds entries of one view set only: then its rows tell them apart.
+    # A batch holds entries of one view set only: then its images tell them apart.
     batches = [
         members[first : first + batch_size].tolist()
         for number in range(bank.sets)

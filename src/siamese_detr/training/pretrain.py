@@ -19,7 +19,7 @@ from siamese_detr.detectors.build import build_detector, load_detector
 from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import FrozenFeatures, Pretext, PretextOutput, build_pretext
-from siamese_detr.proposals.store import ProposalStore
+from siamese_detr.proposals.store import ProposalStore, Selection
 from siamese_detr.randomness import seed_torch
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.optimizer import adamw, lr_factor
@@ -123,19 +123,20 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             store = ProposalStore.open(config.proposals or out / "proposals")
         rows = store.select(images)
         steps = config.total_steps(len(rows))
-        dataset = TwoViewDataset(store, config.views(), config.seed)
+        chosen = Selection(store, rows)
+        dataset = TwoViewDataset(chosen, config.views(), config.seed)
         if team.main and config.replay is None:
             check_session(out, facts(store, rows, pretext))
-        source = find_source(config, pretext, dataset, rows, team)
+        source = find_source(config, pretext, dataset, team)
         batch_size, count = config.batch_size // config.accumulate, steps * config.accumulate
         trainer = PretextTrainer(
             pretext,
             run_settings(config, steps),
             adamw(pretext, config.lr, config.weight_decay, config.decay_all),
             source.dataset,
-            ViewBatchSampler(store, config.views(), batch_size, count, config.seed, rows),
+            ViewBatchSampler(chosen, config.views(), batch_size, count, config.seed),
             source.collate,
-            epoch_size=len(rows),
+            epoch_size=len(chosen),
             freeze=source.freeze,
             save_detector=lambda step: save_detector(config, pretext.detector, out, step),
         )

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rich.progress
 import torch
 from rich.console import Console
@@ -34,7 +33,7 @@ class Source:
     """Where batches come from.
 
     Args:
-        dataset: indexed by (epoch, row).
+        dataset: indexed by (epoch, number of the image).
         collate: its samples -> a batch.
         freeze: a batch on its device -> frozen features.
     """
@@ -44,9 +43,7 @@ class Source:
     freeze: Callable[[dict[str, Any]], FrozenFeatures]
 
 
-def find_source(
-    config: PretrainConfig, pretext: Pretext, dataset: TwoViewDataset, rows: np.ndarray, team: Team
-) -> Source:
+def find_source(config: PretrainConfig, pretext: Pretext, dataset: TwoViewDataset, team: Team) -> Source:
     """Fresh views, or a bank of features, which is completed first."""
     detector = pretext.detector
     crop_size = config.crop_size if pretext.needs_crops else None
@@ -60,7 +57,7 @@ def find_source(
 
     if not config.feature_bank:
         return Source(dataset, collate, freeze)
-    bank = find_bank(config, pretext, dataset, rows, team, freeze)
+    bank = find_bank(config, pretext, dataset, team, freeze)
     return Source(bank, bank.collate, bank.features)
 
 
@@ -68,7 +65,6 @@ def find_bank(
     config: PretrainConfig,
     pretext: Pretext,
     dataset: TwoViewDataset,
-    rows: np.ndarray,
     team: Team,
     freeze: Callable[[Any], FrozenFeatures],
 ) -> FeatureBank:
@@ -80,12 +76,10 @@ def find_bank(
     def on_device(batch: dict[str, Any]) -> FrozenFeatures:
         return freeze({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
-    first = next((batch for row in rows if len((batch := collate([dataset[0, int(row)]]))["index"])), None)
+    first = next((batch for n in range(len(dataset)) if len((batch := collate([dataset[0, n]]))["index"])), None)
     if first is None:
-        raise UserError(f"none of the {len(rows)} images of {config.images} can be read")
+        raise UserError(f"none of the {len(dataset)} images of {config.images} can be read")
     name = feature_bank.fingerprint(
-        dataset.store,
-        rows,
         dataset,
         backbone=checksum(detector.backbone),
         network=network_of(detector.config.backbone_config),
@@ -96,10 +90,10 @@ def find_bank(
     assert config.view_size is not None
     layout = feature_bank.Layout.of(on_device(first))  # type: ignore[arg-type]
     sets = config.feature_bank
-    bank = FeatureBank(parent / f"{name[:16]}-{sets}", layout, rows, sets, config.view_size)
+    bank = FeatureBank(parent / f"{name[:16]}-{sets}", layout, len(dataset), sets, config.view_size)
     if team.main:
         if not bank.directory.exists():
-            size = f"{len(rows)} images x {sets} view sets, {bank.bytes / 1e6:.0f} MB"
+            size = f"{len(dataset)} images x {sets} view sets, {bank.bytes / 1e6:.0f} MB"
             print(f"feature bank: {size} in {bank.directory}", file=sys.stderr)
         bank.create()
     team.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from siamese_detr.errors import UserError
@@ -20,24 +20,23 @@ WINDOW = 64
 
 
 class ViewBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Yields ``total_batches`` lists of (epoch, row), for ``TwoViewDataset``.
+    """Yields ``total_batches`` lists of (epoch, image), for ``TwoViewDataset``.
 
     The epochs' permutations are strung together and cut into windows of up to 64 batches; inside a window, samples are
     grouped by the size of their views and the batches shuffled (views of one size need no windows). The n-th batch is a
-    pure function of seed, rows, view configuration, batch size and n: a longer run begins with the same batches as a
+    pure function of seed, sizes, view configuration, batch size and n: a longer run begins with the same batches as a
     shorter one. A batch may span two epochs. Memory is four bytes per image.
 
     Args:
-        store: where the images' sizes come from.
+        store: the images, with their sizes.
         config: decides the views' sizes.
         batch_size: samples per batch.
         total_batches: batches to yield.
         seed: the dataset's seed.
-        rows: rows of the store to use (all if None).
         start: batches to skip (a resumed run); costs no more than the epochs' permutations it needs.
 
     Raises:
-        UserError: no rows, or a batch size below 1.
+        UserError: no images, or a batch size below 1.
     """
 
     def __init__(
@@ -47,19 +46,17 @@ class ViewBatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size: int,
         total_batches: int,
         seed: int,
-        rows: ArrayLike | None = None,
         start: int = 0,
     ) -> None:
         self.store, self.config, self.seed = store, config, seed
         self.batch_size, self.total_batches, self.start = batch_size, total_batches, start
-        self.rows = None if rows is None else np.asarray(rows)
-        self.num_rows = len(store) if self.rows is None else len(self.rows)
-        if self.num_rows == 0:
+        self.num_images = len(store)
+        if self.num_images == 0:
             raise UserError("there are no images to make views of: give a folder with readable images")
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} makes no batches: it must be at least 1")
         # Small sets mix few epochs in a window, so that their order stays close to epoch by epoch.
-        several = min(WINDOW, max(WINDOW // 4, self.num_rows // batch_size))
+        several = min(WINDOW, max(WINDOW // 4, self.num_images // batch_size))
         self.window = several if config.view_size is None else 1
 
     def __len__(self) -> int:
@@ -71,35 +68,33 @@ class ViewBatchSampler(Sampler[list[tuple[int, int]]]):
         while position < self.total_batches:
             window, offset = divmod(position, self.window)
             batches = self._window(window, permutations)
-            for epochs, rows in batches[offset : self.total_batches - window * self.window]:
-                yield list(zip(epochs.tolist(), rows.tolist(), strict=True))
+            for epochs, images in batches[offset : self.total_batches - window * self.window]:
+                yield list(zip(epochs.tolist(), images.tolist(), strict=True))
                 position += 1
 
     def _window(self, window: int, permutations: dict) -> list[tuple[NDArray[np.int64], NDArray]]:
-        """The batches of a window as (epochs, rows), in the order they are used."""
+        """The batches of a window as (epochs, images), in the order they are used."""
         count = self.window * self.batch_size
         stream = np.arange(window * count, (window + 1) * count, dtype=np.int64)
-        epochs, places = np.divmod(stream, self.num_rows)
+        epochs, places = np.divmod(stream, self.num_images)
         for epoch in list(permutations):
             if epoch < epochs[0]:
                 del permutations[epoch]
-        rows = np.empty(count, np.int64)
+        images = np.empty(count, np.int64)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             if epoch not in permutations:
                 permutations[epoch] = self._permutation(epoch)
             here = epochs == epoch
-            rows[here] = permutations[epoch][places[here]]
-        if self.rows is not None:
-            rows = self.rows[rows].astype(np.int64)
+            images[here] = permutations[epoch][places[here]]
         if self.window == 1:
-            return [(epochs, rows)]
-        sizes = view_sizes(self.config, self.store.sizes(rows), self.seed, epochs, rows)
+            return [(epochs, images)]
+        sizes = view_sizes(self.config, self.store.sizes(images), self.seed, epochs, images)
         groups = group_by_size(sizes, self.batch_size)
         order = rng(self.seed, _BATCHES, window).permutation(len(groups))
-        return [(epochs[groups[i]], rows[groups[i]]) for i in order]
+        return [(epochs[groups[i]], images[groups[i]]) for i in order]
 
     def _permutation(self, epoch: int) -> NDArray:
-        permutation = np.arange(self.num_rows, dtype=np.int32 if self.num_rows < 2**31 else np.int64)
+        permutation = np.arange(self.num_images, dtype=np.int32 if self.num_images < 2**31 else np.int64)
         rng(self.seed, _PERMUTATION, epoch).shuffle(permutation)
         return permutation
 

@@ -29,7 +29,7 @@ STRIDE = 32
 
 
 class Rows(Protocol):
-    """What is needed of a proposal store."""
+    """What is needed of a proposal store, or a selection of its images."""
 
     def __len__(self) -> int: ...
 
@@ -45,7 +45,7 @@ class ViewSample:
     Attributes:
         images: uint8 (V, h, w, 3).
         plan: how they were cut, and their regions.
-        index: row of the store.
+        index: number of the image.
         failure: (path, reason) if the image could not be read; there are no views then.
     """
 
@@ -71,7 +71,7 @@ class TwoViewDataset(Dataset[ViewSample]):
         return len(self.store)
 
     def __getitem__(self, key: tuple[int, int]) -> ViewSample:
-        """The sample of (epoch, row of the store). An unreadable image gives a sample that says so."""
+        """The sample of (epoch, number of the image). An unreadable image gives a sample that says so."""
         epoch, index = key
         row = self.store.row(index)
         plan = plan_sample(self.config, row, self.seed, epoch, index)
