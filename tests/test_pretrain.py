@@ -169,6 +169,20 @@ def test_a_run_is_not_continued_on_as_many_other_images_or_other_boxes(base: dic
     assert logged(tmp_path / "copy") == logged(tmp_path / "whole")
 
 
+def test_a_run_whose_checkpoints_vanished_is_not_begun_anew(base: dict[str, Any], tmp_path: Path) -> None:
+    """It would write over what is left of the run: the log, and the detector of many more steps."""
+    out = tmp_path / "run"
+    options = {**base, "out": str(out), "schedule": "constant", "resume": True}
+    pretrain(**options)
+    (out / "checkpoints").rename(tmp_path / "elsewhere")
+    before = {path: path.read_bytes() for path in (out / "log.jsonl", out / "detector" / "model.safetensors")}
+    with pytest.raises(UserError, match=r"no checkpoint is left in .*checkpoints, .*step 4.*bring them back"):
+        pretrain(**{**options, "steps": 6})
+    assert {path: path.read_bytes() for path in before} == before
+    (tmp_path / "elsewhere").rename(out / "checkpoints")
+    assert pretrain(**{**options, "steps": 6}).steps == 6
+
+
 def test_the_order_of_a_stores_rows_does_not_matter(base: dict[str, Any], tmp_path: Path) -> None:
     """Proposals made anew, of the later half of the pictures first: the run goes on to the same bits."""
     photos, own = with_photos(base, tmp_path)

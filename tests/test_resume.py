@@ -86,6 +86,7 @@ def test_killed_while_saving(base: dict[str, Any], uninterrupted: Path, tmp_path
     assert (left is None) == (flush < 10)  # eight files and the directory; the rename comes before the folder's flush
     run = Run(options)
     assert run.wait() == 0, run.text
+    assert ("no checkpoint yet: the 2 steps of its log are done again" in run.text) == (left is None)
     assert_same(tmp_path / "run", uninterrupted)
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 

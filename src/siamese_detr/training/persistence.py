@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from siamese_detr.errors import UserError
+from siamese_detr.files import write_json
 from siamese_detr.training import checkpoint as checkpoints
 from siamese_detr.training.journal import WindowMeans
 from siamese_detr.training.settings import RunSettings
@@ -21,6 +22,8 @@ from siamese_detr.training.settings import RunSettings
 STATE_KEYS = ["epoch", "global_step", "max_steps", "logging_steps", "save_steps", "eval_steps", "train_batch_size"]
 STATE_KEYS += ["best_metric", "best_global_step", "best_model_checkpoint"]
 """What of Trainer's state is kept: few enough to be read by any release of Transformers."""
+FIRST = "first-checkpoint.json"
+"""Written into the run directory with the first checkpoint: where it is, an absence of checkpoints is a loss."""
 
 
 class PersistentTrainer(transformers.Trainer):
@@ -70,11 +73,13 @@ class PersistentTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         means = self.means.state()  # a collective: every process
-        error: UserError | None = None
+        error: UserError | OSError | None = None
         if self.args.should_save:
             try:
                 self.saved(self._write_checkpoint(self.settings.checkpoints, means))
-            except UserError as caught:
+                if not (self.settings.out / FIRST).exists():
+                    write_json(self.settings.out / FIRST, {"step": self.state.global_step})
+            except (UserError, OSError) as caught:
                 error = caught
         if self._across(torch.tensor([float(error is not None)]))[0]:
             raise error or UserError("the main process could not save: see its message")

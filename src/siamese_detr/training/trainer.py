@@ -29,7 +29,7 @@ from siamese_detr.randomness import seed_torch
 from siamese_detr.training import checkpoint as checkpoints
 from siamese_detr.training.diagnose import watch
 from siamese_detr.training.journal import Journal, JsonLines
-from siamese_detr.training.persistence import PersistentTrainer
+from siamese_detr.training.persistence import FIRST, PersistentTrainer
 from siamese_detr.training.processes import machine_explained
 from siamese_detr.training.settings import Batches, RankBatches, RunSettings, skip
 from siamese_detr.training.signals import Locked, Preempted, RunLock, StopRequest, ignore_in_worker
@@ -194,8 +194,22 @@ class BaseTrainer(PersistentTrainer):
         if self.args.should_save:
             found = checkpoints.latest_valid(self.settings.checkpoints)
             step = checkpoints.step_of(found) if found else -1
+            if found is None:
+                self._note_lost_steps()
         step = int(self._across(torch.tensor([float(step + 1) if self.args.should_save else 0.0]))[0]) - 1
         return self.settings.checkpoints / f"{checkpoints.PREFIX}{step}" if step >= 0 else None
+
+    def _note_lost_steps(self) -> None:
+        """Refuse to begin a run anew of which checkpoints were lost; tell of steps after which none was saved yet."""
+        out = self.settings.out
+        last = max((record.get("step", 0) for record in JsonLines(out / "log.jsonl").read()), default=0)
+        if (out / FIRST).exists():
+            raise UserError(
+                f"no checkpoint is left in {self.settings.checkpoints}, though the run saved some and its log goes to "
+                f"step {last}: bring them back (is a disk not mounted?), or begin anew in another directory"
+            )
+        if last:
+            print(f"{out} has no checkpoint yet: the {last} steps of its log are done again", file=sys.stderr)
 
     # ---- data
 
