@@ -125,6 +125,34 @@ def test_an_export_killed(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+def test_a_prediction_killed(labels: str, tmp_path: Path) -> None:
+    """While it writes a picture: what is there under its name is whole, and the next prediction writes the rest."""
+    from PIL import Image
+
+    from tiny_detectors import tiny_detector
+
+    tiny_detector("conditional-detr").save(tmp_path / "detector", shortest_edge=96)
+    options = {"model": str(tmp_path / "detector"), "images": str(Path(labels).with_suffix("")), "threshold": 0.0}
+    options |= {"out": str(tmp_path / "out"), "workers": 0, "batch_size": 1, "device": "cpu"}
+    files = lambda: [path for path in (tmp_path / "out").rglob("*") if path.is_file()]  # noqa: E731
+    hidden = lambda: list((tmp_path / "out" / "pictures").glob(".*"))  # noqa: E731
+    for _ in range(10):
+        run = Run(options, verb="predict")
+        while run.process.is_alive() and not hidden():
+            pass
+        with contextlib.suppress(ProcessLookupError):
+            run.signal(signal.SIGKILL)
+        if run.wait(PATIENCE) == -signal.SIGKILL and hidden():
+            break
+    assert hidden(), "no kill came in time"
+    for path in set(files()) - set(hidden()):
+        json.loads(path.read_text()) if path.suffix == ".json" else Image.open(path).load()
+    again = Run(options, verb="predict")
+    assert again.wait(PATIENCE) == 0, again.text
+    assert len(files()) == 6 + 2
+    assert not hidden()
+
+
 @slow
 def test_a_comparison_killed_and_started_again(labels: str, tmp_path: Path) -> None:
     """Killed in its second cell, and at once begun anew: the first is kept, the second ends as if nothing had been."""

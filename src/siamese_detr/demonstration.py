@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from siamese_detr.config import verb, write_config
 from siamese_detr.errors import UserError
+from siamese_detr.files import write_json
 from siamese_detr.images.listing import list_images
 from siamese_detr.images.scenes import make_scenes
 
@@ -127,7 +127,7 @@ def demo(config: DemoConfig) -> DemoResult:
     done("predict")
 
     result = DemoResult(str(out), metrics["scratch"], metrics["pretrained"], seconds)
-    (out / "demo.json").write_text(json.dumps(vars(result), indent=1))
+    write_json(out / "demo.json", vars(result))
     table = Table(title=f"COCO metrics on {config.validation} validation scenes (higher is better)")
     for column in ("start", "AP", "AP50", "AP75"):
         table.add_column(column)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,27 @@ def clean(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or what a kill or a full disk leaves, is the old or the new one.
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Context that yields where to write a file, of the same suffix, and at its end renames that to ``path``: what a
+    reader finds, or a kill or a full disk leaves, is the old or the new one.
 
     Raises:
         OSError: it cannot be written; the old one is untouched.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, in UTF-8, by :func:`written_aside`."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:

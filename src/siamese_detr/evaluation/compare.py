@@ -34,6 +34,7 @@ from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.evaluation.results import METRIC, conclude, finished, read_cell, write_plots, write_tables
 from siamese_detr.evaluation.schedule import Ended, Job, device_slots, run_jobs
 from siamese_detr.evaluation.summary import CellResult, summary_table, to_markdown
+from siamese_detr.files import write_text
 from siamese_detr.images.labels import dataset_key, read_labels
 from siamese_detr.images.listing import list_images
 from siamese_detr.proposals.propose import ProposeConfig
@@ -244,7 +245,7 @@ def job_of(task: Task) -> Job:
     options = {**task.options, "out": str(task.run), **resume}
     if "progress" in options:
         options["progress"] = False
-    file.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    write_text(file, yaml.safe_dump(options, sort_keys=False))
     command = (sys.executable, "-m", "siamese_detr.cli", task.verb, "--config", str(file))
     return Job(task.name, command, task.folder / f"run-{task.key}.txt", task.needs)
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from siamese_detr.evaluation.summary import CellResult, Curve, convergence_curves, label_curves, percent_of
+from siamese_detr.files import written_aside
 
 # Okabe and Ito's colours, told apart with any colour vision; markers and dashes tell the curves apart without colour.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5fc4")
@@ -122,4 +123,5 @@ def save(figure: Figure, path: Path) -> None:
     """Write ``path.svg`` and ``path.png`` (white background)."""
     with matplotlib.rc_context(STYLE):
         for suffix in (".svg", ".png"):
-            figure.savefig(path.with_name(path.name + suffix), dpi=160, facecolor="white")
+            with written_aside(path.with_name(path.name + suffix)) as aside:
+                figure.savefig(aside, dpi=160, facecolor="white")

@@ -16,7 +16,7 @@ from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.draw import draw_detections
 from siamese_detr.evaluation.inference import Detector, ImageResult, Job, run
 from siamese_detr.evaluation.predict_config import PredictConfig
-from siamese_detr.files import write_json
+from siamese_detr.files import write_json, written_aside
 from siamese_detr.images.decode import read_image, read_size
 from siamese_detr.images.listing import EXTENSIONS, ImageList, list_images
 
@@ -114,7 +114,8 @@ def draw_picture(result: ImageResult, names: list[str], path: Path) -> None:
     path = path.with_name(f"{path.stem}.jpg" if path.suffix.lower() in (".jpg", ".jpeg") else f"{path.name}.jpg")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=90)
+        with written_aside(path) as aside:
+            picture.save(aside, quality=90)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
