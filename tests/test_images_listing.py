@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,50 @@ def test_names_that_are_not_unicode_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(UserError, match=r"no image in .* \(name is not Unicode: .*xff.xfe\.jpg.*rename"):
         list_images(tmp_path)
+
+
+@contextlib.contextmanager
+def without_privileges(folder: Path) -> Iterator[None]:
+    """Within, the process may do in ``folder`` and below what a user may who owns it."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_folders_without_permission_are_reported() -> None:
+    """And links to what may not be looked at, or to themselves; the images beside them are listed."""
+    with tempfile.TemporaryDirectory() as name:  # outside of pytest's folder, which is its user's alone
+        folder = Path(name)
+        make(folder, "photos/a.jpg", "photos/closed/b.jpg", "photos/names/c.jpg", "secret/inside/d.jpg")
+        (folder / "photos/link").symlink_to(folder / "secret/inside")
+        (folder / "photos/link.jpg").symlink_to(folder / "secret/inside/d.jpg")
+        (folder / "photos/loop").symlink_to("loop")
+        modes = {"photos/closed": 0o000, "photos/names": 0o444, "secret": 0o000}
+        with without_privileges(folder):
+            try:
+                for closed, mode in modes.items():
+                    (folder / closed).chmod(mode)
+                listed = list_images(folder / "photos")
+                with pytest.raises(UserError, match=r"cannot list the folder .*closed: Permission denied"):
+                    list_images(folder / "photos/closed")
+            finally:
+                for closed in modes:
+                    (folder / closed).chmod(0o700)
+        # What is not searched has a line here; what is listed and cannot be read, reading reports.
+        assert listed.paths == ["a.jpg", "link.jpg", "names/c.jpg"]
+        told = {problem.removeprefix(f"cannot list {folder}/photos/") for problem in listed.problems}
+        assert told == {
+            "closed/: Permission denied",
+            "link: Permission denied",
+            "loop: Too many levels of symbolic links",
+        }
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:

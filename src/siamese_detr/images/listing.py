@@ -169,7 +169,7 @@ def _scan(root: Path) -> ImageList:
             if (status.st_dev, status.st_ino) in seen:  # a link back to a folder already listed
                 continue
             seen.add((status.st_dev, status.st_ino))
-            found = _entries(folder)
+            found = _entries(folder, problems)
         except OSError as error:
             if not item:
                 raise UserError(f"cannot list the folder {root}: {error.strerror}") from None
@@ -195,16 +195,23 @@ def _scan(root: Path) -> ImageList:
     return ImageList(root, paths, problems)
 
 
-def _entries(folder: str) -> list[str]:
+def _entries(folder: str, problems: list[str]) -> list[str]:
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
             if name[0] == ".":
                 continue
-            if entry.is_dir():
+            wanted = _is_image(name) or name.endswith((*SUFFIXES, *COMPRESSED))
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link to itself, or to where one may not look: its neighbours are well
+                is_folder = False
+                if not wanted:
+                    problems.append(f"cannot list {folder}{name}: {error.strerror}")
+            if is_folder:
                 found.append(name + "/")
-            elif _is_image(name) or name.endswith((*SUFFIXES, *COMPRESSED)):
+            elif wanted:
                 found.append(name)
     return found
 
