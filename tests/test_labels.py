@@ -389,6 +389,14 @@ def test_yolo_details(coco: Path, tmp_path: Path) -> None:
     }
 
 
+def test_what_is_not_listed_of_yolo_images_is_told(coco: Path, tmp_path: Path) -> None:
+    path = write_yolo(tmp_path / "yolo", read_labels(coco))
+    (tmp_path / "yolo/images/train/more").symlink_to("more")
+    (problem,) = read_labels(path).problems
+    assert (problem.kind, problem.count) == ("images not listed", 1)
+    assert "train/more: Too many levels of symbolic links" in problem.examples[0]
+
+
 def test_yolo_paths(coco: Path, tmp_path: Path) -> None:
     expected = read_labels(write_yolo(tmp_path / "yolo", read_labels(coco)))
     names = "names: [cat, dog]\n"

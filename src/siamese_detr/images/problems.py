@@ -21,6 +21,7 @@ MIN_BOX_SIDE = 0.01
 """Boxes thinner than this many pixels inside the image count as empty."""
 
 ACTIONS = {
+    "images not listed": "left out",
     "malformed image entry": "left out",
     "duplicate image id": "the repeated entry is left out; where the files differ, all with that id",
     "missing image": "left out",

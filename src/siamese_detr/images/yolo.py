@@ -29,7 +29,7 @@ def read_yolo(path: Path, images: str | None, split: str, problems: Problems) ->
     content = _read_yaml(path)
     names = _names(path, content)
     class_index = {id_: index for index, id_ in enumerate(sorted(names))}
-    files = sorted({file for source in _sources(path, content, split, images) for file in _files(source)})
+    files = sorted({file for source in _sources(path, content, split, images) for file in _files(source, problems)})
     root = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
     tables = LabelTables([], [], [], [names[i] for i in class_index], list(class_index), normalised=True)
     absent = []
@@ -128,8 +128,10 @@ def _sources(path: Path, content: dict, split: str, images: str | None) -> list[
     return sources
 
 
-def _files(source: Path) -> list[str]:
+def _files(source: Path, problems: Problems) -> list[str]:
     found = list_images(source)
+    for problem in found.problems:
+        problems.add("images not listed", problem)
     return [os.path.normpath(found.absolute(i)) for i in range(len(found))]
 
 
