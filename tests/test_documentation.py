@@ -40,3 +40,18 @@ def test_commands_are_found_at_all() -> None:
         "predict",
     ]
     assert any("--part" in words for words in commands(PAGES["clusters.md"]))
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    """In the pages ``test_file.py::test_name``, or ``::test_name`` of the file named before."""
+    for page in PAGES.values():
+        file = ROOT
+        for name, test in re.findall(r"(test_\w+\.py)|::(test_\w+)", page):
+            if name:
+                file = ROOT / "tests" / name
+                assert file.is_file(), file
+            else:
+                assert f"\ndef {test}(" in file.read_text(encoding="utf-8"), f"{file.name}::{test}"
+    promises = [line for line in PAGES["reliability.md"].splitlines() if line.startswith("| ")][2:]
+    assert len(promises) >= 30
+    assert all("test_" in promise.rpartition(" | ")[2] for promise in promises)
