@@ -86,6 +86,7 @@ def test_folders_without_permission_are_reported() -> None:
                 for closed, mode in modes.items():
                     (folder / closed).chmod(mode)
                 listed = list_images(folder / "photos")
+                assert list_images(f"file://{folder}/photos") == listed
                 with pytest.raises(UserError, match=r"cannot list the folder .*closed: Permission denied"):
                     list_images(folder / "photos/closed")
             finally:

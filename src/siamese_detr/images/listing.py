@@ -63,6 +63,8 @@ def list_images(source: str | Path, images: str | Path | None = None) -> ImageLi
         UserError: ``source`` does not exist, is none of these, or leads to no image.
     """
     url = as_url(source)
+    if url is not None and url.startswith("file:///"):  # of what fsspec may not list it says nothing
+        return list_images(url.removeprefix("file://"), images)
     if url is not None:
         paths, problems = list_url(url, _is_image)
         if not paths:
