@@ -28,7 +28,7 @@ from siamese_detr.images.labels import DetectionDataset, LabelledImage, read_lab
 from siamese_detr.reporting.charts import bar_chart, line_chart
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box
-from siamese_detr.reporting.runs import located, log_section, read_config, what_was_run
+from siamese_detr.reporting.runs import AP_EXPLAINED, located, log_section, read_config, what_was_run
 from siamese_detr.training.journal import JsonLines
 
 IOU = 0.5
@@ -92,6 +92,7 @@ def result_blocks(history: Sequence[Mapping[str, Any]]) -> list[Block]:
         x, y = [p[0] for p in points], [p[1] for p in points]
         curves.append(Curve(name, x, y, y, y))
     return [
+        Text(AP_EXPLAINED),
         Table("COCO metrics on the validation labels, in percent (–: no such box)", ["evaluation", *names], rows),
         Grid([line_chart("Metrics against epochs", "epoch", "%", [c for c in curves if c.x])], 330),
     ]
@@ -121,7 +122,7 @@ def class_blocks(dataset: DetectionDataset, metrics: Sequence[ClassMetrics], det
     ordered = sorted(metrics, key=lambda row: -row.boxes)
     values = [row.ap for row in ordered]
     names = [f"{row.name} ({row.boxes})" for row in ordered]
-    figures = [bar_chart("AP per class (boxes)", "AP (%)", names, values)]
+    figures = [bar_chart("AP per class (boxes)", "AP (%)", names, values, "In brackets: labelled boxes of the class.")]
     curves = sorted(precision_recall(dataset, detections, IOU), key=lambda curve: -curve.boxes)
     curves = [curve for curve in curves if curve.boxes]
     shown = curves[: len(SERIES)]
@@ -132,7 +133,9 @@ def class_blocks(dataset: DetectionDataset, metrics: Sequence[ClassMetrics], det
             "recall (%)",
             "precision (%)",
             [pr_curve(curve) for curve in shown],
-            caption=f"Curves{left_out}; a curve ends at the highest recall reached.",
+            caption="From left to right ever less certain detections count: more of the labelled boxes are found "
+            f"(recall), and fewer of the detections are right (precision). Curves{left_out}; each ends at the highest "
+            "recall reached.",
         )
     )
     return [Grid(figures, 330)]
