@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -92,6 +93,19 @@ def ignore_in_worker(worker: int) -> None:
 
 class Locked(UserError):
     """Another process holds the directory."""
+
+
+def wait_unlocked(directory: Path, patience: float) -> None:
+    """Until no process holds ``directory``, at most ``patience`` seconds."""
+    deadline = time.monotonic() + patience
+    while (directory / ".lock").exists():
+        try:
+            with RunLock(directory):
+                return
+        except Locked:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.1)
 
 
 class RunLock:
