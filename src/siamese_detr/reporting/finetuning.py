@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,8 @@ def picture(
         tag = f"{names[label]} {100 * detections.scores[row]:.0f}%"
         drawn.append(Box(detections.boxes[row].tolist(), COLOURS[label % (len(COLOURS) - 1)], tag))
     truth = [Box(box.tolist(), "#ffffff", dashed=True) for box in image.boxes[~image.crowd]]
-    there = ", ".join(names[int(k)] for k in image.classes[~image.crowd])
+    counts = Counter(names[int(k)] for k in image.classes[~image.crowd])
+    there = ", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts.items())
     found = ", ".join(box.tag for box in drawn) or "nothing"
     alt = f"Photograph {image.path.name}. There: {there}. Found: {found}."
     return photo.draw([*drawn, *truth], alt, f"{image.path.name}: quality {quality:.2f}; labelled {there}")
