@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,33 @@ def test_a_failed_pretraining_leaves_the_others(options: dict[str, Any], monkeyp
     monkeypatch.setenv("BREAK", "pre-training siamese")
     status = {(cell.init, cell.status) for cell in run(options).cells}
     assert status == {("backbone", "done"), ("siamese", "skipped")}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="directories are not locked there")
+def test_a_run_that_a_killed_comparison_left_is_waited_for(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told to stop when its parent died, and is still in its last step when the comparison goes on."""
+    options |= {"inits": ("backbone",), "fractions": (1.0,), "seeds": (0,)}
+    with monkeypatch.context() as patch:
+        patch.setenv("BREAK", "fine-tuning backbone")
+        (cell,) = run(options).cells
+    assert ran(options) == ["fine-tuning backbone, 100 %, seed 0"]
+    code = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(1)
+open(sys.argv[2], "a").write("released\\n")
+"""
+    runs = Path(options["out"]).parent / "runs.txt"
+    command = [sys.executable, "-S", "-c", code, str(Path(options["out"]) / cell.run / ".lock"), str(runs)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as orphan:
+        assert orphan.stdout is not None
+        assert orphan.stdout.readline() == "locked\n"
+        assert [cell.status for cell in run(options).cells] == ["done"]
+    assert runs.read_text().splitlines() == ["released", "fine-tuning backbone, 100 %, seed 0"]
 
 
 def test_changed_labels_run_again(options: dict[str, Any], data: Path, tmp_path: Path) -> None:

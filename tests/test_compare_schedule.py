@@ -104,6 +104,34 @@ def test_no_job_outlives_a_stopped_or_killed_scheduler(tmp_path: Path, number: s
         time.sleep(0.05)
 
 
+LONG_STEP = """
+import sys, time
+from siamese_detr.training.signals import StopRequest
+with StopRequest() as stop:
+    print("step", flush=True)
+    while not stop.requested: time.sleep(.001)
+    print("asked to stop", flush=True)
+    time.sleep(float(sys.argv[1]))
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("again_after", "step", "code"), [(0.0, 0.3, 0), (1.2, 60.0, -signal.SIGTERM)])
+def test_a_request_to_stop_may_come_twice_at_once(again_after: float, step: float, code: int) -> None:
+    """Linux tells the children of a killed process of several threads more than once, a millisecond apart: that is one
+    request, which leaves time to save. A later one does not.
+    """
+    with subprocess.Popen([sys.executable, "-c", LONG_STEP, str(step)], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "step\n"
+        job.terminate()
+        assert job.stdout.readline() == "asked to stop\n"
+        time.sleep(again_after)
+        job.terminate()
+        assert job.stdout.read() == ("" if code else "saved\n")
+        assert job.wait(10) == code
+
+
 def alive(process: int) -> bool:
     try:
         os.kill(process, 0)

@@ -75,6 +75,19 @@ def test_curves_against_labels_and_epochs() -> None:
     assert siamese.mean == pytest.approx([5, 10, 20])
 
 
+def test_seeds_with_other_numbers_of_images_make_one_curve() -> None:
+    """Parts of the labels drawn with other seeds differ by an image or so, and so do the epochs of the evaluations."""
+    histories = [[(1.0, 0.1), (2.0, 0.3)], [(1.14, 0.2), (2.29, 0.4)]]
+    cells = [
+        cell("siamese", 0.1, seed, 0.3, history=[{"epoch": e, "AP": ap} for e, ap in history])
+        for seed, history in enumerate(histories)
+    ]
+    (curve,) = convergence_curves(cells, 0.1)
+    assert curve.x == pytest.approx([1.07, 2.145])
+    assert curve.mean == pytest.approx([15, 35])
+    assert curve.high[0] - curve.mean[0] == pytest.approx(7.0711, abs=1e-3)
+
+
 def test_plots_are_written(tmp_path: Path) -> None:
     figure = plots.label_plot(CELLS)
     assert figure is not None

@@ -19,10 +19,12 @@ from siamese_detr.errors import UserError
 from siamese_detr.evaluation.summary import CellResult, Curve, to_json
 from siamese_detr.images.scenes import make_scenes
 from siamese_detr.reporting.charts import line_chart
+from siamese_detr.reporting.comparison import meaning
 from siamese_detr.reporting.page import Grid, Page, Section, Table, render
 from siamese_detr.reporting.pictures import Album, Box
 
 TINY = {"num_queries": 10, "hidden_size": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 2, "ffn_size": 16}
+LONG = "siamese:discrimination=none,short_sides=[80,96]"
 
 
 class Reader(HTMLParser):
@@ -113,14 +115,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for init, fraction, ap in (
             ("backbone", 0.01, 0.05),
             ("backbone", 1.0, 0.3),
-            ("siamese", 0.01, 0.1),
-            ("siamese", 1.0, 0.33),
+            (LONG, 0.01, 0.1),
+            (LONG, 1.0, 0.33),
         )
         for seed in (0, 1)
     ]
     cells[-1] = dataclasses.replace(cells[-1], status="failed", reason="out of memory <on GPU 0>", metrics={})
     (compared / "results.json").write_text(json.dumps(to_json(cells)))
-    (compared / "config.yaml").write_text(yaml.safe_dump({"inits": ["backbone", "siamese"], "images": "photos"}))
+    (compared / "config.yaml").write_text(yaml.safe_dump({"inits": ["backbone", LONG], "images": "photos"}))
     return {kind: folder / kind for kind in ("pretrained", "finetuned", "compared")}
 
 
@@ -174,7 +176,26 @@ def test_comparison_page(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "<strong>11.0 ± 1.4</strong>" in text
     assert "out of memory &lt;on GPU 0&gt;" in text
     assert "AP against labels" in text
+    assert "by Siamese DETR with discrimination none, short_sides [80,96]" in text
     assert "Convergence with 1 % of the labels" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("scratch", "every weight random"),
+        ("backbone", "pre-trained backbone, random Transformer"),
+        ("detreg", "pre-trained backbone, random Transformer, then pre-trained without labels by DETReg"),
+        ("scratch+siamese", "every weight random, then pre-trained without labels by Siamese DETR"),
+        ("siamese:iou=0.3", "by Siamese DETR with num_queries 20, iou 0.3"),
+        ("coco", "the detector in coco"),
+        ("coco+up-detr", "the detector in coco, then pre-trained without labels by UP-DETR"),
+        ("wide", "the detector in coco, then pre-trained without labels by Siamese DETR with iou 0.7"),
+    ],
+)
+def test_initialisations_are_explained(name: str, told: str) -> None:
+    variants = {"siamese": {"num_queries": 20}, "wide": {"method": "siamese", "init": "coco", "iou": 0.7}}
+    assert meaning(name, variants).endswith(told)
 
 
 def test_a_folder_without_a_run_is_a_users_mistake(tmp_path: Path) -> None:
@@ -196,6 +217,9 @@ CHECKS = {
     })()""",
     "spilling": """[...document.querySelectorAll('figure svg, p, dl, h1, h2, h3, nav')].filter(e =>
         e.getBoundingClientRect().right > innerWidth + 1).length""",
+    # Text that runs out of the place it has.
+    "cut": """[...document.querySelectorAll('p, dt, dd, h1, h2, h3, th, td, figcaption, summary, nav li')].filter(e =>
+        e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.trim())""",
     # Contrast of all text against the background behind it (WCAG: 4.5), pictures' own tags aside.
     "faint": """(() => {
         const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -240,7 +264,7 @@ def test_in_a_browser(runs: dict[str, Path], tmp_path: Path) -> None:
                 visit = browser.visit(page, width=width, dark=dark, scripts=CHECKS)
                 assert visit.requests == [], where
                 assert visit.complaints == [], where
-                assert visit.values == {"overflow": 0, "broken": 0, "spilling": 0, "faint": []}, where
+                assert visit.values == {"overflow": 0, "broken": 0, "spilling": 0, "cut": [], "faint": []}, where
 
 
 def test_text_is_escaped_and_figures_keep_to_themselves(tmp_path: Path) -> None:

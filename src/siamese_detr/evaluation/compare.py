@@ -41,7 +41,7 @@ from siamese_detr.proposals.propose import ProposeConfig
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.rundir import record_session
-from siamese_detr.training.signals import RunLock
+from siamese_detr.training.signals import RunLock, wait_unlocked
 
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "inits": ("backbone", "siamese"),
@@ -49,6 +49,8 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "seeds": (0, 1),
 }
 """What is compared where neither the user nor a preset says."""
+LAST_STEP = 120.0
+"""Seconds given to a run of a comparison that was killed, to end its step and save itself."""
 
 
 @dataclass
@@ -96,6 +98,8 @@ def compare(config: CompareConfig) -> CompareResult:
         record_session(protocol.out)
         slots = device_slots(config.parallel)
         console.print(f"{len(missing)} of {len(todo)} runs to do, {len(slots)} at a time", highlight=False)
+        for task in missing:
+            wait_unlocked(task.run, LAST_STEP)
         done_before = [task.name for task in todo if task not in missing]
         jobs = [job_of(task) for task in missing]
         by_name = {task.name: task for task in missing}

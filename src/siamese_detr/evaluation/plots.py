@@ -76,7 +76,17 @@ def draw_curves(axes: Axes, curves: Sequence[Curve], order: Sequence[str], bars:
         low, high = axes.get_ylim()
         axes.set_ylim(max(min(low, *(min(c.mean) for c in curves)), 0) if curves else 0, high)
         if len(curves) > 1:
-            axes.legend()
+            legend_below(axes)
+
+
+def legend_below(axes: Axes) -> None:
+    """A legend below the plot, where no curve runs behind it; in two columns if the names are short."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) < 30 else 1
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def whole_numbers(axes: Axes, curves: Sequence[Curve]) -> None:

@@ -205,17 +205,30 @@ def label_curves(results: Sequence[CellResult], metric: str = "AP") -> list[Curv
 
 
 def convergence_curves(results: Sequence[CellResult], fraction: float, metric: str = "AP") -> list[Curve]:
-    """AP in percent on the validation images against epochs of fine-tuning, at one label fraction."""
+    """AP in percent on the validation images against epochs of fine-tuning, at one label fraction.
+
+    The first evaluations of all seeds are averaged, the second, and so on: parts of the labels differ by some images
+    between seeds, so that their epochs do not quite fall together.
+    """
     curves = []
     mine = [r for r in results if r.fraction == fraction and r.status == "done"]
     for init in dict.fromkeys(result.init for result in mine):
-        at: dict[float, list[float]] = {}
+        at: dict[int, list[tuple[float, float]]] = {}
         for result in mine:
             if result.init == init:
-                for record in result.history:
+                for number, record in enumerate(result.history):
                     if record.get(metric) is not None and "epoch" in record:
-                        at.setdefault(float(record["epoch"]), []).append(record[metric])
-        points = [(x, statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for x, v in sorted(at.items())]
+                        at.setdefault(number, []).append((float(record["epoch"]), record[metric]))
+        points = []
+        for _, pairs in sorted(at.items()):
+            epochs, values = zip(*pairs, strict=True)
+            points.append(
+                (
+                    statistics.fmean(epochs),
+                    statistics.fmean(values),
+                    statistics.stdev(values) if len(values) > 1 else 0.0,
+                )
+            )
         curves.append(curve(init, points))
     return [c for c in curves if c.x]
 

@@ -11,7 +11,7 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure as Plot
 
-from siamese_detr.evaluation.plots import COLOURS, DASHES, GRID, INK, STYLE, new_axes, whole_numbers
+from siamese_detr.evaluation.plots import COLOURS, DASHES, GRID, INK, STYLE, legend_below, new_axes, whole_numbers
 from siamese_detr.evaluation.summary import Curve
 from siamese_detr.reporting.page import Figure
 
@@ -53,7 +53,7 @@ def line_chart(title: str, x: str, y: str, curves: Sequence[Curve], caption: str
             axes.plot(curve.x, curve.mean, color=colour, linestyle=dash, marker=dot, label=curve.label)
         whole_numbers(axes, curves)
         if len(curves) > 1:
-            axes.legend(ncols=2 if len(curves) > 4 else 1)
+            legend_below(axes)
     return inline(plot, f"Line chart. {title}. {'; '.join(map(describe, curves))}.", caption)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation import plots
+from siamese_detr.evaluation.cells import Init, parse_init
 from siamese_detr.evaluation.summary import (
     CellResult,
     convergence_curves,
@@ -15,8 +18,18 @@ from siamese_detr.evaluation.summary import (
     summary_table,
 )
 from siamese_detr.reporting.charts import describe, inline
-from siamese_detr.reporting.page import Block, Figure, Grid, Missing, Page, Section, Table
-from siamese_detr.reporting.runs import read_config, what_was_run
+from siamese_detr.reporting.page import Block, Figure, Grid, Missing, Page, Section, Table, Text
+from siamese_detr.reporting.runs import AP_EXPLAINED, read_config, what_was_run
+
+ABOUT = (
+    "Every row was fine-tuned in the same way on the same labelled images; rows differ in what fine-tuning began with. "
+    "Where two rows are no farther apart than their deviations, they may well be equal."
+)
+STARTS = {
+    "scratch": "every weight random",
+    "backbone": "pre-trained backbone, random Transformer",
+}
+METHODS = {"siamese": "Siamese DETR", "up-detr": "UP-DETR", "detreg": "DETReg"}
 
 
 def comparison_page(run: Path) -> Page:
@@ -34,16 +47,19 @@ def comparison_page(run: Path) -> Page:
         raise UserError(f"{run / 'results.json'} cannot be read ({error}); run compare again") from error
     facts = {name: str(config.get(name)) for name in ("images", "train", "val", "evaluation")}
     facts |= {name: ", ".join(map(str, config.get(name) or [])) for name in ("inits", "fractions", "seeds")}
+    names = list(dict.fromkeys(cell.init for cell in cells))
     done = [cell for cell in cells if cell.status == "done"]
     sections = [
-        Section("Result", table_blocks(cells, metric)),
+        Section("Result", [Text(ABOUT), Text(AP_EXPLAINED), *table_blocks(cells, metric)]),
+        Section("What is compared", [inits_table(names, config.get("variants") or {})]),
         Section("Plots", plot_blocks(cells, metric)),
         Section("Cells", [cell_table(cells, metric)]),
         what_was_run(run, facts, config),
     ]
-    names = ", ".join(dict.fromkeys(cell.init for cell in cells))
     minutes = sum(cell.seconds for cell in done) / 60
-    summary = f"{names}: {len(done)} of {len(cells)} fine-tunings done, {minutes:.0f} minutes of them in all."
+    summary = (
+        f"{', '.join(names)}: {len(done)} of {len(cells)} fine-tunings done, {minutes:.0f} minutes of them in all."
+    )
     return Page("Comparison of initialisations", summary, sections)
 
 
@@ -61,12 +77,20 @@ def plot_blocks(cells: list[CellResult], metric: str) -> list[Block]:
     figures: list[Figure] = []
     if (figure := plots.label_plot(cells, metric)) is not None:
         told = "; ".join(map(describe, label_curves(cells, metric)))
-        figures.append(inline(figure, f"{metric} in percent against the percentage of labels used. {told}."))
+        alt = f"{metric} in percent against the percentage of labels used. {told}."
+        caption = "What more labels bring. Bars: one standard deviation over seeds, up and down."
+        figures.append(inline(figure, alt, caption))
     for fraction, figure in plots.convergence_plots(cells, metric).items():
         told = "; ".join(map(describe, convergence_curves(cells, fraction, metric)))
         alt = f"{metric} in percent against epochs with {percent_of(fraction)} of the labels. {told}."
-        figures.append(inline(figure, alt))
+        caption = "How soon it learns: measured on the validation images in the course of fine-tuning. Bands: one "
+        figures.append(inline(figure, alt, f"{caption}standard deviation over seeds, up and down."))
     return [Grid(figures, 330)] if figures else [Missing("Plots", "no cell is done")]
+
+
+def inits_table(names: Sequence[str], variants: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = [[name, meaning(name, variants)] for name in names]
+    return Table("What fine-tuning begins with", ["initialisation", "weights"], rows, long=frozenset([1]))
 
 
 def cell_table(cells: list[CellResult], metric: str) -> Table:
@@ -84,4 +108,17 @@ def cell_table(cells: list[CellResult], metric: str) -> Table:
         for cell in cells
     ]
     headers = ["initialisation", "labels", "images", "seed", "status", metric, "AP50", "AP75", "seconds", "run"]
-    return Table("Every fine-tuning", headers, rows)
+    return Table("Every fine-tuning", headers, rows, long=frozenset([len(headers) - 1]))
+
+
+def meaning(name: str, variants: Mapping[str, Mapping[str, Any]]) -> str:
+    """What an initialisation is, for whoever has not read the manual."""
+    try:
+        init = parse_init(name, variants)
+    except UserError:  # a detector that has been moved since
+        init = Init(name, name, None, {})
+    start = STARTS.get(init.start, f"the detector in {init.start}")
+    if init.method is None:
+        return start
+    told = ", ".join(f"{key} {value}" for key, value in init.options.items())
+    return f"{start}, then pre-trained without labels by {METHODS[init.method]}{f' with {told}' if told else ''}"

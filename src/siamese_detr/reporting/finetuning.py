@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from siamese_detr.images.labels import DetectionDataset, LabelledImage, read_lab
 from siamese_detr.reporting.charts import bar_chart, line_chart
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box
-from siamese_detr.reporting.runs import located, log_section, read_config, what_was_run
+from siamese_detr.reporting.runs import AP_EXPLAINED, located, log_section, read_config, what_was_run
 from siamese_detr.training.journal import JsonLines
 
 IOU = 0.5
@@ -92,6 +93,7 @@ def result_blocks(history: Sequence[Mapping[str, Any]]) -> list[Block]:
         x, y = [p[0] for p in points], [p[1] for p in points]
         curves.append(Curve(name, x, y, y, y))
     return [
+        Text(AP_EXPLAINED),
         Table("COCO metrics on the validation labels, in percent (–: no such box)", ["evaluation", *names], rows),
         Grid([line_chart("Metrics against epochs", "epoch", "%", [c for c in curves if c.x])], 330),
     ]
@@ -121,7 +123,7 @@ def class_blocks(dataset: DetectionDataset, metrics: Sequence[ClassMetrics], det
     ordered = sorted(metrics, key=lambda row: -row.boxes)
     values = [row.ap for row in ordered]
     names = [f"{row.name} ({row.boxes})" for row in ordered]
-    figures = [bar_chart("AP per class (boxes)", "AP (%)", names, values)]
+    figures = [bar_chart("AP per class (boxes)", "AP (%)", names, values, "In brackets: labelled boxes of the class.")]
     curves = sorted(precision_recall(dataset, detections, IOU), key=lambda curve: -curve.boxes)
     curves = [curve for curve in curves if curve.boxes]
     shown = curves[: len(SERIES)]
@@ -132,7 +134,9 @@ def class_blocks(dataset: DetectionDataset, metrics: Sequence[ClassMetrics], det
             "recall (%)",
             "precision (%)",
             [pr_curve(curve) for curve in shown],
-            caption=f"Curves{left_out}; a curve ends at the highest recall reached.",
+            caption="From left to right ever less certain detections count: more of the labelled boxes are found "
+            f"(recall), and fewer of the detections are right (precision). Curves{left_out}; each ends at the highest "
+            "recall reached.",
         )
     )
     return [Grid(figures, 330)]
@@ -212,7 +216,8 @@ def picture(
         tag = f"{names[label]} {100 * detections.scores[row]:.0f}%"
         drawn.append(Box(detections.boxes[row].tolist(), COLOURS[label % (len(COLOURS) - 1)], tag))
     truth = [Box(box.tolist(), "#ffffff", dashed=True) for box in image.boxes[~image.crowd]]
-    there = ", ".join(names[int(k)] for k in image.classes[~image.crowd])
+    counts = Counter(names[int(k)] for k in image.classes[~image.crowd])
+    there = ", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts.items())
     found = ", ".join(box.tag for box in drawn) or "nothing"
     alt = f"Photograph {image.path.name}. There: {there}. Found: {found}."
     return photo.draw([*drawn, *truth], alt, f"{image.path.name}: quality {quality:.2f}; labelled {there}")

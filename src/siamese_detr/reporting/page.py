@@ -38,7 +38,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column names the row, the others are aligned right.
+    """A table; the first column names the row, the others are aligned right, but for long texts.
 
     Args:
         caption: what it shows.
@@ -46,6 +46,7 @@ class Table:
         rows: one list of texts per row.
         strong: (row, column) of entries to stress.
         shade: (row, column) -> a share in [0, 1] by which the entry's background is coloured.
+        long: columns of long texts, which may be broken anywhere.
     """
 
     kind: ClassVar[str] = "table"
@@ -54,6 +55,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     strong: frozenset[tuple[int, int]] = frozenset()
     shade: dict[tuple[int, int], float] = field(default_factory=dict)
+    long: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

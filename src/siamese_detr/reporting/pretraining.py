@@ -61,7 +61,7 @@ def pretraining_page(run: Path, samples: int) -> Page:
     else:
         views = [sample for sample in sample_views(images, config, samples) if sample.images is not None]
         photos = [[album.add(view) for view in sample.images] for sample in views]  # type: ignore[union-attr]
-        sections.append(Section("Views and their regions", view_blocks(views, photos)))
+        sections.append(Section("Views and their regions", view_blocks(views, photos, config.cross_view)))
         sections.append(Section("Proposals", proposal_blocks(images, [sample.index for sample in views], album)))
         sections.append(Section("What the decoder predicts", decoder_blocks(run, config, views, photos)))
     title = f"Pre-training: {values.get('method')} on {values.get('detector')}"
@@ -96,14 +96,15 @@ def region_boxes(sample: ViewSample, view: int) -> list[Box]:
     return [Box(boxes[p].tolist(), COLOURS[p % len(COLOURS)], str(p + 1)) for p in range(count)]
 
 
-def view_blocks(views: list[ViewSample], photos: list[list[Photo]]) -> list[Block]:
+def view_blocks(views: list[ViewSample], photos: list[list[Photo]], cross_view: bool) -> list[Block]:
     if not views:
         return [Missing("Views", "none of the sampled images could be read")]
     two = len(photos[0]) > 1
     blocks: list[Block] = [
         Text(
             "Two overlapping views of each image, as the first epoch cut them, before colours are changed. "
-            "The same number and colour is the same region; region 1 is what both views share."
+            "The same number and colour is the same region; region 1 is what both views share. The detector is given "
+            f"what the regions of one view look like, and learns to find them in {'the other' if cross_view else 'it'}."
             if two
             else "The view of each image, as the first epoch cut it, before colours are changed, with its regions."
         )
@@ -136,9 +137,13 @@ def proposal_blocks(images: Selection, chosen: list[int], album: Album) -> list[
         caption = f"Image {number}: the best {len(boxes)} of {len(image.boxes)}"
         figures.append(album.add(pixels, (image.width, image.height)).draw(boxes, alt, caption))
     method = images.store.settings.method
+    about = (
+        f"Boxes where some object may be, of whatever class, computed once before training by {method}. "
+        "The regions above are chosen from the best of them."
+    )
     if not figures:
         return [Missing("Proposals", "none of the sampled images could be read")]
-    return [Text(f"Class-agnostic boxes computed before training, by {method}."), Grid(figures, 260)]
+    return [Text(about), Grid(figures, 260)]
 
 
 def decoder_blocks(
@@ -154,11 +159,14 @@ def decoder_blocks(
         return [Missing(what, str(error))]
     found = {"before": find(before, config, views), "after": find(after, config, views)}
     two = len(photos[0]) > 1
-    asked = "the regions it is given from view 1, in view 2" if two else "the regions, in the view"
+    asked = "the regions, in the view"
+    if two:
+        asked = f"the regions it is given from view {1 if config.cross_view else 2}, in view 2"
     blocks: list[Block] = [
         Text(
             f"Each decoder layer's boxes for {asked}: with the initial weights (made again from configuration and "
-            "seed) and with the pre-trained ones. Dashed: where the region is; solid: the prediction matched to it."
+            "seed) and with the pre-trained ones. Dashed: where the region is; solid: the prediction matched to it. "
+            "IoU is the area that both share divided by the area that either covers: 1 is a perfect fit."
         ),
         iou_table(found),
     ]
@@ -166,7 +174,7 @@ def decoder_blocks(
     for number, (sample, row) in enumerate(zip(views, photos, strict=True)):
         for when, result in found.items():
             blocks.append(Heading(f"Image {number + 1}, {when} pre-training"))
-            blocks.append(Grid(layer_figures(sample, row[view], result, view, number, when), 160))
+            blocks.append(Grid(layer_figures(sample, row[view], result, view, number, when), 240))
     return blocks
 
 

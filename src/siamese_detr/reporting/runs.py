@@ -32,7 +32,31 @@ NAMES = {
     "auxiliary": "All earlier decoder layers",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
+    "padded_regions": "Padded regions per image",
 }
+EXPLAINED = {
+    "loss": "What training lowers: the sum of the terms, each with its weight, over all decoder layers.",
+    "loss_cls": "Whether the queries that found a region know it, and the others know they found none. 0 is perfect.",
+    "loss_box": "How far predicted boxes are off, in centre, width and height, as shares of the picture. 0 is perfect.",
+    "loss_giou": "How little predicted boxes overlap the regions. 0 is a perfect fit, above 1 they lie apart.",
+    "loss_region": "How far what the decoder says a region looks like is from the frozen backbone's feature of it. "
+    "0 is the same, 2 unrelated.",
+    "loss_global": "How far the encoder's summaries of the two views are apart. 0 is the same, 2 unrelated.",
+    "loss_embedding": "How far the decoder's embedding of an object is from the frozen backbone's. 0 is the same.",
+    "class": "Whether objects are called by their class, and the rest nothing. 0 is perfect.",
+    "l1": "How far predicted boxes are off, in centre, width and height, as shares of the picture. 0 is perfect.",
+    "giou": "How little predicted boxes overlap the labelled ones. 0 is a perfect fit, above 1 they lie apart.",
+    "auxiliary": "The same three terms of every decoder layer before the last, weighted and summed.",
+    "learning_rate": "How far each update moves the weights.",
+    "grad_norm": "How strongly a batch asks the weights to change. Jumps, or values that are not finite, mean trouble.",
+    "padded_regions": "Moved copies of other regions, in images with fewer proposals than regions are wanted. 0: none.",
+}
+"""For whoever sees these curves for the first time."""
+AP_EXPLAINED = (
+    "AP, average precision, is COCO's measure of a detector: how many of the labelled boxes it finds, and how few "
+    "others, averaged over classes and over ten demands on the overlap (IoU 0.50 to 0.95). 100 % is perfect. AP50 and "
+    "AP75 ask for one overlap only, 0.50 and 0.75."
+)
 PATHS = ("images", "proposals", "train", "val", "train_images", "val_images", "model", "init", "backbone")
 POINTS = 160
 """Most points of a curve: longer logs are averaged over equal spans."""
@@ -109,7 +133,7 @@ def log_section(run: Path) -> Section:
         curves = [curve for curve in curves if curve.x]
         if curves:
             title = NAMES.get(base, base)
-            figures.append(line_chart(title, "step", "", curves))
+            figures.append(line_chart(title, "step", "", curves, EXPLAINED.get(base, "")))
     return Section("Curves", [Grid(figures, 330)])
 
 

@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,6 +24,10 @@ EXIT_PREEMPTED = 75
 """Exit code (EX_TEMPFAIL) of a run that saved itself on SIGTERM or SIGUSR1: start it again with ``--resume``."""
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+ECHO = 1.0
+"""Seconds in which a signal again is the same request: Linux may tell the children of a process with several threads
+more than once that it was killed."""
 
 
 class Preempted(SystemExit):
@@ -64,10 +69,13 @@ def stoppable() -> Iterator[None]:
 
 
 class StopRequest:
-    """Context in which SIGTERM and SIGUSR1 only set ``requested``; a second one ends the process at once."""
+    """Context in which SIGTERM and SIGUSR1 only set ``requested``; one that comes later than :data:`ECHO` after the
+    first ends the process.
+    """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -80,8 +88,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested, self._since = signal.Signals(number).name, now
+        elif now - self._since > ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 def ignore_in_worker(worker: int) -> None:
@@ -92,6 +104,19 @@ def ignore_in_worker(worker: int) -> None:
 
 class Locked(UserError):
     """Another process holds the directory."""
+
+
+def wait_unlocked(directory: Path, patience: float) -> None:
+    """Until no process holds ``directory``, at most ``patience`` seconds."""
+    deadline = time.monotonic() + patience
+    while (directory / ".lock").exists():
+        try:
+            with RunLock(directory):
+                return
+        except Locked:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.1)
 
 
 class RunLock:
