@@ -29,11 +29,16 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     return _Dropout.apply(x, dropped)
 
 
+def draw_kept(shape: torch.Size, dropped: int) -> Tensor:
+    """Boolean, of ``shape``: False with probability ``dropped / LEVELS``."""
+    words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    return (words.view(torch.int16)[: shape.numel()] >= dropped - LEVELS // 2).view(shape)
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = (words.view(torch.int16)[: x.numel()] >= dropped - LEVELS // 2).view(x.shape)
+        kept = draw_kept(x.shape, dropped)
         ctx.save_for_backward(kept)
         ctx.scale = LEVELS / (LEVELS - dropped)
         return torch.ops.aten.native_dropout_backward(x, kept, ctx.scale)  # x * kept * scale
@@ -42,12 +47,6 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         return torch.ops.aten.native_dropout_backward(gradient, kept, ctx.scale), None
-
-
-def feed_forward(block: Any, x: Tensor) -> Tensor:
-    """A stock feed-forward block of DETR's relatives, through its own sub-modules, with our dropout."""
-    hidden = dropout(block.activation_fn(block.fc1(x)), block.activation_dropout, block.training)
-    return dropout(block.fc2(hidden), block.dropout, block.training)
 
 
 def attention(

@@ -17,8 +17,9 @@ from siamese_detr.errors import UserError
 
 from . import deformable_attention, initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from .attention import dropout, feed_forward
-from .functional import additive_mask, at_least_float32, inverse_sigmoid
+from .attention import dropout
+from .feed_forward import feed_forward
+from .functional import additive_mask, at_least_float32, constant, inverse_sigmoid
 
 
 class DeformableDetrAdapter(DetectorAdapter):
@@ -121,7 +122,7 @@ class DeformableDetrAdapter(DetectorAdapter):
         position = torch.cat([x + detr.level_embed[i].view(1, 1, -1) for i, x in enumerate(positions)], 1)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
         mask = torch.cat([mask.flatten(1) for mask in masks], 1)
-        spatial = torch.as_tensor(shapes, dtype=torch.long, device=tokens.device)
+        spatial = constant(shapes, tokens.device)
         ratios = torch.stack([detr.get_valid_ratio(mask, dtype=tokens.dtype) for mask in masks], 1)
         extra = dict(
             spatial_shapes=spatial,

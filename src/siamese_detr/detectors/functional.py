@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import dropout, feed_forward
+from .attention import dropout
+from .feed_forward import feed_forward
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -41,6 +42,11 @@ def sine_embedding(points: Tensor, features: int, temperature: float = 10000.0) 
     waves = torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1).flatten(-2)
     x, y, *rest = waves.unbind(-2)
     return torch.cat((y, x, *rest), dim=-1).to(points.dtype)
+
+
+def constant(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A small tensor of numbers that the host knows; unlike with ``torch.tensor``, it waits for no accelerator."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def additive_mask(may_attend: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -79,9 +85,9 @@ def spread_tokens(count: int, shapes: list[tuple[int, int]], valid: Tensor) -> T
     Returns:
         (B, Q) indices into the concatenated levels. The outermost 2 % of an image are left out.
     """
-    steps = torch.tensor([1.2207440846057596**-power for power in (1, 2, 3)], dtype=torch.float64)
-    level, y, x = ((0.5 + torch.arange(count)[:, None] * steps) % 1).to(valid.device).unbind(1)
-    sizes = torch.tensor(shapes, device=valid.device)
+    steps = constant([1.2207440846057596**-power for power in (1, 2, 3)], valid.device, torch.float64)
+    level, y, x = ((0.5 + torch.arange(count, device=valid.device)[:, None] * steps) % 1).unbind(1)
+    sizes = constant(shapes, valid.device)
     starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
     level = (level * len(shapes)).long()
     inner = [0.02 + 0.96 * share for share in (x, y)]

@@ -1,0 +1,102 @@
+"""The feed-forward block of an encoder layer, for training on a CPU: in parts that stay in its caches.
+
+An encoder's hidden activations are its largest tensors: thousands of tokens, four to eight times as wide as the tokens.
+Here they exist for a few hundred tokens at a time, and the backward pass computes them again from the input. That costs
+the first of the block's six products once more, and saves what writing and reading them takes, and most of the memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import LEVELS, draw_kept, dropout
+
+ROWS = 1024
+"""Tokens per part: 4 MB at a width of 1024."""
+
+
+def feed_forward(block: Any, x: Tensor) -> Tensor:
+    """A stock feed-forward block of DETR's relatives, through its own sub-modules, with our dropout.
+
+    Args:
+        block: has ``fc1``, ``activation_fn``, ``activation_dropout``, ``fc2`` and ``dropout``.
+        x: (..., D).
+    """
+    dropped = round(block.activation_dropout * LEVELS)
+    fits = type(block.activation_fn) is nn.ReLU and dropped < LEVELS
+    pays = x.device.type == "cpu" and x.numel() > ROWS * x.shape[-1]  # a single part would be computed twice for little
+    if block.training and fits and pays:
+        # Autocast does not see inside.
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        tensors = (x, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias)
+        projected = relu_block(*(tensor.to(dtype) for tensor in tensors), dropped)
+    else:
+        hidden = block.activation_fn(block.fc1(x))
+        projected = block.fc2(dropout(hidden, block.activation_dropout, block.training))
+    return dropout(projected, block.dropout, block.training)
+
+
+@torch.compiler.disable
+def relu_block(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropped: int) -> Tensor:
+    """``dropout(relu(x @ w1.T + b1)) @ w2.T + b2``, all tensors of one precision.
+
+    Args:
+        x: (..., D).
+        w1, b1: (H, D) and (H,).
+        w2, b2: (D, H) and (D,).
+        dropped: of ``LEVELS`` hidden values, how many are dropped; 0: none.
+    """
+    return _ReluBlock.apply(x, w1, b1, w2, b2, dropped)
+
+
+class _ReluBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropped: int) -> Tensor:
+        ctx.scale = LEVELS / (LEVELS - dropped)
+        tokens, scaled = x.flatten(0, -2), w2.t() * ctx.scale
+        out = tokens.new_empty(len(tokens), len(w2))
+        alive = torch.empty(len(tokens), len(w1), dtype=torch.bool)  # neither negative nor dropped
+        room = tokens.new_empty(min(ROWS, len(tokens)), len(w1))
+        for rows in _parts(len(tokens)):
+            hidden = torch.addmm(b1, tokens[rows], w1.t(), out=room[: len(tokens[rows])])
+            torch.gt(hidden, 0, out=alive[rows])
+            if dropped:
+                alive[rows] &= draw_kept(hidden.shape, dropped)
+            torch.addmm(b2, hidden.mul_(alive[rows]), scaled, out=out[rows])
+        ctx.save_for_backward(x, w1, b1, w2, alive)
+        return out.view(*x.shape[:-1], len(w2))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, b1, w2, alive = ctx.saved_tensors
+        tokens, above = x.flatten(0, -2), gradient.flatten(0, -2)
+        scaled, to_x = w2 * ctx.scale, torch.empty_like(tokens)
+        exact = torch.promote_types(x.dtype, torch.float32)  # in which parts are summed
+        to_w1, to_b1, to_w2 = (torch.zeros_like(weight, dtype=exact) for weight in (w1, b1, w2))
+        rooms = tokens.new_empty(2, min(ROWS, len(tokens)), len(w1))
+        for rows in _parts(len(tokens)):
+            room, to_room = rooms[:, : len(tokens[rows])]
+            hidden = torch.addmm(b1, tokens[rows], w1.t(), out=room).mul_(alive[rows])
+            to_hidden = torch.mm(above[rows], scaled, out=to_room).mul_(alive[rows])
+            _add_product(to_w2, above[rows].t(), hidden)
+            _add_product(to_w1, to_hidden.t(), tokens[rows])
+            to_b1 += to_hidden.sum(0)
+            torch.mm(to_hidden, w1, out=to_x[rows])
+        weights = (part.to(x.dtype) for part in (to_w1, to_b1, to_w2.mul_(ctx.scale)))
+        return to_x.view(x.shape), *weights, above.sum(0), None
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(start, start + ROWS) for start in range(0, count, ROWS)]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in the precision of ``total``."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
