@@ -29,7 +29,7 @@ from siamese_detr.errors import UserError
 from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .backbones import Backbone
-from .functional import at_least_float32, spread_tokens
+from .functional import at_least_float32, constant, spread_tokens
 
 
 def refine(boxes: Tensor, deltas: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class LwDetrAdapter(DetectorAdapter):
         sources = self.project([x * mask[:, None].to(x.dtype) for x, mask in zip(maps, masks, strict=True)])
         masks, shapes = self.level_masks(sources, pixel_mask)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
-        spatial = torch.as_tensor(shapes, dtype=torch.long, device=tokens.device)
+        spatial = constant(shapes, tokens.device)
         extra = dict(
             spatial_shapes=spatial,
             spatial_shapes_list=shapes,

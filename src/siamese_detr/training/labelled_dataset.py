@@ -19,10 +19,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from siamese_detr.detectors.functional import constant
 from siamese_detr.errors import ImageError
 from siamese_detr.images.decode import read_image
 from siamese_detr.images.labels import DetectionDataset, LabelledImage
 from siamese_detr.randomness import rng
+from siamese_detr.views.photometric import luma
 
 # What separates the random streams that share (seed, epoch): sample augmentation and sample order.
 AUGMENT, ORDER = 1, 2
@@ -257,7 +259,7 @@ def jitter_colours(images: Tensor, factors: Tensor) -> Tensor:
     brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
     images = images * brightness
     images = (images - 0.5) * contrast + 0.5
-    grey = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    grey = luma(images).unsqueeze(1)
     return (grey + (images - grey) * saturation).clamp(0, 1)
 
 
@@ -273,5 +275,6 @@ def prepare(batch: dict[str, Any], mean: Sequence[float], std: Sequence[float]) 
     columns = torch.arange(width, device=images.device) < sizes[:, 1:]
     mask = rows[:, :, None] & columns[:, None, :]
     values = jitter_colours(images.float() / 255, batch["jitter"])
-    values = (values - values.new_tensor(mean).view(3, 1, 1)) / values.new_tensor(std).view(3, 1, 1)
+    middle, spread = constant([mean, std], values.device, values.dtype).view(2, 3, 1, 1)
+    values = (values - middle) / spread
     return values * mask[:, None], mask

@@ -100,7 +100,7 @@ def _blend(pixels: Tensor, operations: NDArray[np.int64], factors: NDArray[np.fl
     if (operations == CONTRAST).any():
         # The mean of the greyscale image, over valid pixels: the others are still 0 (only contrast lifts them).
         count = sizes.prod(1)[:, None, None, None]
-        level = pixels.sum((2, 3), keepdim=True).mul_(pixels.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+        level = luma(pixels.sum((2, 3), keepdim=True)).unsqueeze(1)
         level = level.mul_(_each(rest * (operations == CONTRAST), pixels)).div_(count)
         other = level if other is None else other.add_(level)
     factor = _each(factors, pixels)
