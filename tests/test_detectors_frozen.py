@@ -79,6 +79,20 @@ def test_fused_convolutions_compute_the_same(dtype: torch.dtype) -> None:
     assert all(len(m._packed) == m.kept for m in fused.modules() if isinstance(m, FusedConv2d))
 
 
+@pytest.mark.parametrize("groups", [1, 8])
+def test_any_layout_gives_the_plain_weights_back(groups: int) -> None:
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        pytest.skip("this build of PyTorch lacks oneDNN")
+    convolution = torch.nn.Conv2d(8, 24, 3, groups=groups).requires_grad_(False)
+    fused = FusedConv2d(convolution)
+    for side in (16, 64, 24, 9):
+        fused(torch.randn(2, 8, side, 16).contiguous(memory_format=torch.channels_last))
+        assert torch.equal(fused.plain(), convolution.weight)
+    fused.forget_shapes()
+    assert not fused._packed
+    assert torch.equal(fused.plain(), convolution.weight)
+
+
 @pytest.mark.parametrize(("name", "convolutions"), [("resnet50", 53), ("tf_efficientnet_lite0", 43)])
 def test_backbones_are_fused(name: str, convolutions: int) -> None:
     if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):

@@ -128,6 +128,9 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
         else:
             fused = traced
         found = run(fused, images)
+        for module in traced.modules():
+            if isinstance(module, FusedConv2d):
+                module.forget_shapes()  # the probe's will not come again
     except Exception as error:  # tracing calls the network's own code with what are no tensors: anything may come of it
         log.debug("the frozen backbone stays as it is: %s", error)
         return network
@@ -154,10 +157,10 @@ class FusedConv2d(nn.Module):
     """A convolution, the sum with another tensor, and an activation in one pass over memory.
 
     oneDNN computes with weights in a blocked layout that depends on the input's shape. It is kept here; else the
-    weights are brought into it at every call.
+    weights are brought into it at every call. The plain weights, which any layout gives back exactly, are not.
 
     Args:
-        convolution: frozen, padding with zeros; its weights are kept, too.
+        convolution: frozen, padding with zeros; not changed.
         activation: one of ``ACTIVATIONS``, after a sum only ReLU; None: none.
         in_place: write the sum to where the other summand is.
     """
@@ -169,7 +172,8 @@ class FusedConv2d(nn.Module):
         self, convolution: nn.Conv2d, activation: tuple[str, list[float]] | None = None, in_place: bool = False
     ) -> None:
         super().__init__()
-        self.weight, self.bias = convolution.weight, convolution.bias
+        self._plain: Tensor | None = convolution.weight.detach()
+        self.bias = convolution.bias
         self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
         self.activation, self.in_place = activation, in_place
         self._packed: dict[torch.Size, Tensor] = {}
@@ -179,7 +183,8 @@ class FusedConv2d(nn.Module):
         mkldnn = torch.ops.mkldnn
         weight = self._packed.pop(x.shape, None)
         if weight is None:
-            weight = mkldnn._reorder_convolution_weight(self.weight, *self.geometry, x.shape)
+            weight = mkldnn._reorder_convolution_weight(self.plain(), *self.geometry, x.shape)
+            self._plain = None
         self._packed[x.shape] = weight  # the last used is the last in order
         while len(self._packed) > self.kept:
             self._packed.pop(next(iter(self._packed)))
@@ -190,6 +195,14 @@ class FusedConv2d(nn.Module):
         if self.in_place:
             return mkldnn._convolution_pointwise_(other, x, *options)
         return mkldnn._convolution_pointwise(x, other, *options)
+
+    def plain(self) -> Tensor:
+        """The weights (C_out, C_in / groups, h, w) in PyTorch's layout."""
+        return self._plain if self._plain is not None else next(iter(self._packed.values())).to_dense()
+
+    def forget_shapes(self) -> None:
+        """Keep no layout but the plain one."""
+        self._plain, self._packed = self.plain(), {}
 
 
 def drop_identities(network: fx.GraphModule) -> None:
