@@ -82,12 +82,16 @@ def make_pretext(case: str, scale: Scale) -> SiamesePretext:
 
 
 def make_inputs(scale: Scale) -> ViewInputs:
-    """Smooth noise; the last image of the batch is a little smaller than the others."""
+    """Smooth noise, of another contrast and colour in every image; the last one of the batch is a little smaller.
+
+    (Where images hardly differ, batch norm over two of them enlarges rounding errors a thousandfold.)
+    """
     random = torch.Generator().manual_seed(0)
     pictures, regions = 2 * scale.batch, scale.regions
 
     def noise(count: int, height: int, width: int) -> Tensor:
         coarse = torch.randn(count, 3, height // 8 + 1, width // 8 + 1, generator=random)
+        coarse = coarse * torch.rand(count, 1, 1, 1, generator=random) + torch.randn(count, 3, 1, 1, generator=random)
         return nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
 
     sizes = torch.tensor([[scale.height, scale.width]]).repeat(pictures, 1)

@@ -65,3 +65,16 @@ def test_the_floors_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     forward, backward = parts["Transformer, heads, losses"]["gflop"], parts["backward"]["gflop"]
     assert 1.2 * forward < backward < 2.5 * forward  # two products for each of the forward pass's, but for the first
     assert (tmp_path / "floor.json").is_file()
+
+
+def test_both_data_paths_make_the_same_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr("siamese_detr.views.sampler.WINDOW", 1)  # no grouping: the sizes within a batch differ
+    import data_path
+
+    monkeypatch.setattr(data_path, "BATCH", 3)
+    store = data_path.Rows(data_path.shipped_photos(tmp_path, 6))
+    summary = data_path.compare(store, data_path.ViewConfig.imagenet(), rounds=1)
+    assert summary["ratios"]["worker"]["median"] > 1
+    # The plain path rounds rectangles to pixels and colours to 8 bits: a few hundredths of a standard deviation.
+    assert all(0 < value < 0.1 for value in summary["mean difference, normalised units"].values())

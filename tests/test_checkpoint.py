@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import pickle
@@ -242,6 +243,22 @@ def test_weight_decay_spares_norms_biases_and_embeddings() -> None:
     assert (decayed["weight_decay"], spared["weight_decay"]) == (1e-2, 0.0)
     (every,) = adamw(model, 1e-4, 1e-2, decay_all=True).param_groups
     assert len(every["params"]) == 6
+
+
+def test_the_fused_optimizer_updates_as_the_plain_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 3))
+    other = copy.deepcopy(model)
+    ours = adamw(model, 1e-2, 1e-2, decay_all=True)
+    plain = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=1e-2, foreach=False, fused=False)
+    for _ in range(20):
+        x = torch.randn(16, 7)
+        for network, optimizer in ((model, ours), (other, plain)):
+            network(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for got, want in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_the_geometry_of_deformable_attention_and_the_backbone_learn_at_rates_of_their_own() -> None:
