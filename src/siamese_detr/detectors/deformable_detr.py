@@ -19,7 +19,7 @@ from . import deformable_attention, initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .attention import dropout
 from .feed_forward import feed_forward
-from .functional import additive_mask, at_least_float32, constant, inverse_sigmoid
+from .functional import additive_mask, at_least_float32, inverse_sigmoid, level_arguments
 
 
 class DeformableDetrAdapter(DetectorAdapter):
@@ -122,13 +122,8 @@ class DeformableDetrAdapter(DetectorAdapter):
         position = torch.cat([x + detr.level_embed[i].view(1, 1, -1) for i, x in enumerate(positions)], 1)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
         mask = torch.cat([mask.flatten(1) for mask in masks], 1)
-        spatial = constant(shapes, tokens.device)
         ratios = torch.stack([detr.get_valid_ratio(mask, dtype=tokens.dtype) for mask in masks], 1)
-        extra = dict(
-            spatial_shapes=spatial,
-            spatial_shapes_list=shapes,
-            level_start_index=torch.cat((spatial.new_zeros((1,)), spatial.prod(1).cumsum(0)[:-1])),
-        )
+        extra = level_arguments(shapes, tokens.device)
         reference = detr.encoder.get_reference_points(tuple(shapes), ratios, device=tokens.device)
         tokens = dropout(tokens, detr.encoder.dropout, self.training)
 

@@ -49,6 +49,15 @@ def constant(values: Any, device: torch.device, dtype: torch.dtype | None = None
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
+def level_arguments(shapes: list[tuple[int, int]], device: torch.device) -> dict[str, Any]:
+    """What the stock modules of deformable attention ask about levels: their (h, w), on the device and on the host, and
+    the index of each one's first token.
+    """
+    sizes = constant(shapes, device)
+    starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+    return dict(spatial_shapes=sizes, spatial_shapes_list=shapes, level_start_index=starts)
+
+
 def additive_mask(may_attend: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Boolean (Q, Q), True = may attend, as the additive (1, 1, Q, Q) every attention implementation takes."""
     if may_attend is None:
@@ -87,8 +96,8 @@ def spread_tokens(count: int, shapes: list[tuple[int, int]], valid: Tensor) -> T
     """
     steps = constant([1.2207440846057596**-power for power in (1, 2, 3)], valid.device, torch.float64)
     level, y, x = ((0.5 + torch.arange(count, device=valid.device)[:, None] * steps) % 1).unbind(1)
-    sizes = constant(shapes, valid.device)
-    starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+    levels = level_arguments(shapes, valid.device)
+    sizes, starts = levels["spatial_shapes"], levels["level_start_index"]
     level = (level * len(shapes)).long()
     inner = [0.02 + 0.96 * share for share in (x, y)]
     column, row = (

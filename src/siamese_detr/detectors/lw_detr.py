@@ -29,7 +29,7 @@ from siamese_detr.errors import UserError
 from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .backbones import Backbone
-from .functional import at_least_float32, constant, spread_tokens
+from .functional import at_least_float32, level_arguments, spread_tokens
 
 
 def refine(boxes: Tensor, deltas: Tensor) -> Tensor:
@@ -148,11 +148,8 @@ class LwDetrAdapter(DetectorAdapter):
         sources = self.project([x * mask[:, None].to(x.dtype) for x, mask in zip(maps, masks, strict=True)])
         masks, shapes = self.level_masks(sources, pixel_mask)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
-        spatial = constant(shapes, tokens.device)
         extra = dict(
-            spatial_shapes=spatial,
-            spatial_shapes_list=shapes,
-            level_start_index=torch.cat((spatial.new_zeros((1,)), spatial.prod(1).cumsum(0)[:-1])),
+            **level_arguments(shapes, tokens.device),
             valid_ratios=torch.stack([detr.get_valid_ratio(mask, dtype=tokens.dtype) for mask in masks], 1),
         )
         return Memory(tokens, torch.cat([mask.flatten(1) for mask in masks], 1), shapes, None, extra)

@@ -28,7 +28,7 @@ from transformers import (
 
 from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from .functional import additive_mask, at_least_float32, constant, spread_tokens
+from .functional import additive_mask, at_least_float32, constant, level_arguments, spread_tokens
 
 SIDE = 32
 """Sides of the input must be multiples of this, or the levels of the encoder do not fit on each other."""
@@ -142,15 +142,12 @@ class RTDetrAdapter(DetectorAdapter):
         sources += [project(encoded[-1]) for project in detr.decoder_input_proj[len(sources) :]]
         masks, shapes = self.level_masks(sources, pixel_mask)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
-        spatial = constant(shapes, tokens.device)
         # Boxes come relative to the whole input; valid / whole makes them relative to the un-padded image.
         valid = torch.stack((pixel_mask[:, 0].sum(1), pixel_mask[:, :, 0].sum(1)), 1)
         whole = constant([pixel_mask.shape[2], pixel_mask.shape[1]], valid.device)
         extra = dict(
             valid=valid / whole,
-            spatial_shapes=spatial,
-            spatial_shapes_list=shapes,
-            level_start_index=torch.cat((spatial.new_zeros((1,)), spatial.prod(1).cumsum(0)[:-1])),
+            **level_arguments(shapes, tokens.device),
         )
         return Memory(tokens, torch.cat([mask.flatten(1) for mask in masks], 1), shapes, None, extra)
 
