@@ -108,10 +108,10 @@ class Locked(UserError):
 
 def wait_unlocked(directory: Path, patience: float) -> None:
     """Until no process holds ``directory``, at most ``patience`` seconds."""
-    deadline = time.monotonic() + patience
-    while (directory / ".lock").exists():
+    deadline, lock = time.monotonic() + patience, RunLock(directory)
+    while lock.path.exists():
         try:
-            with RunLock(directory):
+            with lock:
                 return
         except Locked:
             if time.monotonic() > deadline:
