@@ -11,8 +11,9 @@ tensor after the other. Weights, inputs and mathematics are those of :class:`sia
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou, roi_align
 
-from siamese_detr.detectors import attention, deformable_attention, deformable_detr, detr, functional
+from siamese_detr.detectors import attention, deformable_attention, deformable_detr, detr, layers, linear
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.pretext.losses import full_precision
 from siamese_detr.pretext.siamese import SiamesePretext
@@ -31,24 +32,15 @@ Timer = Callable[[str], Any]
 
 @contextmanager
 def stock_modules(detector: DetectorAdapter) -> Iterator[None]:
-    """The detector with PyTorch's attention and dropout and Transformers' sampling in the place of ours."""
-    replaced = deformable_attention.uninstall(detector.model)
-    attention.uninstall(detector.model)
-    ours = functional.dropout, functional.feed_forward
-    for module in (functional, detr, deformable_detr):
-        module.dropout = nn.functional.dropout  # type: ignore[attr-defined]
-    for module in (functional, deformable_detr):
-        module.feed_forward = lambda block, x: block(x)  # type: ignore[attr-defined]
-    try:
+    """The detector with PyTorch's attention, dropout, linear layers and Transformers' sampling instead of ours."""
+    with ExitStack() as stock:
+        for part in (attention, deformable_attention, linear):
+            part.uninstall(detector.model)
+            stock.callback(part.install, detector.model)
+        for module in (detr, deformable_detr, layers):
+            stock.enter_context(patch.object(module, "dropout", nn.functional.dropout))
+        stock.enter_context(patch.object(layers, "feed_forward", lambda block, x: block(x)))
         yield
-    finally:
-        for module in (functional, detr, deformable_detr):
-            module.dropout = ours[0]  # type: ignore[attr-defined]
-        for module in (functional, deformable_detr):
-            module.feed_forward = ours[1]  # type: ignore[attr-defined]
-        attention.install(detector.model)
-        if replaced:
-            deformable_attention.install(detector.model)
 
 
 class PlainSiamese:

@@ -11,6 +11,7 @@ from . import initialise
 from .adapter import Decoded, Memory
 from .detr import DetrAdapter
 from .functional import additive_mask, at_least_float32, inverse_sigmoid, padding_mask, sine_embedding
+from .layers import decoder_layer
 
 
 class ConditionalDetrAdapter(DetrAdapter):
@@ -40,20 +41,17 @@ class ConditionalDetrAdapter(DetrAdapter):
         sine = sine_embedding(reference, self.hidden_size // 2)
         reference = inverse_sigmoid(at_least_float32(reference))
         hidden = torch.zeros_like(positions)
-        memory_mask = padding_mask(memory.mask, hidden.dtype)
-        self_mask = additive_mask(query_mask, hidden.dtype)
+        own = dict(attention_mask=additive_mask(query_mask, hidden.dtype), query_position_embeddings=positions)
+        across = dict(
+            encoder_hidden_states=memory.tokens,
+            attention_mask=padding_mask(memory.mask, hidden.dtype),
+            encoder_position_embeddings=memory.positions,
+        )
         states, boxes = [], []
         for index, layer in enumerate(decoder.layers):
-            hidden = layer(
-                hidden,
-                self_mask,
-                memory.positions,
-                positions,
-                sine * decoder.query_scale(hidden) if index else sine,
-                memory.tokens,
-                encoder_attention_mask=memory_mask,
-                is_first=index == 0,
-            )
+            scaled = sine * decoder.query_scale(hidden) if index else sine
+            embedded = dict(query_sine_embed=scaled, query_position_embeddings=None if index else positions)
+            hidden = decoder_layer(layer, hidden, own, across | embedded)
             states.append(decoder.layernorm(hidden))
             shift = at_least_float32(self.model.bbox_predictor(states[-1]))
             boxes.append(torch.cat((shift[..., :2] + reference, shift[..., 2:]), -1).sigmoid())

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, PretrainedConfig, PreTrainedModel
 
 from siamese_detr.errors import UserError
@@ -18,8 +17,8 @@ from siamese_detr.errors import UserError
 from . import deformable_attention, initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .attention import dropout
-from .feed_forward import feed_forward
 from .functional import additive_mask, at_least_float32, inverse_sigmoid, level_arguments
+from .layers import decoder_layer, encoder_layer
 
 
 class DeformableDetrAdapter(DetectorAdapter):
@@ -126,24 +125,16 @@ class DeformableDetrAdapter(DetectorAdapter):
         extra = level_arguments(shapes, tokens.device)
         reference = detr.encoder.get_reference_points(tuple(shapes), ratios, device=tokens.device)
         tokens = dropout(tokens, detr.encoder.dropout, self.training)
-
-        def run(layer: Any, tokens: Tensor) -> Tensor:
-            attended, _ = layer.self_attn(
-                hidden_states=tokens,
+        for layer in detr.encoder.layers:
+            tokens = encoder_layer(
+                layer,
+                tokens,
                 attention_mask=mask,
                 encoder_hidden_states=tokens,
                 position_embeddings=position,
                 reference_points=reference,
                 **extra,
             )
-            tokens = layer.self_attn_layer_norm(tokens + dropout(attended, layer.dropout, layer.training))
-            return layer.final_layer_norm(tokens + feed_forward(layer.mlp, tokens))
-
-        for layer in detr.encoder.layers:
-            if layer.training and getattr(layer, "gradient_checkpointing", False):
-                tokens = checkpoint(run, layer, tokens, use_reentrant=False)
-            else:
-                tokens = run(layer, tokens)
         return Memory(tokens, mask, shapes, position, {"valid_ratios": ratios, **extra})
 
     def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
@@ -153,20 +144,20 @@ class DeformableDetrAdapter(DetectorAdapter):
         position, content = detr.query_position_embeddings.weight.split(self.hidden_size, dim=1)
         positions = self.add_regions(position, region_queries, len(memory.tokens))
         hidden = content.unsqueeze(0).expand(len(positions), -1, -1)
-        self_mask = additive_mask(query_mask, hidden.dtype)
+        own = dict(attention_mask=additive_mask(query_mask, hidden.dtype), position_embeddings=positions)
+        across = dict(
+            encoder_hidden_states=memory.tokens,
+            attention_mask=memory.mask,
+            encoder_attention_mask=memory.mask,
+            position_embeddings=positions,
+            **extra,
+        )
         reference = detr.reference_points(positions).sigmoid()
         states, boxes = [], []
         for layer, box_head in zip(detr.decoder.layers, self.model.bbox_embed, strict=True):
             scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), -1)
-            hidden = layer(
-                hidden,
-                object_queries_position_embeddings=positions,
-                reference_points=(reference[:, :, None] * scale[:, None]).to(hidden.dtype),
-                encoder_hidden_states=memory.tokens,
-                encoder_attention_mask=memory.mask,
-                attention_mask=self_mask,  # reaches the self-attention only
-                **extra,
-            )
+            anchors = (reference[:, :, None] * scale[:, None]).to(hidden.dtype)
+            hidden = decoder_layer(layer, hidden, own, across | {"reference_points": anchors})
             states.append(hidden)
             shift, known = at_least_float32(box_head(hidden)), reference.shape[-1]
             anchor = inverse_sigmoid(at_least_float32(reference))

@@ -11,7 +11,8 @@ from transformers import DetrConfig, DetrForObjectDetection, PretrainedConfig, P
 from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .attention import dropout
-from .functional import additive_mask, at_least_float32, padding_mask, run_encoder_layers
+from .functional import additive_mask, at_least_float32, padding_mask
+from .layers import decoder_layer, encoder_layer
 
 
 class DetrAdapter(DetectorAdapter):
@@ -62,7 +63,8 @@ class DetrAdapter(DetectorAdapter):
         tokens = detr.input_projection(last).flatten(2).transpose(1, 2)
         tokens = dropout(tokens, detr.encoder.dropout, self.training)
         attention_mask = padding_mask(mask.flatten(1), tokens.dtype)
-        tokens = run_encoder_layers(detr.encoder.layers, tokens, attention_mask, positions)
+        for layer in detr.encoder.layers:
+            tokens = encoder_layer(layer, tokens, attention_mask=attention_mask, position_embeddings=positions)
         return Memory(tokens, mask.flatten(1), shapes, positions)
 
     def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
@@ -70,13 +72,16 @@ class DetrAdapter(DetectorAdapter):
         embedding = self.model.model.query_position_embeddings.weight
         positions = self.add_regions(embedding, region_queries, len(memory.tokens))
         hidden = torch.zeros_like(positions)
-        memory_mask = padding_mask(memory.mask, hidden.dtype)
-        self_mask = additive_mask(query_mask, hidden.dtype)
+        own = dict(attention_mask=additive_mask(query_mask, hidden.dtype), position_embeddings=positions)
+        across = dict(
+            key_value_states=memory.tokens,
+            attention_mask=padding_mask(memory.mask, hidden.dtype),
+            position_embeddings=positions,
+            encoder_position_embeddings=memory.positions,
+        )
         states, boxes = [], []
         for layer in decoder.layers:
-            hidden = layer(
-                hidden, self_mask, memory.positions, positions, memory.tokens, encoder_attention_mask=memory_mask
-            )
+            hidden = decoder_layer(layer, hidden, own, across)
             states.append(decoder.layernorm(hidden))
             boxes.append(at_least_float32(self.model.bbox_predictor(states[-1])).sigmoid())
         return Decoded(torch.stack(states), torch.stack(boxes))

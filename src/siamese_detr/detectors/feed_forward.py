@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import LEVELS, draw_kept, dropout
+from .linear import product
 
 ROWS = 1024
 """Tokens per part: 4 MB at a width of 1024."""
@@ -56,16 +57,15 @@ class _ReluBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropped: int) -> Tensor:
         ctx.scale = LEVELS / (LEVELS - dropped)
-        tokens, scaled = x.flatten(0, -2), w2.t() * ctx.scale
+        tokens, scaled = x.flatten(0, -2), w2 * ctx.scale
         out = tokens.new_empty(len(tokens), len(w2))
         alive = torch.empty(len(tokens), len(w1), dtype=torch.bool)  # neither negative nor dropped
-        room = tokens.new_empty(min(ROWS, len(tokens)), len(w1))
         for rows in _parts(len(tokens)):
-            hidden = torch.addmm(b1, tokens[rows], w1.t(), out=room[: len(tokens[rows])])
+            hidden = product(tokens[rows], w1, b1)
             torch.gt(hidden, 0, out=alive[rows])
             if dropped:
                 alive[rows] &= draw_kept(hidden.shape, dropped)
-            torch.addmm(b2, hidden.mul_(alive[rows]), scaled, out=out[rows])
+            out[rows] = product(hidden.mul_(alive[rows]), scaled, b2)
         ctx.save_for_backward(x, w1, b1, w2, alive)
         return out.view(*x.shape[:-1], len(w2))
 
@@ -77,15 +77,13 @@ class _ReluBlock(torch.autograd.Function):
         scaled, to_x = w2 * ctx.scale, torch.empty_like(tokens)
         exact = torch.promote_types(x.dtype, torch.float32)  # in which parts are summed
         to_w1, to_b1, to_w2 = (torch.zeros_like(weight, dtype=exact) for weight in (w1, b1, w2))
-        rooms = tokens.new_empty(2, min(ROWS, len(tokens)), len(w1))
         for rows in _parts(len(tokens)):
-            room, to_room = rooms[:, : len(tokens[rows])]
-            hidden = torch.addmm(b1, tokens[rows], w1.t(), out=room).mul_(alive[rows])
-            to_hidden = torch.mm(above[rows], scaled, out=to_room).mul_(alive[rows])
+            hidden = product(tokens[rows], w1, b1).mul_(alive[rows])
+            to_hidden = product(above[rows], scaled.t()).mul_(alive[rows])
             _add_product(to_w2, above[rows].t(), hidden)
             _add_product(to_w1, to_hidden.t(), tokens[rows])
             to_b1 += to_hidden.sum(0)
-            torch.mm(to_hidden, w1, out=to_x[rows])
+            to_x[rows] = product(to_hidden, w1.t())
         weights = (part.to(x.dtype) for part in (to_w1, to_b1, to_w2.mul_(ctx.scale)))
         return to_x.view(x.shape), *weights, above.sum(0), None
 

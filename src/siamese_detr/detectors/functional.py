@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from .attention import dropout
-from .feed_forward import feed_forward
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -104,23 +99,3 @@ def spread_tokens(count: int, shapes: list[tuple[int, int]], valid: Tensor) -> T
         (inner[i] * valid[:, i, None] * sizes[level, 1 - i]).long().clamp(max=sizes[level, 1 - i] - 1) for i in (0, 1)
     )
     return starts[level] + row * sizes[level, 1] + column
-
-
-def run_encoder_layers(layers: Iterable[Any], tokens: Tensor, mask: Any, positions: Tensor) -> Tensor:
-    """The encoder layers of DETR and its siblings, through their own sub-modules.
-
-    Equal to calling the layers, bit for bit, but without their finiteness test, which in training costs a
-    device synchronisation per layer. Gradient checkpointing, where enabled in the model, is honoured.
-    """
-
-    def run(layer: Any, tokens: Tensor) -> Tensor:
-        attended, _ = layer.self_attn(hidden_states=tokens, attention_mask=mask, position_embeddings=positions)
-        tokens = layer.self_attn_layer_norm(tokens + dropout(attended, layer.dropout, layer.training))
-        return layer.final_layer_norm(tokens + feed_forward(layer.mlp, tokens))
-
-    for layer in layers:
-        if layer.training and getattr(layer, "gradient_checkpointing", False):
-            tokens = checkpoint(run, layer, tokens, use_reentrant=False)
-        else:
-            tokens = run(layer, tokens)
-    return tokens
