@@ -35,18 +35,23 @@ def draw_kept(shape: torch.Size, dropped: int) -> Tensor:
     return (words.view(torch.int16)[: shape.numel()] >= dropped - LEVELS // 2).view(shape)
 
 
+def masked(x: Tensor, kept: Tensor) -> Tensor:
+    """``x * kept``: PyTorch multiplies by bytes three times as fast as by booleans."""
+    return x * kept.view(torch.uint8)
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
         kept = draw_kept(x.shape, dropped)
         ctx.save_for_backward(kept)
         ctx.scale = LEVELS / (LEVELS - dropped)
-        return torch.ops.aten.native_dropout_backward(x, kept, ctx.scale)  # x * kept * scale
+        return masked(x, kept).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return torch.ops.aten.native_dropout_backward(gradient, kept, ctx.scale), None
+        return masked(gradient, kept).mul_(ctx.scale), None
 
 
 def attention(

@@ -3,6 +3,7 @@
 An encoder's hidden activations are its largest tensors: thousands of tokens, four to eight times as wide as the tokens.
 Here they exist for a few hundred tokens at a time, and the backward pass computes them again from the input. That costs
 the first of the block's six products once more, and saves what writing and reading them takes, and most of the memory.
+Where all tokens are one part, the activations are kept. One mask says where ReLU or dropout let nothing through.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ def feed_forward(block: Any, x: Tensor) -> Tensor:
     """
     dropped = round(block.activation_dropout * LEVELS)
     fits = type(block.activation_fn) is nn.ReLU and dropped < LEVELS
-    pays = x.device.type == "cpu" and x.numel() > ROWS * x.shape[-1]  # a single part would be computed twice for little
-    if block.training and fits and pays:
+    if block.training and fits and x.device.type == "cpu":
         # Autocast does not see inside.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         tensors = (x, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias)
@@ -60,26 +60,29 @@ class _ReluBlock(torch.autograd.Function):
         tokens, scaled = x.flatten(0, -2), w2 * ctx.scale
         out = tokens.new_empty(len(tokens), len(w2))
         alive = torch.empty(len(tokens), len(w1), dtype=torch.bool)  # neither negative nor dropped
-        for rows in _parts(len(tokens)):
+        through = alive.view(torch.uint8)  # by which PyTorch multiplies faster than by booleans
+        parts = _parts(len(tokens))
+        for rows in parts:
             hidden = product(tokens[rows], w1, b1)
             torch.gt(hidden, 0, out=alive[rows])
             if dropped:
                 alive[rows] &= draw_kept(hidden.shape, dropped)
-            out[rows] = product(hidden.mul_(alive[rows]), scaled, b2)
-        ctx.save_for_backward(x, w1, b1, w2, alive)
+            hidden.mul_(through[rows])
+            out[rows] = product(hidden, scaled, b2)
+        ctx.save_for_backward(x, w1, b1, w2, through, hidden if len(parts) == 1 else None)
         return out.view(*x.shape[:-1], len(w2))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w2, alive = ctx.saved_tensors
+        x, w1, b1, w2, through, kept = ctx.saved_tensors
         tokens, above = x.flatten(0, -2), gradient.flatten(0, -2)
         scaled, to_x = w2 * ctx.scale, torch.empty_like(tokens)
         exact = torch.promote_types(x.dtype, torch.float32)  # in which parts are summed
         to_w1, to_b1, to_w2 = (torch.zeros_like(weight, dtype=exact) for weight in (w1, b1, w2))
         for rows in _parts(len(tokens)):
-            hidden = product(tokens[rows], w1, b1).mul_(alive[rows])
-            to_hidden = product(above[rows], scaled.t()).mul_(alive[rows])
+            hidden = product(tokens[rows], w1, b1).mul_(through[rows]) if kept is None else kept
+            to_hidden = product(above[rows], scaled.t()).mul_(through[rows])
             _add_product(to_w2, above[rows].t(), hidden)
             _add_product(to_w1, to_hidden.t(), tokens[rows])
             to_b1 += to_hidden.sum(0)
