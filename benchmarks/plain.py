@@ -37,9 +37,10 @@ def stock_modules(detector: DetectorAdapter) -> Iterator[None]:
         for part in (attention, deformable_attention, linear):
             part.uninstall(detector.model)
             stock.callback(part.install, detector.model)
-        for module in (detr, deformable_detr, layers):
+        for module in (detr, deformable_detr):
             stock.enter_context(patch.object(module, "dropout", nn.functional.dropout))
-        stock.enter_context(patch.object(layers, "feed_forward", lambda block, x: block(x)))
+        stock.enter_context(patch.object(layers, "residual", lambda x, *branch: x + nn.functional.dropout(*branch)))
+        stock.enter_context(patch.object(layers, "add_feed_forward", lambda block, x: x + block(x)))
         yield
 
 

@@ -26,7 +26,15 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     dropped = round(probability * LEVELS)
     if not training or x.device.type != "cpu" or not 0 < dropped < LEVELS or not x.numel():
         return nn.functional.dropout(x, probability, training)
-    return _Dropout.apply(x, dropped)
+    return _Dropout.apply(x, dropped, None)
+
+
+def residual(x: Tensor, branch: Tensor, probability: float, training: bool) -> Tensor:
+    """``x + dropout(branch)``, of one shape."""
+    dropped = round(probability * LEVELS)
+    if not training or x.device.type != "cpu" or not 0 < dropped < LEVELS or x.dtype != branch.dtype:
+        return x + dropout(branch, probability, training)
+    return _Dropout.apply(branch, dropped, x)
 
 
 def draw_kept(shape: torch.Size, dropped: int) -> Tensor:
@@ -42,16 +50,17 @@ def masked(x: Tensor, kept: Tensor) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropped: int, added: Tensor | None) -> Tensor:
         kept = draw_kept(x.shape, dropped)
         ctx.save_for_backward(kept)
         ctx.scale = LEVELS / (LEVELS - dropped)
-        return masked(x, kept).mul_(ctx.scale)
+        out = masked(x, kept).mul_(ctx.scale)
+        return out if added is None else out.add_(added)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
-        return masked(gradient, kept).mul_(ctx.scale), None
+        return masked(gradient, kept).mul_(ctx.scale), None, gradient if ctx.needs_input_grad[2] else None
 
 
 def attention(

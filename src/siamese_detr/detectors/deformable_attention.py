@@ -10,13 +10,17 @@ weights. Other devices keep Transformers' own code.
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from scipy.sparse import csc_array
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, pad
-from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+from transformers.models.deformable_detr.modeling_deformable_detr import (
+    DeformableDetrMultiscaleDeformableAttention,
+    MultiScaleDeformableAttention,
+)
 
 BORDER = 2
 """Rows and columns of zeros around each level: a point outside the map reads zeros, like all its neighbours."""
@@ -60,41 +64,101 @@ class BagSampling(nn.Module):
         return sample(value, locations, weights, shapes)
 
 
+class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
+    """Transformers' module, which it is again elsewhere, on a CPU around fixed reference points: the encoder's.
+
+    There it adds offsets in cells to positions in cells, where the stock one scales both to the levels' sizes and back.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        position_embeddings: Tensor | None = None,
+        reference_points: Any = None,
+        spatial_shapes: Any = None,
+        spatial_shapes_list: Any = None,
+        level_start_index: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """See the stock module."""
+        fixed = reference_points.shape[-1] == 2 and not reference_points.requires_grad
+        if hidden_states.device.type != "cpu" or not fixed:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                position_embeddings,
+                reference_points,
+                spatial_shapes,
+                spatial_shapes_list,
+                level_start_index,
+                **options,
+            )
+        queries = hidden_states if position_embeddings is None else hidden_states + position_embeddings
+        value = self.value_proj(encoder_hidden_states)
+        if attention_mask is not None:
+            value = value.masked_fill(~attention_mask[..., None], 0)
+        points = (*queries.shape[:2], self.n_heads, self.n_levels, self.n_points)
+        weights = self.attention_weights(queries).view(*points[:3], -1).softmax(-1).view(points)
+        offsets = self.sampling_offsets(queries).view(*points, 2)
+        value = value.unflatten(-1, (self.n_heads, -1))
+        return self.output_proj(sample(value, offsets, weights, spatial_shapes_list, reference_points)), weights
+
+
 @torch.compiler.disable
-def sample(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-    """See :meth:`BagSampling.forward`."""
-    return _Sample.apply(value, locations, weights, tuple(shapes))
+def sample(
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    shapes: list[tuple[int, int]],
+    reference: Tensor | None = None,
+) -> Tensor:
+    """See :meth:`BagSampling.forward`.
+
+    Args:
+        value, weights, shapes: as there.
+        locations: as there; with `reference`, their distances from it in cells of their level.
+        reference: (B, Q, levels, 2), 0 to 1 across each level, without a gradient.
+    """
+    return _Sample.apply(value, locations, weights, tuple(shapes), reference)
 
 
 class _Sample(torch.autograd.Function):
     """Image by image: what is needed besides the inputs and the result stays small."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple) -> Tensor:
-        ctx.save_for_backward(value, locations, weights)
+    def forward(
+        ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple, reference: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(value, locations, weights, reference)
         ctx.shapes = shapes
-        grid = _Grid(value, locations, shapes)
-        out = []
-        for v, at, weight in zip(value, locations, weights, strict=True):
-            rows, right, down = grid.place(at)
+        grid = _Grid(value, locations, shapes, absolute=reference is None)
+        out = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
+        for image, (v, at, weight) in enumerate(zip(value, locations, weights, strict=True)):
+            rows, right, down = grid.place(at, None if reference is None else reference[image])
             bags = grid.shares(weight, right, down)
-            out.append(embedding_bag(rows, grid.table(v), mode="sum", per_sample_weights=bags).view(at.shape[0], -1))
-        return torch.stack(out).to(value.dtype)
+            summed = embedding_bag(rows, grid.table(v), mode="sum", per_sample_weights=bags)
+            out[image] = summed.view(out.shape[1:])
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        value, locations, weights = ctx.saved_tensors
-        grid = _Grid(value, locations, ctx.shapes)
-        gradients = []
-        for v, at, weight, above in zip(value, locations, weights, gradient, strict=True):
-            rows, right, down = grid.place(at)
+        value, locations, weights, reference = ctx.saved_tensors
+        grid = _Grid(value, locations, ctx.shapes, absolute=reference is None)
+        to_value, to_locations, to_weights = (torch.empty_like(x) for x in (value, locations, weights))
+        for image, (v, at, weight, above) in enumerate(zip(value, locations, weights, gradient, strict=True)):
+            rows, right, down = grid.place(at, None if reference is None else reference[image])
             above = above.to(grid.dtype).reshape(len(rows), -1)
-            to_value = grid.to_levels(grid.shares(weight, right, down), rows, above) if ctx.needs_input_grad[0] else v
+            if ctx.needs_input_grad[0]:
+                to_value[image] = grid.to_levels(grid.shares(weight, right, down), rows, above)
             corners = grid.corners(rows, grid.table(v), above)
-            gradients.append((to_value, *grid.to_points(corners, weight, right, down, at.shape)))
-        columns = zip(zip(*gradients, strict=True), (value, locations, weights), strict=True)
-        return *(torch.stack(column).to(x.dtype) for column, x in columns), None
+            to_locations[image], to_weights[image] = grid.to_points(corners, weight, right, down, at.shape)
+        return to_value if ctx.needs_input_grad[0] else None, to_locations, to_weights, None, None
 
 
 class _Grid:
@@ -104,8 +168,10 @@ class _Grid:
     levels' sizes are repeated to that length.
     """
 
-    def __init__(self, value: Tensor, locations: Tensor, shapes: tuple[tuple[int, int], ...]) -> None:
-        self.shapes = shapes
+    def __init__(
+        self, value: Tensor, locations: Tensor, shapes: tuple[tuple[int, int], ...], *, absolute: bool
+    ) -> None:
+        self.shapes, self.absolute = shapes, absolute
         self.heads, self.points = value.shape[2], locations.shape[4]
         self.dtype = torch.promote_types(value.dtype, torch.float32)
         starts, cells = [], 0
@@ -131,11 +197,16 @@ class _Grid:
             levels.append(pad(picture, (0, 0, BORDER, BORDER, BORDER, BORDER)).flatten(0, 1))
         return torch.cat(levels).view(self.rows, -1)
 
-    def place(self, locations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def place(self, locations: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(Q, heads, levels, points, 2) -> rows (Q * heads, 4 * levels * points) of the four neighbours, and how far
         the points lie to the right of and below the first one, in cells.
         """
         x, y = locations.to(self.dtype).reshape(len(locations), -1, 2).unbind(-1)
+        if reference is None:
+            x, y = x * self.width, y * self.height
+        else:
+            known = reference.to(self.dtype).repeat_interleave(self.points, 1).repeat(1, self.heads, 1)
+            x, y = torch.addcmul(x, known[..., 0], self.width), torch.addcmul(y, known[..., 1], self.height)
         right, column = _split(x, self.width)
         down, row = _split(y, self.height)
         first = row.mul_(self.stride).add_(column, alpha=self.heads).add_(self.origin)
@@ -176,15 +247,24 @@ class _Grid:
         vertical = bottom_left.addcmul_(right, bottom).sub_(above)
         horizontal = top.addcmul_(down, bottom.sub_(top))
         weights = weights.to(self.dtype).reshape(right.shape)
-        to_locations = torch.stack((horizontal * weights * self.width, vertical * weights * self.height), -1)
-        return to_locations.view(shape), above.addcmul_(down, vertical).view(shape[:-1])
+        to_cells = horizontal.mul_(weights), vertical * weights
+        if self.absolute:
+            to_cells = to_cells[0].mul_(self.width), to_cells[1].mul_(self.height)
+        return torch.stack(to_cells, -1).view(shape), above.addcmul_(down, vertical).view(shape[:-1])
 
     def to_levels(self, shares: Tensor, rows: Tensor, gradient: Tensor) -> Tensor:
         """Gradient of the values (S, heads, C)."""
         ends = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=torch.int32)
-        parts = (shares.flatten().numpy(), rows.flatten().numpy(), ends.numpy())
-        matrix = csc_array(parts, shape=(self.rows, len(rows)))
-        table = torch.from_numpy(matrix @ gradient.numpy()).view(-1, self.heads, gradient.shape[1])
+        count = min(torch.get_num_threads(), 4)  # each adds up a table of its own
+
+        def table_of(part: tuple[Tensor, ...]) -> Any:
+            weights, rows, gradient = (x.numpy() for x in part)
+            matrix = csc_array((weights.ravel(), rows.ravel(), ends[: len(rows) + 1].numpy()), (self.rows, len(rows)))
+            return matrix @ gradient
+
+        with ThreadPoolExecutor(count) as threads:  # SciPy computes on one core, without holding Python's lock
+            tables = list(threads.map(table_of, zip(*(x.chunk(count) for x in (shares, rows, gradient)), strict=True)))
+        table = torch.from_numpy(sum(tables[1:], start=tables[0])).view(-1, self.heads, gradient.shape[1])
         levels = table.split([(height + 2 * BORDER) * (width + 2 * BORDER) for height, width in self.shapes])
         inner = [
             level.unflatten(0, (height + 2 * BORDER, -1))[BORDER:-BORDER, BORDER:-BORDER].flatten(0, 1)
@@ -193,20 +273,27 @@ class _Grid:
         return torch.cat(inner)
 
 
-def _split(share: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions across `cells` cells -> (distance behind the cell before, its int32 index), kept near by."""
-    place = torch.minimum((share * cells).sub_(0.5).clamp_(min=-BORDER), cells)
+def _split(place: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in cells, overwritten -> (distance behind the centre before, its int32 index), kept near by."""
+    place = torch.minimum(place.sub_(0.5).clamp_(min=-BORDER), cells)
     before = place.floor()
     return place.sub_(before), before.to(torch.int32)
 
 
 def install(model: nn.Module) -> bool:
-    """Put :class:`BagSampling` in the place of every stock sampling module; whether there was one."""
+    """Put :class:`BagSampling` in the place of every stock sampling module; whether there was one. Let Deformable
+    DETR's attention compute as :class:`DeformableAttention`."""
+    for module in model.modules():
+        if type(module) is DeformableDetrMultiscaleDeformableAttention:
+            module.__class__ = DeformableAttention
     return _replace(model, MultiScaleDeformableAttention, BagSampling)
 
 
 def uninstall(model: nn.Module) -> bool:
     """Put the stock modules back."""
+    for module in model.modules():
+        if type(module) is DeformableAttention:
+            module.__class__ = DeformableDetrMultiscaleDeformableAttention
     return _replace(model, BagSampling, lambda module: module.stock)
 
 

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import LEVELS, draw_kept, dropout
+from .attention import LEVELS, draw_kept, dropout, residual
 from .linear import product
 
 ROWS = 1024
 """Tokens per part: 4 MB at a width of 1024."""
 
 
-def feed_forward(block: Any, x: Tensor) -> Tensor:
-    """A stock feed-forward block of DETR's relatives, through its own sub-modules, with our dropout.
+def add_feed_forward(block: Any, x: Tensor) -> Tensor:
+    """``x + block(x)`` for a stock feed-forward block of DETR's relatives, through its own sub-modules.
 
     Args:
         block: has ``fc1``, ``activation_fn``, ``activation_dropout``, ``fc2`` and ``dropout``.
@@ -37,7 +37,7 @@ def feed_forward(block: Any, x: Tensor) -> Tensor:
     else:
         hidden = block.activation_fn(block.fc1(x))
         projected = block.fc2(dropout(hidden, block.activation_dropout, block.training))
-    return dropout(projected, block.dropout, block.training)
+    return residual(x, projected, block.dropout, block.training)
 
 
 @torch.compiler.disable

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention import dropout
-from .feed_forward import feed_forward
+from .attention import residual
+from .feed_forward import add_feed_forward
 
 
 def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
@@ -28,8 +28,8 @@ def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
 
     def run(tokens: Tensor) -> Tensor:
         attended, _ = layer.self_attn(hidden_states=tokens, **attention)
-        tokens = layer.self_attn_layer_norm(tokens + dropout(attended, layer.dropout, layer.training))
-        return layer.final_layer_norm(tokens + feed_forward(layer.mlp, tokens))
+        tokens = layer.self_attn_layer_norm(residual(tokens, attended, layer.dropout, layer.training))
+        return layer.final_layer_norm(add_feed_forward(layer.mlp, tokens))
 
     return _checkpointed(layer, run, tokens)
 
@@ -47,10 +47,10 @@ def decoder_layer(
 
     def run(queries: Tensor) -> Tensor:
         attended, _ = layer.self_attn(hidden_states=queries, **self_attention)
-        queries = layer.self_attn_layer_norm(queries + dropout(attended, layer.dropout, layer.training))
+        queries = layer.self_attn_layer_norm(residual(queries, attended, layer.dropout, layer.training))
         attended, _ = layer.encoder_attn(hidden_states=queries, **cross_attention)
-        queries = layer.encoder_attn_layer_norm(queries + dropout(attended, layer.dropout, layer.training))
-        return layer.final_layer_norm(queries + feed_forward(layer.mlp, queries))
+        queries = layer.encoder_attn_layer_norm(residual(queries, attended, layer.dropout, layer.training))
+        return layer.final_layer_norm(add_feed_forward(layer.mlp, queries))
 
     return _checkpointed(layer, run, queries)
 
