@@ -10,7 +10,6 @@ weights. Other devices keep Transformers' own code.
 from __future__ import annotations
 
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -255,16 +254,9 @@ class _Grid:
     def to_levels(self, shares: Tensor, rows: Tensor, gradient: Tensor) -> Tensor:
         """Gradient of the values (S, heads, C)."""
         ends = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=torch.int32)
-        count = min(torch.get_num_threads(), 4)  # each adds up a table of its own
-
-        def table_of(part: tuple[Tensor, ...]) -> Any:
-            weights, rows, gradient = (x.numpy() for x in part)
-            matrix = csc_array((weights.ravel(), rows.ravel(), ends[: len(rows) + 1].numpy()), (self.rows, len(rows)))
-            return matrix @ gradient
-
-        with ThreadPoolExecutor(count) as threads:  # SciPy computes on one core, without holding Python's lock
-            tables = list(threads.map(table_of, zip(*(x.chunk(count) for x in (shares, rows, gradient)), strict=True)))
-        table = torch.from_numpy(sum(tables[1:], start=tables[0])).view(-1, self.heads, gradient.shape[1])
+        parts = (shares.flatten().numpy(), rows.flatten().numpy(), ends.numpy())
+        matrix = csc_array(parts, shape=(self.rows, len(rows)))
+        table = torch.from_numpy(matrix @ gradient.numpy()).view(-1, self.heads, gradient.shape[1])
         levels = table.split([(height + 2 * BORDER) * (width + 2 * BORDER) for height, width in self.shapes])
         inner = [
             level.unflatten(0, (height + 2 * BORDER, -1))[BORDER:-BORDER, BORDER:-BORDER].flatten(0, 1)
