@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
-from siamese_detr.detectors.deformable_attention import BagSampling, install, sample, uninstall
+from siamese_detr.detectors.deformable_attention import BagSampling, DeformableAttention, install, sample, uninstall
 from tiny_detectors import tiny_batch, tiny_detector
 
 
@@ -47,6 +47,26 @@ def test_values_and_gradients_are_the_stock_ones(shapes: list[tuple[int, int]], 
     ours, theirs = (outputs_and_gradients(function, inputs, shapes) for function in (sample, stock))
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 1000))
+def test_offsets_in_cells_around_a_reference_are_locations(shapes: list[tuple[int, int]], seed: int) -> None:
+    value, offsets, weights = random_inputs(shapes, seed, reach=8.0)
+    reference = torch.rand(2, 7, len(shapes), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    sizes = torch.tensor([(width, height) for height, width in shapes])
+
+    def around(value: Tensor, offsets: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        return sample(value, offsets, weights, shapes, reference)
+
+    def located(value: Tensor, offsets: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        return stock(value, reference[:, :, None, :, None] + offsets / sizes[:, None], weights, shapes)
+
+    ours, theirs = (
+        outputs_and_gradients(function, (value, offsets, weights), shapes) for function in (around, located)
+    )
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_single_precision_rounds_alike() -> None:
@@ -89,10 +109,19 @@ def test_a_detector_is_what_it_was(case: str) -> None:
     images, mask = tiny_batch()
     names = list(detector.state_dict())
     assert any(isinstance(module, BagSampling) for module in detector.modules())
-    _, ours = detector(images.double(), mask)
+
+    def boxes_and_gradients() -> tuple[Tensor, dict[str, Tensor]]:
+        detector.zero_grad()
+        _, boxes = detector(images.double(), mask)
+        boxes.sum().backward()
+        return boxes, {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
+
+    ours = boxes_and_gradients()
     assert uninstall(detector.model)
-    assert not any(isinstance(module, BagSampling) for module in detector.modules())
-    _, theirs = detector(images.double(), mask)
+    kinds = {type(module) for module in detector.modules()}
+    assert not kinds & {BagSampling, DeformableAttention}
+    theirs = boxes_and_gradients()
+    assert ours[1].keys() == theirs[1].keys()
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert list(detector.state_dict()) == names
     assert install(detector.model)

@@ -53,10 +53,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
-        above = gradient.flatten(0, -2)
+        above = gradient.reshape(-1, gradient.shape[-1])
         return (
             product(gradient, weight.t()) if to_x else None,
-            above.t() @ x.flatten(0, -2) if to_weight else None,  # MKL's is the faster one here
+            above.t() @ x.reshape(-1, x.shape[-1]) if to_weight else None,  # MKL's is the faster one here
             above.sum(0) if to_bias else None,
         )
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # load PyTorch, for which --help need not wait
 
 MAY_CHANGE = {
     *("resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep", "log_every"),
-    *("steps", "epochs", "max_bad_share", "out", "eval_batch_size", "eval_every"),
+    *("steps", "epochs", "max_bad_share", "use_kernels", "out", "eval_batch_size", "eval_every"),
     *("train", "val", "train_images", "val_images"),  # whose content is compared
 }
 """What a resumed run may be told otherwise than before: it does not change what an update computes."""
@@ -81,6 +81,8 @@ class FinetuneConfig:
         workers: data processes per training process; default: all cores but one, at most 8.
         precision: fp32, bf16 or fp16 (autocast).
         device: auto or cpu.
+        use_kernels: let layers compute by compiled kernels, downloaded from the Hugging Face hub, where there are some
+            for the device (on a GPU: deformable attention). Needs the package kernels.
         save_every: updates between checkpoints; default: as the evaluations, at most every 500.
         keep: newest checkpoints that remain; 0: all.
         log_every: updates between logs.
@@ -135,6 +137,7 @@ class FinetuneConfig:
     workers: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
+    use_kernels: bool = False
     save_every: int | None = None
     keep: int = 2
     log_every: int = 10
@@ -246,6 +249,7 @@ class FinetuneConfig:
             accumulate=self.accumulate,
             precision=self.precision,
             device=self.device,
+            use_kernels=self.use_kernels,
             seed=self.seed,
             workers=default_workers() if self.workers is None else self.workers,
             save_every=self.save_every or min(every, 500),

@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from siamese_detr.detectors.kernels import use_kernels
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json
 from siamese_detr.pretext.matching import NonFiniteError
@@ -88,6 +89,11 @@ class BaseTrainer(PersistentTrainer):
         self._hosts: Any = torch.distributed.new_group(backend="gloo") if self.args.world_size > 1 else None
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it when accumulating
         self.remove_callback(transformers.PrinterCallback)
+        if settings.use_kernels:
+            replaced = use_kernels(model)
+            if self.args.should_save:
+                named = ", ".join(replaced) or f"there is none for this detector on {self.args.device.type}"
+                print(f"compiled kernels: {named}", file=sys.stderr)
         self.add_callback(_StopAtBoundary(self))
         if settings.batch_size % (self.args.world_size * settings.accumulate):
             raise UserError(
