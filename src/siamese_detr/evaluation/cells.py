@@ -27,7 +27,8 @@ from siamese_detr.training.pretrain_config import PretrainConfig
 METHODS = ("siamese", "up-detr", "detreg")
 OPERATION = {
     *("out", "resume", "replay", "workers", "device", "progress", "report_to", "keep", "save_every", "log_every"),
-    *("max_bad_share", "eval_batch_size", "checkpoint_activations", "shard_size", "flush_seconds", "retry_failed"),
+    *("max_bad_share", "eval_batch_size", "checkpoint_activations", "use_kernels", "shard_size", "flush_seconds"),
+    "retry_failed",
 }
 """Settings of the verbs that do not change what is computed: they are no part of a key."""
 SHARED = {
@@ -38,6 +39,8 @@ SHARED = {
 INLINE = re.compile(rf"((?:.*\+)?(?:{'|'.join(METHODS)})):(\w+=.*)")
 """A method and options of its pre-training, ``siamese:discrimination=none,iou=0.3``."""
 OPTION = re.compile(r"(\w+)=(.*?)(?:,(?=\w+=)|$)")
+NEW = ("scratch", "backbone")
+"""What a new detector can start from."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Init:
     start: str
     method: str | None
     options: Mapping[str, Any]
+
+    @property
+    def stored(self) -> bool:
+        """Whether it starts from a stored detector, not from a new one."""
+        return self.start not in NEW
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ def parse_init(name: str, variants: Mapping[str, Mapping[str, Any]]) -> Init:
             raise UserError(f"variant {name!r} has method {method!r}; there are: {', '.join(METHODS)}")
         start = str(options.pop("init", "backbone"))
         return Init(name, start, method, options)
-    if name in ("scratch", "backbone"):
+    if name in NEW:
         if options:
             raise UserError(f"{name!r} is not pre-trained: it takes no pre-training options")
         return Init(name, name, None, {})
@@ -246,7 +254,7 @@ def pretrain_task(protocol: Protocol, init: Init, seed: int, made: dict[str, Tas
         overrides.setdefault("proposal_method", "selective-search")
     fixed: dict[str, Any] = {"images": protocol.images, "out": "-", "method": init.method, "seed": seed}
     start_key = ""
-    if init.start not in ("scratch", "backbone"):
+    if init.stored:
         fixed["init"], start_key = str(find_detector(init.start).absolute()), detector_key(init.start)
         overrides["detector"] = family_of(init.start)
     options = plain(resolve(PretrainConfig, None, overrides, fixed, base))
@@ -271,7 +279,7 @@ def finetune_task(protocol: Protocol, init: Init, fraction: float, seed: int, pr
     start_key = ""
     if pretrained is not None:
         fixed["model"], start_key = str(pretrained.run), pretrained.key
-    elif init.start not in ("scratch", "backbone"):
+    elif init.stored:
         fixed["model"], start_key = str(find_detector(init.start).absolute()), detector_key(init.start)
     further = protocol.by_fraction.get(fraction, {})
     options = plain(resolve(FinetuneConfig, None, further, fixed, plain(protocol.finetune)))

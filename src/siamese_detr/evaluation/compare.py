@@ -191,7 +191,7 @@ def make_protocol(config: CompareConfig) -> Protocol:
     pretrain: PretrainConfig = resolve(PretrainConfig, config.pretrain_recipe, config.pretrain, fixed)
     fixed = {"train": train, "val": val, "out": "-", "fraction": 1.0, "seed": 0, "model": None, "init": None}
     finetune: FinetuneConfig = resolve(FinetuneConfig, config.finetune_recipe, config.finetune, fixed)
-    if any(init.start in ("scratch", "backbone") and init.method is None for init in inits):
+    if any(not init.stored and init.method is None for init in inits):
         finetune = same_detector(pretrain, finetune, config.finetune)
     training = read_labels(train, finetune.train_images)
     validation = read_labels(val, finetune.val_images, default_split="val")
