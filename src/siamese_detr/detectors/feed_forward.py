@@ -1,9 +1,8 @@
-"""The feed-forward block of an encoder layer, for training on a CPU: in parts that stay in its caches.
+"""The feed-forward block of a layer, for training on a CPU: in parts that stay in its caches.
 
-An encoder's hidden activations are its largest tensors: thousands of tokens, four to eight times as wide as the tokens.
-Here they exist for a few hundred tokens at a time, and the backward pass computes them again from the input. That costs
-the first of the block's six products once more, and saves what writing and reading them takes, and most of the memory.
-Where all tokens are one part, the activations are kept. One mask says where ReLU or dropout let nothing through.
+The hidden activations are a detector's largest tensors: thousands of tokens, four to eight times as wide as the tokens.
+Here a few hundred tokens pass through the whole block at a time, and what the backward pass needs is kept once: the
+activations after ReLU and dropout, whose zeros say where nothing passes.
 """
 
 from __future__ import annotations
@@ -59,34 +58,32 @@ class _ReluBlock(torch.autograd.Function):
         ctx.scale = LEVELS / (LEVELS - dropped)
         tokens, scaled = x.flatten(0, -2), w2 * ctx.scale
         out = tokens.new_empty(len(tokens), len(w2))
-        alive = torch.empty(len(tokens), len(w1), dtype=torch.bool)  # neither negative nor dropped
-        through = alive.view(torch.uint8)  # by which PyTorch multiplies faster than by booleans
-        parts = _parts(len(tokens))
-        for rows in parts:
-            hidden = product(tokens[rows], w1, b1)
-            torch.gt(hidden, 0, out=alive[rows])
+        hidden = []
+        for rows in _parts(len(tokens)):
+            part = product(tokens[rows], w1, b1).relu_()  # oneDNN's own ReLU makes zeros of what is no number
             if dropped:
-                alive[rows] &= draw_kept(hidden.shape, dropped)
-            hidden.mul_(through[rows])
-            out[rows] = product(hidden, scaled, b2)
-        ctx.save_for_backward(x, w1, b1, w2, through, hidden if len(parts) == 1 else None)
+                part.mul_(draw_kept(part.shape, dropped).view(torch.uint8))  # three times as fast as by booleans
+            out[rows] = product(part, scaled, b2)
+            hidden.append(part)
+        ctx.save_for_backward(x, w1, w2, *hidden)
         return out.view(*x.shape[:-1], len(w2))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w2, through, kept = ctx.saved_tensors
+        x, w1, w2, *hidden = ctx.saved_tensors
         tokens, above = x.flatten(0, -2), gradient.flatten(0, -2)
         scaled, to_x = w2 * ctx.scale, torch.empty_like(tokens)
         exact = torch.promote_types(x.dtype, torch.float32)  # in which parts are summed
-        to_w1, to_b1, to_w2 = (torch.zeros_like(weight, dtype=exact) for weight in (w1, b1, w2))
-        for rows in _parts(len(tokens)):
-            hidden = product(tokens[rows], w1, b1).mul_(through[rows]) if kept is None else kept
-            to_hidden = product(above[rows], scaled.t()).mul_(through[rows])
-            _add_product(to_w2, above[rows].t(), hidden)
-            _add_product(to_w1, to_hidden.t(), tokens[rows])
-            to_b1 += to_hidden.sum(0)
-            to_x[rows] = product(to_hidden, w1.t())
+        to_w1, to_w2 = (torch.zeros_like(weight, dtype=exact) for weight in (w1, w2))
+        to_b1 = to_w1.new_zeros(len(w1))
+        for rows, part in zip(_parts(len(tokens)), hidden, strict=True):
+            to_part = product(above[rows], scaled.t())
+            torch.ops.aten.threshold_backward(to_part, part, 0, grad_input=to_part)  # nor through what was dropped
+            _add_product(to_w2, above[rows].t(), part)
+            _add_product(to_w1, to_part.t(), tokens[rows])
+            to_b1 += to_part.sum(0)
+            to_x[rows] = product(to_part, w1.t())
         weights = (part.to(x.dtype) for part in (to_w1, to_b1, to_w2.mul_(ctx.scale)))
         return to_x.view(x.shape), *weights, above.sum(0), None
 

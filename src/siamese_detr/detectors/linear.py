@@ -19,7 +19,7 @@ SMALLEST = 1 << 25
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` of tensors without a gradient.
+    """``x @ weight.T + bias`` of tensors without a gradient, always a new tensor.
 
     Args:
         x: (..., D).
