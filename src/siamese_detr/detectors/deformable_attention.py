@@ -285,7 +285,7 @@ def uninstall(model: nn.Module) -> bool:
     """Put the stock modules back."""
     for module in model.modules():
         if type(module) is DeformableAttention:
-            module.__class__ = DeformableDetrMultiscaleDeformableAttention
+            module.__class__ = DeformableDetrMultiscaleDeformableAttention  # type: ignore[assignment]
     return _replace(model, BagSampling, lambda module: module.stock)
 
 
