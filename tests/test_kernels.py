@@ -57,10 +57,10 @@ def test_a_kernel_takes_the_place_of_the_sampling(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text(json.dumps(facts | {"backend": {"type": "cpu"}}))
     layer = kernels.LocalLayerRepository(tmp_path, layer_name="MultiScaleDeformableAttention")
     detector = tiny_detector("deformable-detr").double()
+    assert use_kernels(detector.train()) == []  # the hub has none for a CPU
     kernels.register_kernel_mapping({"MultiScaleDeformableAttention": {"cpu": layer}})
-    assert use_kernels(detector.train()) == ["MultiScaleDeformableAttention"]
+    assert use_kernels(detector) == ["MultiScaleDeformableAttention"]
     (sampling, *_) = (part.stock for part in detector.modules() if isinstance(part, BagSampling))
-    assert sampling.forward.__func__ is not type(sampling).forward
 
     def kernel(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         return sampling(value, None, shapes, None, locations, weights, 64)
