@@ -38,14 +38,12 @@ def residual(x: Tensor, branch: Tensor, probability: float, training: bool) -> T
 
 
 def draw_kept(shape: torch.Size, dropped: int) -> Tensor:
-    """Boolean, of ``shape``: False with probability ``dropped / LEVELS``."""
+    """Bytes, of ``shape``: 0 with probability ``dropped / LEVELS``, else 1.
+
+    PyTorch multiplies by bytes three times as fast as by booleans.
+    """
     words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    return (words.view(torch.int16)[: shape.numel()] >= dropped - LEVELS // 2).view(shape)
-
-
-def masked(x: Tensor, kept: Tensor) -> Tensor:
-    """``x * kept``: PyTorch multiplies by bytes three times as fast as by booleans."""
-    return x * kept.view(torch.uint8)
+    return (words.view(torch.int16)[: shape.numel()] >= dropped - LEVELS // 2).view(torch.uint8).view(shape)
 
 
 class _Dropout(torch.autograd.Function):
@@ -54,13 +52,13 @@ class _Dropout(torch.autograd.Function):
         kept = draw_kept(x.shape, dropped)
         ctx.save_for_backward(kept)
         ctx.scale = LEVELS / (LEVELS - dropped)
-        out = masked(x, kept).mul_(ctx.scale)
+        out = (x * kept).mul_(ctx.scale)
         return out if added is None else out.add_(added)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
-        return masked(gradient, kept).mul_(ctx.scale), None, gradient if ctx.needs_input_grad[2] else None
+        return (gradient * kept).mul_(ctx.scale), None, gradient if ctx.needs_input_grad[2] else None
 
 
 def attention(

@@ -21,6 +21,8 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     MultiScaleDeformableAttention,
 )
 
+from .functional import retype
+
 BORDER = 2
 """Rows and columns of zeros around each level: a point outside the map reads zeros, like all its neighbours."""
 
@@ -275,17 +277,13 @@ def _split(place: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
 def install(model: nn.Module) -> bool:
     """Put :class:`BagSampling` in the place of every stock sampling module; whether there was one. Let Deformable
     DETR's attention compute as :class:`DeformableAttention`."""
-    for module in model.modules():
-        if type(module) is DeformableDetrMultiscaleDeformableAttention:
-            module.__class__ = DeformableAttention
+    retype(model, DeformableDetrMultiscaleDeformableAttention, DeformableAttention)
     return _replace(model, MultiScaleDeformableAttention, BagSampling)
 
 
 def uninstall(model: nn.Module) -> bool:
     """Put the stock modules back."""
-    for module in model.modules():
-        if type(module) is DeformableAttention:
-            module.__class__ = DeformableDetrMultiscaleDeformableAttention  # type: ignore[assignment]
+    retype(model, DeformableAttention, DeformableDetrMultiscaleDeformableAttention)
     return _replace(model, BagSampling, lambda module: module.stock)
 
 

@@ -62,7 +62,7 @@ class _ReluBlock(torch.autograd.Function):
         for rows in _parts(len(tokens)):
             part = product(tokens[rows], w1, b1).relu_()  # oneDNN's own ReLU makes zeros of what is no number
             if dropped:
-                part.mul_(draw_kept(part.shape, dropped).view(torch.uint8))  # three times as fast as by booleans
+                part.mul_(draw_kept(part.shape, dropped))
             out[rows] = product(part, scaled, b2)
             hidden.append(part)
         ctx.save_for_backward(x, w1, w2, *hidden)

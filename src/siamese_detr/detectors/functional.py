@@ -39,6 +39,13 @@ def sine_embedding(points: Tensor, features: int, temperature: float = 10000.0) 
     return torch.cat((y, x, *rest), dim=-1).to(points.dtype)
 
 
+def retype(model: nn.Module, kind: type[nn.Module], other: Any) -> None:
+    """Make every module of exactly the class ``kind`` one of the class ``other``, which holds the same."""
+    for module in model.modules():
+        if type(module) is kind:
+            module.__class__ = other
+
+
 def constant(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A small tensor of numbers that the host knows; unlike with ``torch.tensor``, it waits for no accelerator."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

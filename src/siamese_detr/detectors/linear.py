@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .functional import retype
+
 SMALLEST = 1 << 25
 """Multiplications of a product from which on oneDNN saves more time than calling it takes."""
 
@@ -83,13 +85,9 @@ def prefers_onednn() -> bool:
 
 def install(model: nn.Module) -> None:
     """Let the stock linear layers of a model compute this way. Names, weights and what is saved stay as they are."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
+    retype(model, nn.Linear, Linear)
 
 
 def uninstall(model: nn.Module) -> None:
     """Make them stock ones again."""
-    for module in model.modules():
-        if type(module) is Linear:
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+    retype(model, Linear, nn.Linear)
