@@ -16,7 +16,7 @@ from siamese_detr.errors import UserError
 
 from . import deformable_attention, initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from .attention import dropout
+from .dropout import dropout
 from .functional import additive_mask, at_least_float32, inverse_sigmoid, level_arguments
 from .layers import decoder_layer, encoder_layer
 

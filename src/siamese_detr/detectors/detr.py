@@ -10,7 +10,7 @@ from transformers import DetrConfig, DetrForObjectDetection, PretrainedConfig, P
 
 from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from .attention import dropout
+from .dropout import dropout
 from .functional import additive_mask, at_least_float32, padding_mask
 from .layers import decoder_layer, encoder_layer
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import LEVELS, draw_kept, dropout, residual
+from .dropout import LEVELS, draw_kept, dropout, mask, residual, scale
+from .functional import at_least_float32
 from .linear import product
 
 ROWS = 1024
@@ -55,14 +56,14 @@ def relu_block(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, droppe
 class _ReluBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropped: int) -> Tensor:
-        ctx.scale = LEVELS / (LEVELS - dropped)
+        ctx.scale = scale(dropped)
         tokens, scaled = x.flatten(0, -2), w2 * ctx.scale
         out = tokens.new_empty(len(tokens), len(w2))
         hidden = []
         for rows in _parts(len(tokens)):
             part = product(tokens[rows], w1, b1).relu_()  # oneDNN's own ReLU makes zeros of what is no number
             if dropped:
-                part.mul_(draw_kept(part.shape, dropped))
+                mask(part, draw_kept(part.shape, dropped), out=part)
             out[rows] = product(part, scaled, b2)
             hidden.append(part)
         ctx.save_for_backward(x, w1, w2, *hidden)
@@ -73,28 +74,35 @@ class _ReluBlock(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, *hidden = ctx.saved_tensors
         tokens, above = x.flatten(0, -2), gradient.flatten(0, -2)
-        scaled, to_x = w2 * ctx.scale, torch.empty_like(tokens)
-        exact = torch.promote_types(x.dtype, torch.float32)  # in which parts are summed
-        to_w1, to_w2 = (torch.zeros_like(weight, dtype=exact) for weight in (w1, w2))
-        to_b1 = to_w1.new_zeros(len(w1))
+        to_x, to_b1 = torch.empty_like(tokens), []
+        to_w1: Any = None
+        to_w2: Any = None
         for rows, part in zip(_parts(len(tokens)), hidden, strict=True):
-            to_part = product(above[rows], scaled.t())
+            scaled = above[rows] * ctx.scale
+            to_part = product(scaled, w2.t())
             torch.ops.aten.threshold_backward(to_part, part, 0, grad_input=to_part)  # nor through what was dropped
-            _add_product(to_w2, above[rows].t(), part)
-            _add_product(to_w1, to_part.t(), tokens[rows])
-            to_b1 += to_part.sum(0)
+            to_w2 = _add_product(to_w2, scaled.t(), part)
+            to_w1 = _add_product(to_w1, to_part.t(), tokens[rows])
+            to_b1.append(to_part.sum(0))
             to_x[rows] = product(to_part, w1.t())
-        weights = (part.to(x.dtype) for part in (to_w1, to_b1, to_w2.mul_(ctx.scale)))
-        return to_x.view(x.shape), *weights, above.sum(0), None
+        return (
+            to_x.view(x.shape),
+            to_w1.to(x.dtype),
+            torch.stack(to_b1).sum(0),
+            to_w2.to(x.dtype),
+            above.sum(0),
+            None,
+        )
 
 
 def _parts(count: int) -> list[slice]:
-    return [slice(start, start + ROWS) for start in range(0, count, ROWS)]
+    """At least one."""
+    return [slice(start, start + ROWS) for start in range(0, max(1, count), ROWS)]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in the precision of ``total``."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b; of several products the sum is in at least single precision."""
+    if total is None:
+        return a @ b
+    total = at_least_float32(total)
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)

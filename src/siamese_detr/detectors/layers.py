@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention import residual
+from .dropout import residual
 from .feed_forward import add_feed_forward
 
 
