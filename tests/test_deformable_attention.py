@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,17 +58,36 @@ def test_offsets_in_cells_around_a_reference_are_locations(shapes: list[tuple[in
     reference = torch.rand(2, 7, len(shapes), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     sizes = torch.tensor([(width, height) for height, width in shapes])
 
-    def around(value: Tensor, offsets: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def around(*inputs: Any) -> Tensor:
+        value, offsets, weights, reference, shapes = inputs
         return sample(value, offsets, weights, shapes, reference)
 
-    def located(value: Tensor, offsets: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def located(*inputs: Any) -> Tensor:
+        value, offsets, weights, reference, shapes = inputs
         return stock(value, reference[:, :, None, :, None] + offsets / sizes[:, None], weights, shapes)
 
     ours, theirs = (
-        outputs_and_gradients(function, (value, offsets, weights), shapes) for function in (around, located)
+        outputs_and_gradients(function, (value, offsets, weights, reference), shapes) for function in (around, located)
     )
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 1000))
+def test_what_is_not_shown_is_read_as_zeros(shapes: list[tuple[int, int]], seed: int) -> None:
+    inputs = random_inputs(shapes, seed)
+    shown = torch.rand(inputs[0].shape[:2], generator=torch.Generator().manual_seed(seed)) > 0.5
+
+    def hidden(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        return sample(value, locations, weights, shapes, shown=shown)
+
+    def masked(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        return stock(value.masked_fill(~shown[..., None, None], 0), locations, weights, shapes)
+
+    ours, theirs = (outputs_and_gradients(function, inputs, shapes) for function in (hidden, masked))
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_single_precision_rounds_alike() -> None:

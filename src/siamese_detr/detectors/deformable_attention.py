@@ -10,12 +10,14 @@ weights. Other devices keep Transformers' own code.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
 from scipy.sparse import csc_array
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, pad
+from torch.nn.functional import embedding_bag
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
     MultiScaleDeformableAttention,
@@ -66,7 +68,7 @@ class BagSampling(nn.Module):
 
 
 class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
-    """Transformers' module, which it is again elsewhere, on a CPU around fixed reference points: the encoder's.
+    """Transformers' module, which it is again elsewhere, on a CPU around reference points (not boxes).
 
     There it adds offsets in cells to positions in cells, where the stock one scales both to the levels' sizes and back.
     """
@@ -85,8 +87,7 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         """See the stock module."""
-        fixed = reference_points.shape[-1] == 2 and not reference_points.requires_grad
-        if hidden_states.device.type != "cpu" or not fixed:
+        if hidden_states.device.type != "cpu" or reference_points.shape[-1] != 2:
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -100,14 +101,12 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
                 **options,
             )
         queries = hidden_states if position_embeddings is None else hidden_states + position_embeddings
-        value = self.value_proj(encoder_hidden_states)
-        if attention_mask is not None:
-            value = value.masked_fill(~attention_mask[..., None], 0)
         points = (*queries.shape[:2], self.n_heads, self.n_levels, self.n_points)
         weights = self.attention_weights(queries).view(*points[:3], -1).softmax(-1).view(points)
         offsets = self.sampling_offsets(queries).view(*points, 2)
-        value = value.unflatten(-1, (self.n_heads, -1))
-        return self.output_proj(sample(value, offsets, weights, spatial_shapes_list, reference_points)), weights
+        value = self.value_proj(encoder_hidden_states).unflatten(-1, (self.n_heads, -1))
+        sampled = sample(value, offsets, weights, spatial_shapes_list, reference_points, attention_mask)
+        return self.output_proj(sampled), weights
 
 
 @torch.compiler.disable
@@ -117,15 +116,17 @@ def sample(
     weights: Tensor,
     shapes: list[tuple[int, int]],
     reference: Tensor | None = None,
+    shown: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`BagSampling.forward`.
 
     Args:
         value, weights, shapes: as there.
         locations: as there; with `reference`, their distances from it in cells of their level.
-        reference: (B, Q, levels, 2), 0 to 1 across each level, without a gradient.
+        reference: (B, Q, levels, 2), 0 to 1 across each level.
+        shown: (B, S), False where zeros are to be read for the values.
     """
-    return _Sample.apply(value, locations, weights, tuple(shapes), reference)
+    return _Sample.apply(value, locations, weights, tuple(shapes), reference, shown)
 
 
 class _Sample(torch.autograd.Function):
@@ -133,33 +134,49 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple, reference: Tensor | None
+        ctx: Any,
+        value: Tensor,
+        locations: Tensor,
+        weights: Tensor,
+        shapes: tuple,
+        reference: Tensor | None,
+        shown: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(value, locations, weights, reference)
+        ctx.save_for_backward(value, locations, weights, reference, shown)
         ctx.shapes = shapes
         grid = _Grid(value, locations, shapes, absolute=reference is None)
         out = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
-        for image, (v, at, weight) in enumerate(zip(value, locations, weights, strict=True)):
-            rows, right, down = grid.place(at, None if reference is None else reference[image])
+        for image, (v, at, weight, near, show) in enumerate(_images(value, locations, weights, reference, shown)):
+            rows, right, down = grid.place(at, near)
             bags = grid.shares(weight, right, down)
-            summed = embedding_bag(rows, grid.table(v), mode="sum", per_sample_weights=bags)
+            summed = embedding_bag(rows, grid.table(v, show), mode="sum", per_sample_weights=bags)
             out[image] = summed.view(out.shape[1:])
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        value, locations, weights, reference = ctx.saved_tensors
+        value, locations, weights, reference, shown = ctx.saved_tensors
         grid = _Grid(value, locations, ctx.shapes, absolute=reference is None)
-        to_value, to_locations, to_weights = (torch.empty_like(x) for x in (value, locations, weights))
-        for image, (v, at, weight, above) in enumerate(zip(value, locations, weights, gradient, strict=True)):
-            rows, right, down = grid.place(at, None if reference is None else reference[image])
+        to_value, to_locations, to_weights = (x.new_empty(x.shape) for x in (value, locations, weights))
+        images = _images(value, locations, weights, reference, shown, gradient)
+        for image, (v, at, weight, near, show, above) in enumerate(images):
+            rows, right, down = grid.place(at, near)
             above = above.to(grid.dtype).reshape(len(rows), -1)
             if ctx.needs_input_grad[0]:
-                to_value[image] = grid.to_levels(grid.shares(weight, right, down), rows, above)
-            corners = grid.corners(rows, grid.table(v), above)
+                grid.to_levels(grid.shares(weight, right, down), rows, above, show, to_value[image])
+            corners = grid.corners(rows, grid.table(v, show), above)
             to_locations[image], to_weights[image] = grid.to_points(corners, weight, right, down, at.shape)
-        return to_value if ctx.needs_input_grad[0] else None, to_locations, to_weights, None, None
+        to_reference = None
+        if ctx.needs_input_grad[4]:
+            sizes = torch.tensor([(width, height) for height, width in ctx.shapes])
+            to_reference = to_locations.sum((2, 4)) * sizes
+        return to_value if ctx.needs_input_grad[0] else None, to_locations, to_weights, None, to_reference, None
+
+
+def _images(*batches: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The parts of every image; None for what is not there."""
+    return zip(*(repeat(None) if batch is None else batch for batch in batches), strict=False)
 
 
 class _Grid:
@@ -190,13 +207,27 @@ class _Grid:
     def _per_point(self, per_level: list[int]) -> Tensor:
         return torch.tensor(per_level, dtype=torch.int32).repeat_interleave(self.points).repeat(self.heads)
 
-    def table(self, value: Tensor) -> Tensor:
+    def table(self, value: Tensor, shown: Tensor | None) -> Tensor:
         """(S, heads, C) with borders of zeros around each level: (rows, C)."""
-        levels = []
-        for level, (height, width) in zip(value.split([h * w for h, w in self.shapes]), self.shapes, strict=True):
-            picture = level.to(self.dtype).reshape(height, width, -1)
-            levels.append(pad(picture, (0, 0, BORDER, BORDER, BORDER, BORDER)).flatten(0, 1))
-        return torch.cat(levels).view(self.rows, -1)
+        table = value.new_zeros(self.rows, value.shape[2], dtype=self.dtype)
+        for level, inner, show in self._levels(value, table, shown):
+            _copy(level, show, inner)
+        return table
+
+    def _levels(self, value: Tensor, table: Tensor, shown: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """What belongs together in (S, heads, C), a table, and (S,): level by level (h, w, heads * C) twice, and
+        (h, w, 1) or None."""
+        values, cells = value.flatten(1), table.view(-1, self.heads * value.shape[2])
+        begin = first = 0
+        for height, width in self.shapes:
+            wide, end = width + 2 * BORDER, begin + height * width
+            last = first + (height + 2 * BORDER) * wide
+            yield (
+                values[begin:end].view(height, width, -1),
+                cells[first:last].view(-1, wide, cells.shape[1])[BORDER:-BORDER, BORDER:-BORDER],
+                None if shown is None else shown[begin:end].to(self.dtype).view(height, width, 1),
+            )
+            begin, first = end, last
 
     def place(self, locations: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(Q, heads, levels, points, 2) -> rows (Q * heads, 4 * levels * points) of the four neighbours, and how far
@@ -211,21 +242,28 @@ class _Grid:
         right, column = _split(x, self.width)
         down, row = _split(y, self.height)
         first = row.mul_(self.stride).add_(column, alpha=self.heads).add_(self.origin)
-        first = torch.minimum(first.clamp_(min=0), self.last)  # NaN gives any number
-        rows = [first, first + self.heads, first + self.stride, first + (self.stride + self.heads)]
-        return self._bags(rows), right, down
+        rows = first.new_empty(self._bags(first))
+        rows[:, 0] = torch.minimum(first.clamp_(min=0), self.last).view(len(rows), -1)  # NaN gives any number
+        torch.add(rows[:, 0], self.heads, out=rows[:, 1])
+        torch.add(rows[:, 0:2], self.stride[: rows.shape[2]], out=rows[:, 2:4])
+        return rows.flatten(1), right, down
 
     def shares(self, weights: Tensor, right: Tensor, down: Tensor) -> Tensor:
         """The weights of those rows."""
         weights = weights.to(self.dtype).reshape(right.shape)
         below = weights * down
         above = weights - below
-        parts = below * right, above * right
-        return self._bags([above - parts[1], parts[1], below - parts[0], parts[0]])
+        bags = right.new_empty(self._bags(right))
+        above, below, right = (x.view(len(bags), -1) for x in (above, below, right))
+        for left, here in ((0, above), (2, below)):
+            share = torch.mul(here, right, out=bags[:, left + 1])
+            torch.sub(here, share, out=bags[:, left])
+        return bags.flatten(1)
 
-    def _bags(self, parts: list[Tensor]) -> Tensor:
+    def _bags(self, points: Tensor) -> tuple[int, int, int]:
+        """Shape of a number per neighbour of these points: queries and heads, neighbours, levels and points."""
         length = len(self.shapes) * self.points
-        return torch.stack([part.view(-1, length) for part in parts], 1).flatten(1)
+        return points.numel() // length, 4, length
 
     def corners(self, rows: Tensor, table: Tensor, gradient: Tensor) -> list[Tensor]:
         """What each neighbour's value contributes, were its weight one: four (Q, heads * levels * points)."""
@@ -253,18 +291,22 @@ class _Grid:
             to_cells = to_cells[0].mul_(self.width), to_cells[1].mul_(self.height)
         return torch.stack(to_cells, -1).view(shape), above.addcmul_(down, vertical).view(shape[:-1])
 
-    def to_levels(self, shares: Tensor, rows: Tensor, gradient: Tensor) -> Tensor:
-        """Gradient of the values (S, heads, C)."""
+    def to_levels(self, shares: Tensor, rows: Tensor, gradient: Tensor, shown: Tensor | None, out: Tensor) -> None:
+        """Gradient of the values, into ``out`` (S, heads, C)."""
         ends = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=torch.int32)
         parts = (shares.flatten().numpy(), rows.flatten().numpy(), ends.numpy())
         matrix = csc_array(parts, shape=(self.rows, len(rows)))
-        table = torch.from_numpy(matrix @ gradient.numpy()).view(-1, self.heads, gradient.shape[1])
-        levels = table.split([(height + 2 * BORDER) * (width + 2 * BORDER) for height, width in self.shapes])
-        inner = [
-            level.unflatten(0, (height + 2 * BORDER, -1))[BORDER:-BORDER, BORDER:-BORDER].flatten(0, 1)
-            for level, (height, _) in zip(levels, self.shapes, strict=True)
-        ]
-        return torch.cat(inner)
+        table = torch.from_numpy(matrix @ gradient.numpy())
+        for level, inner, show in self._levels(out, table, shown):
+            _copy(inner, show, level)
+
+
+def _copy(x: Tensor, shown: Tensor | None, out: Tensor) -> None:
+    """Fill ``out`` with ``x``, and with zeros where it is not shown."""
+    if shown is None:
+        out.copy_(x)
+    else:
+        torch.mul(x, shown, out=out)
 
 
 def _split(place: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
