@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+
+# Before a library is imported that reads it: test processes side by side share the cores. The threads of one wait for
+# each other in a loop, and would slow down the other's many times.
+if side_by_side := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(side_by_side))))
 
 import numpy as np
 import pytest

