@@ -58,7 +58,9 @@ def with_photos(base: dict[str, Any], tmp_path: Path) -> tuple[Path, dict[str, A
 def test_a_run_leaves_what_it_promises(base: dict[str, Any], tmp_path: Path) -> None:
     """Config, logs of every term, checkpoints, and a detector that Transformers loads alone; proposals made first."""
     out = tmp_path / "run"
-    result = pretrain(**{**base, "out": str(out), "proposals": None, "precision": "bf16", "accumulate": 2})
+    result = pretrain(
+        **{**base, "out": str(out), "proposals": None, "device": "auto", "precision": "bf16", "accumulate": 2}
+    )
     assert result.steps == 4
     assert result.detector == out / "detector"
     assert np.isfinite(result.loss)

@@ -41,6 +41,11 @@ class Team:
             dist.barrier(self._group)
 
 
+def on_cpu(device: str) -> bool:
+    """Whether a run computes on the CPU: it is to, or there is no accelerator."""
+    return device == "cpu" or not torch.accelerator.is_available()
+
+
 def join(device: str) -> bool:
     """Meet the other processes, if a launcher (torchrun, accelerate launch) started several; whether this is the main.
 
@@ -55,7 +60,7 @@ def join(device: str) -> bool:
 def meet(device: str) -> PartialState:
     """Accelerate's state, for which the processes look for each other; `device` as in :func:`join`."""
     with lost_process_explained():
-        return PartialState(cpu=device == "cpu")
+        return PartialState(cpu=on_cpu(device))
 
 
 @contextlib.contextmanager

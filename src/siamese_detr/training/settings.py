@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import transformers
 
 from siamese_detr.errors import UserError
+
+from .processes import on_cpu
 
 
 class Batches(Protocol):
@@ -75,7 +76,8 @@ class RunSettings:
 
     def arguments(self) -> transformers.TrainingArguments:
         """The stock Trainer's arguments, its own habits (pickles, filters, column removal, printing) switched off."""
-        if self.precision == "fp16" and (self.device == "cpu" or not torch.accelerator.is_available()):
+        cpu = on_cpu(self.device)
+        if cpu and self.precision == "fp16":
             raise UserError("precision fp16 needs an accelerator: use bf16 or fp32 here")
         return transformers.TrainingArguments(
             output_dir=str(self.checkpoints),
@@ -84,7 +86,7 @@ class RunSettings:
             max_grad_norm=self.clip,
             bf16=self.precision == "bf16",
             fp16=self.precision == "fp16",
-            use_cpu=self.device == "cpu",
+            use_cpu=cpu,
             seed=self.seed,
             save_strategy="steps",
             save_steps=self.save_every,
