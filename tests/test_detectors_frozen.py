@@ -7,7 +7,8 @@ import timm
 import torch
 
 from siamese_detr.detectors.build import build_detector
-from siamese_detr.detectors.frozen import FrozenBackbone, FusedConv2d, conv_norm_pairs, fold, fuse, run
+from siamese_detr.detectors.frozen import FrozenBackbone, conv_norm_pairs, fold, fuse, run
+from siamese_detr.detectors.fused import FusedConv2d
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet-lite0", "random:resnet18"])

@@ -1,0 +1,132 @@
+"""Convolutions that compute the sums and activations after them, and the graph of a frozen network with them in it."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class ConvolutionTracer(fx.Tracer):
+    """Does not look into convolutions that pad by the size of their input, as TensorFlow does."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether ``m`` is called as it is."""
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+    nn.SiLU: ("swish", []),
+}
+"""Names and arguments in oneDNN."""
+
+
+class FusedConv2d(nn.Module):
+    """A convolution, the sum with another tensor, and an activation in one pass over memory.
+
+    oneDNN computes with weights in a blocked layout that depends on the input's shape. It is kept here; else the
+    weights are brought into it at every call. The plain weights, which any layout gives back exactly, are not.
+
+    Args:
+        convolution: frozen, padding with zeros; not changed.
+        activation: one of ``ACTIVATIONS``, after a sum only ReLU; None: none.
+        in_place: write the sum to where the other summand is.
+    """
+
+    kept = 3
+    """Input shapes for which weights are kept: of the views, the crops, and the last, fewer crops."""
+
+    def __init__(
+        self, convolution: nn.Conv2d, activation: tuple[str, list[float]] | None = None, in_place: bool = False
+    ) -> None:
+        super().__init__()
+        self._plain: Tensor | None = convolution.weight.detach()
+        self.bias = convolution.bias
+        self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
+        self.activation, self.in_place = activation, in_place
+        self._packed: dict[torch.Size, Tensor] = {}
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Activation of the convolution of ``x`` (B, C, H, W) plus ``other``, which has the result's shape."""
+        mkldnn = torch.ops.mkldnn
+        weight = self._packed.pop(x.shape, None)
+        if weight is None:
+            weight = mkldnn._reorder_convolution_weight(self.plain(), *self.geometry, x.shape)
+            self._plain = None
+        self._packed[x.shape] = weight  # the last used is the last in order
+        while len(self._packed) > self.kept:
+            self._packed.pop(next(iter(self._packed)))
+        if other is None:
+            name, arguments = self.activation or ("none", [])
+            return mkldnn._convolution_pointwise(x, weight, self.bias, *self.geometry, name, arguments, "")
+        options = (weight, self.bias, *self.geometry, "add", 1.0, *(self.activation or (None, [])), "")
+        if self.in_place:
+            return mkldnn._convolution_pointwise_(other, x, *options)
+        return mkldnn._convolution_pointwise(x, other, *options)
+
+    def plain(self) -> Tensor:
+        """The weights (C_out, C_in / groups, h, w) in PyTorch's layout."""
+        return self._plain if self._plain is not None else next(iter(self._packed.values())).to_dense()
+
+    def forget_shapes(self) -> None:
+        """Keep no layout but the plain one."""
+        self._plain, self._packed = self.plain(), {}
+
+
+def drop_identities(network: fx.GraphModule) -> None:
+    """Take out what does nothing in evaluation mode: what is left of batch norms, and dropouts."""
+    for node in network.graph.nodes:
+        if node.op == "call_module" and isinstance(network.get_submodule(node.target), nn.Identity | nn.Dropout):
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
+
+
+def fuse_convolutions(network: fx.GraphModule) -> None:
+    """Put :class:`FusedConv2d` for convolutions and for the sums and activations that alone use their results."""
+    graph = network.graph
+    order = {node: n for n, node in enumerate(graph.nodes)}  # of execution
+    fresh: set[fx.Node] = set()  # tensors made here, so ours to write to
+
+    def module(node: fx.Node | None) -> Any:
+        return network.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
+
+    def only_user(node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    for node in list(graph.nodes):
+        convolution = module(node)
+        if type(convolution) is not nn.Conv2d or convolution.padding_mode != "zeros":
+            continue
+        if isinstance(convolution.padding, str):
+            continue
+        replaced, other = [node], None
+        after = only_user(node)
+        if after is not None and after.target in (operator.add, operator.iadd):
+            summands = [x for x in after.args if x is not node]
+            if len(summands) == 1 and isinstance(summands[0], fx.Node):
+                other = summands[0]
+                replaced.append(after)
+                after = only_user(after)
+        activation = ACTIVATIONS.get(type(module(after)))
+        if activation is not None and after is not None and (other is None or activation[0] == "relu"):
+            replaced.append(after)
+        else:
+            activation = None
+        # Whatever else reads the other summand must have done so before.
+        readers = set() if other is None else other.users.keys() - set(replaced)
+        in_place = other in fresh and all(order[reader] < order[node] for reader in readers)
+        name = f"fused_{len(fresh)}"
+        network.add_submodule(name, FusedConv2d(convolution, activation, in_place))
+        with graph.inserting_after(replaced[-1]):
+            made = graph.call_module(name, (node.args[0],) if other is None else (node.args[0], other))
+        order[made] = order[replaced[-1]]
+        fresh.add(made)
+        replaced[-1].replace_all_uses_with(made)
+        for old in reversed(replaced):
+            graph.erase_node(old)
+    network.delete_all_unused_submodules()
+    network.recompile()
