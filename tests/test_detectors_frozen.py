@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from siamese_detr.detectors import frozen
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.frozen import FrozenBackbone, conv_norm_pairs, fold, fuse, run
 from siamese_detr.detectors.fused import FusedConv2d
@@ -103,6 +104,39 @@ def test_backbones_are_fused(name: str, convolutions: int) -> None:
     calls = [m for m in fused.modules() if isinstance(m, FusedConv2d)]
     assert len(calls) == convolutions
     assert sum(type(m) in (torch.nn.ReLU, torch.nn.ReLU6) for m in fused.modules()) <= 5
+
+
+class Scaled(torch.nn.Module):
+    """Four strided blocks, each with a weight of its own beside its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Conv2d(c, 8, 3, stride=2, padding=1) for c in (3, 8, 8, 8))
+        self.gammas = torch.nn.ParameterList(torch.randn(8, 1, 1) for _ in self.blocks)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        maps = []
+        for block, gamma in zip(self.blocks, self.gammas, strict=True):
+            x = block(x).relu() * gamma
+            maps.append(x)
+        return maps
+
+
+def test_first_layers_see_fewer_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        pytest.skip("this build of PyTorch lacks oneDNN")
+    monkeypatch.setattr(frozen, "CHUNK_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(frozen, "LATE", 3)
+    network = Scaled().requires_grad_(False)
+    fast = FrozenBackbone(network)
+    seen = []
+    for module in fast.network(torch.float32).modules():
+        if isinstance(module, FusedConv2d):
+            module.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[::3])))
+    images = torch.randn(8, 3, 64, 64)
+    for got, want in zip(fast(images), network(images), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert seen == 3 * [(2, 64), (2, 32), (2, 16)] + [(6, 8)] + [(2, 64), (2, 32), (2, 16)] + [(2, 8)]
 
 
 def test_what_cannot_be_traced_stays_as_it_is() -> None:
