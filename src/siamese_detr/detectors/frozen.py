@@ -1,6 +1,6 @@
 """The frozen backbone, run as fast as its being frozen allows: batch norms folded into the convolutions before them, no
 autograd, channels last, and on a CPU in chunks that stay in its caches, with sums and activations computed inside the
-convolutions.
+convolutions and fewer multiplications in those of 3x3.
 
 The function is the same; the sums are rounded in another order (relative difference about 2e-6 in float32). A network
 in which folding would change anything else is left as it is.

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from . import winograd
+
 
 class ConvolutionTracer(fx.Tracer):
     """Does not look into convolutions that pad by the size of their input, as TensorFlow does."""
@@ -30,6 +32,7 @@ class FusedConv2d(nn.Module):
 
     oneDNN computes with weights in a blocked layout that depends on the input's shape. It is kept here; else the
     weights are brought into it at every call. The plain weights, which any layout gives back exactly, are not.
+    Large convolutions of 3x3 without a sum are computed with fewer multiplications instead, see :mod:`winograd`.
 
     Args:
         convolution: frozen, padding with zeros; not changed.
@@ -49,9 +52,15 @@ class FusedConv2d(nn.Module):
         self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
         self.activation, self.in_place = activation, in_place
         self._packed: dict[torch.Size, Tensor] = {}
+        self._filters: Tensor | None = None
+        self.minimal = winograd.suits(convolution) and (activation is None or activation[0] == "relu")
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Activation of the convolution of ``x`` (B, C, H, W) plus ``other``, which has the result's shape."""
+        if self.minimal and other is None and winograd.pays(x.shape):
+            if self._filters is None:
+                self._filters = winograd.transform_filters(self.plain())
+            return winograd.convolve(x, self._filters, self.bias, relu=self.activation is not None)
         mkldnn = torch.ops.mkldnn
         weight = self._packed.pop(x.shape, None)
         if weight is None:
