@@ -53,7 +53,7 @@ def test_it_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     convolution = torch.nn.Conv2d(128, 128, 3, padding=1).requires_grad_(False)
     fused = FusedConv2d(convolution, ("relu", []))
-    for side, expected_uses in ((16, 1), (8, 1), (24, 2)):  # 32, 8, and 72 tiles
+    for side, expected_uses in ((16, 1), (8, 1), (17, 2), (13, 2)):  # too few tiles of 8, too much border of 13
         x = torch.randn(2, 128, side, side).contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(fused(x), convolution(x).relu(), rtol=0, atol=1e-4)
         assert len(used) == expected_uses
@@ -72,6 +72,7 @@ def test_it_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
         {"dtype": torch.bfloat16},
         {"kernel_size": 1},
         {"out_channels": 64},
+        {"in_channels": 512},
     ],
 )
 def test_other_convolutions_stay_as_they_are(options: dict) -> None:

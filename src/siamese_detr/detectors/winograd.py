@@ -15,11 +15,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-MIN_CHANNELS = 128
-"""With fewer, the transforms cost what the products save."""
+CHANNELS = range(128, 257)
+"""With fewer, the transforms cost what the products save; with more, the filters, four times as large as the plain
+ones, do, and the memory they take."""
 
-MIN_TILES = 24
-"""Fewer do not pay for reading the transformed filters, four times as large as the plain ones."""
+TILES = 16
+"""Fewer do not pay for reading the filters."""
+
+SAVING = 2.6
+"""So many times fewer products pay for the transforms. In small maps, tiles reach over the border, and the plain sums
+leave out the zeros around."""
 
 G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64) / 24
 
@@ -34,18 +39,21 @@ TO_ALL = 7
 
 
 def suits(convolution: nn.Conv2d) -> bool:
-    """Whether ``convolution`` can be computed so, and has enough channels to make it pay."""
+    """Whether ``convolution`` can be computed so, and has as many channels as make it pay."""
     return (
         convolution.weight.dtype == torch.float32
         and (convolution.kernel_size, convolution.stride, convolution.dilation) == ((3, 3), (1, 1), (1, 1))
         and (convolution.padding, convolution.groups) == ((1, 1), 1)
-        and min(convolution.in_channels, convolution.out_channels) >= MIN_CHANNELS
+        and convolution.in_channels in CHANNELS
+        and convolution.out_channels in CHANNELS
     )
 
 
 def pays(shape: Sequence[int]) -> bool:
-    """Whether an input of ``shape`` (B, C, H, W) has enough tiles."""
-    return shape[0] * math.prod(tiles(shape)) >= MIN_TILES
+    """Whether an input of ``shape`` (B, C, H, W) is large enough."""
+    plain = (3 * shape[2] - 2) * (3 * shape[3] - 2)
+    count = math.prod(tiles(shape))
+    return shape[0] * count >= TILES and plain >= SAVING * 36 * count
 
 
 def tiles(shape: Sequence[int]) -> tuple[int, int]:
