@@ -64,6 +64,33 @@ class Residual(torch.nn.Module):
         return [given, x, self.act(w)]
 
 
+class Downsampled(torch.nn.Module):
+    """The first residual block of a stage: both summands come from convolutions, one of them maybe read again."""
+
+    def __init__(self, given: bool) -> None:
+        super().__init__()
+        self.a, self.b = (torch.nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8))
+        self.shortcut, self.act, self.given = torch.nn.Conv2d(3, 8, 1), torch.nn.ReLU(), given
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        y = self.b(self.act(self.a(x)))
+        shortcut = self.shortcut(x)
+        return [self.act(y + shortcut), *([shortcut] if self.given else [])]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_sums_are_written_over_what_a_convolution_made(given: bool) -> None:
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        pytest.skip("this build of PyTorch lacks oneDNN")
+    network = Downsampled(given).eval()
+    fused = fuse(network)
+    assert [m.in_place for m in fused.modules() if isinstance(m, FusedConv2d)].count(True) == (not given)
+    images = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for got, want in zip(fused(images), network(images), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_convolutions_compute_the_same(dtype: torch.dtype) -> None:
     network = Residual().eval().to(dtype, memory_format=torch.channels_last)

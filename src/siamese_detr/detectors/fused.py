@@ -98,7 +98,6 @@ def fuse_convolutions(network: fx.GraphModule) -> None:
     """Put :class:`FusedConv2d` for convolutions and for the sums and activations that alone use their results."""
     graph = network.graph
     order = {node: n for n, node in enumerate(graph.nodes)}  # of execution
-    fresh: set[fx.Node] = set()  # tensors made here, so ours to write to
 
     def module(node: fx.Node | None) -> Any:
         return network.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
@@ -106,7 +105,9 @@ def fuse_convolutions(network: fx.GraphModule) -> None:
     def only_user(node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
-    for node in list(graph.nodes):
+    # Tensors made by convolutions, so ours to write to.
+    fresh = {node for node in graph.nodes if type(module(node)) is nn.Conv2d}
+    for number, node in enumerate(list(graph.nodes)):
         convolution = module(node)
         if type(convolution) is not nn.Conv2d or convolution.padding_mode != "zeros":
             continue
@@ -128,7 +129,7 @@ def fuse_convolutions(network: fx.GraphModule) -> None:
         # Whatever else reads the other summand must have done so before.
         readers = set() if other is None else other.users.keys() - set(replaced)
         in_place = other in fresh and all(order[reader] < order[node] for reader in readers)
-        name = f"fused_{len(fresh)}"
+        name = f"fused_{number}"
         network.add_submodule(name, FusedConv2d(convolution, activation, in_place))
         with graph.inserting_after(replaced[-1]):
             made = graph.call_module(name, (node.args[0],) if other is None else (node.args[0], other))
