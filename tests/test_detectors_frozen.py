@@ -91,6 +91,19 @@ def test_sums_are_written_over_what_a_convolution_made(given: bool) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+def test_a_sum_with_its_own_input_is_not_written_over_it() -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            y = self.a(x)
+            return [self.b(y) + y]
+
+    assert not any(m.in_place for m in fuse(Own().eval()).modules() if isinstance(m, FusedConv2d))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_convolutions_compute_the_same(dtype: torch.dtype) -> None:
     network = Residual().eval().to(dtype, memory_format=torch.channels_last)
@@ -152,7 +165,7 @@ class Scaled(torch.nn.Module):
 def test_first_layers_see_fewer_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         pytest.skip("this build of PyTorch lacks oneDNN")
-    monkeypatch.setattr(frozen, "CHUNK_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 32 * 64)
     monkeypatch.setattr(frozen, "LATE", 3)
     network = Scaled().requires_grad_(False)
     fast = FrozenBackbone(network)
@@ -163,7 +176,54 @@ def test_first_layers_see_fewer_images_at_a_time(monkeypatch: pytest.MonkeyPatch
     images = torch.randn(8, 3, 64, 64)
     for got, want in zip(fast(images), network(images), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-    assert seen == 3 * [(2, 64), (2, 32), (2, 16)] + [(6, 8)] + [(2, 64), (2, 32), (2, 16)] + [(2, 8)]
+    first = [(2, 64), (2, 32), (2, 16)]
+    assert seen == 3 * first + [(6, 8)] + first + [(2, 8)]
+
+
+def test_weights_are_packed_once_for_all_chunks_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        pytest.skip("this build of PyTorch lacks oneDNN")
+    monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 32 * 64)
+    monkeypatch.setattr(frozen, "LATE", 3)
+    fast = FrozenBackbone(Scaled().requires_grad_(False))
+    views, crops = torch.randn(9, 3, 64, 96), torch.randn(13, 3, 64, 64)  # neither is a number of whole chunks
+
+    def layouts() -> list[list[int]]:
+        fused = [m for m in fast.network(torch.float32).modules() if isinstance(m, FusedConv2d)]
+        return [sorted(map(id, m._packed.values())) for m in fused]
+
+    fast(views), fast(crops)
+    packed = layouts()
+    fast(views), fast(crops)
+    assert layouts() == packed
+
+
+def test_few_multiplications_are_part_of_it() -> None:
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        pytest.skip("this build of PyTorch lacks oneDNN")
+    network = timm.create_model("resnet18", features_only=True, out_indices=(2, 3), zero_init_last=False).eval()
+    fast = FrozenBackbone(network.requires_grad_(False))
+    images = torch.randn(2, 3, 200, 136)
+    with torch.no_grad():
+        for got, want in zip(fast(images), network(images), strict=True):
+            assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+    fused = [m for m in fast.network(torch.float32).modules() if isinstance(m, FusedConv2d)]
+    assert any(m._filters is not None for m in fused)
+
+
+def test_a_batch_turned_round_is_not_parted() -> None:
+    class Turned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Conv2d(3, 3, 8, stride=8), torch.nn.Conv2d(3, 3, 2, stride=2)
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            turned = self.a(x).permute(1, 0, 2, 3) * 1.0
+            return [self.b(turned.permute(1, 0, 2, 3)) + self.b(turned.permute(1, 0, 2, 3) * 2)]
+
+    network = Turned().eval().requires_grad_(False)
+    images = torch.randn(13, 3, 128, 128)
+    torch.testing.assert_close(FrozenBackbone(network)(images), network(images))
 
 
 def test_what_cannot_be_traced_stays_as_it_is() -> None:

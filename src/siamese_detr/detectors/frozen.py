@@ -58,8 +58,9 @@ class FrozenBackbone:
         with torch.autocast(device, enabled=False):
             network = self.network(dtype)
             staged = any(isinstance(module, InChunks) for module in network.modules())
-            pixels = CHUNK_PIXELS * (LATE if staged else 1) if device == "cpu" else pixel_values.numel()
-            chunks = [run(network, chunk) for chunk in split(pixel_values, pixels)]
+            late = LATE if staged else 1
+            size = chunk_size(pixel_values, late) if device == "cpu" else max(1, len(pixel_values))
+            chunks = [run(network, chunk) for chunk in split(pixel_values, size)]
         return [torch.cat(level) for level in zip(*chunks, strict=True)]
 
     def network(self, dtype: torch.dtype) -> nn.Module:
@@ -78,9 +79,15 @@ def run(network: nn.Module, pixel_values: Tensor) -> list[Tensor]:
     return list(maps if isinstance(maps, list | tuple) else maps.feature_maps)
 
 
-def split(images: Tensor, pixels: int) -> list[Tensor]:
-    """``images`` (B, C, H, W) in chunks of so many pixels at most, but of one image at least, channels last."""
-    size = max(1, pixels // math.prod(images.shape[-2:]))
+def chunk_size(images: Tensor, late: int = 1) -> int:
+    """How many of ``images`` (B, C, H, W) are a chunk; ``late`` times as many pixels: a number of whole chunks."""
+    area = math.prod(images.shape[-2:])
+    size = max(1, CHUNK_PIXELS // area)
+    return max(1, late * CHUNK_PIXELS // area) // size * size
+
+
+def split(images: Tensor, size: int) -> list[Tensor]:
+    """``images`` (B, C, H, W) in chunks of ``size``, channels last."""
     return [chunk.contiguous(memory_format=torch.channels_last) for chunk in images.split(size)]
 
 
@@ -98,8 +105,10 @@ class InChunks(nn.Module):
 
     def forward(self, *arguments: Tensor) -> Tensor | list[Tensor]:
         """The maps of images (B, C, H, W)."""
-        before, after = arguments[: self.position], arguments[self.position + 1 :]
-        chunks = [self.layers(*before, x, *after) for x in split(arguments[self.position], CHUNK_PIXELS)]
+        images, at = arguments[self.position], self.position
+        chunks = [
+            self.layers(*arguments[:at], chunk, *arguments[at + 1 :]) for chunk in split(images, chunk_size(images))
+        ]
         if isinstance(chunks[0], Tensor):
             return torch.cat(chunks)
         return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
@@ -178,13 +187,16 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
 def in_stages(network: fx.GraphModule, images: Tensor) -> fx.GraphModule:
     """The network with its first layers :class:`InChunks`, if there is a place to part it: where all that is computed
     later comes from one map, the last such place before the first map of ``LATE_STRIDE``."""
-    ShapeProp(network).propagate(images)
+    pair = torch.cat((images, images))
+    ShapeProp(network).propagate(pair)
     order = {node: n for n, node in enumerate(network.graph.nodes)}
     last = {node: max((order[u] for u in node.users if u.op != "output"), default=-1) for node in order}
     parting = None
     for node, n in order.items():
         shape: Sequence[int] = getattr(node.meta.get("tensor_meta"), "shape", ())
-        if len(shape) == 4 and shape[-1] == images.shape[-1] // LATE_STRIDE:
+        if len(shape) != 4 or len(pair) != shape[0]:
+            continue  # no map of each image
+        if shape[-1] == images.shape[-1] // LATE_STRIDE:
             break
         if node.op != "placeholder" and [x for x in order if order[x] <= n < last[x]] == [node]:
             parting = n

@@ -32,7 +32,8 @@ class FusedConv2d(nn.Module):
 
     oneDNN computes with weights in a blocked layout that depends on the input's shape. It is kept here; else the
     weights are brought into it at every call. The plain weights, which any layout gives back exactly, are not.
-    Large convolutions of 3x3 without a sum are computed with fewer multiplications instead, see :mod:`winograd`.
+    Large convolutions of 3x3 without a sum are computed with fewer multiplications instead, see :mod:`winograd`; their
+    transformed filters do not depend on the shape.
 
     Args:
         convolution: frozen, padding with zeros; not changed.
@@ -40,8 +41,8 @@ class FusedConv2d(nn.Module):
         in_place: write the sum to where the other summand is.
     """
 
-    kept = 3
-    """Input shapes for which weights are kept: of the views, the crops, and the last, fewer crops."""
+    kept = 4
+    """Input shapes for which weights are kept: chunks of the views and of the crops, and the last, smaller ones."""
 
     def __init__(
         self, convolution: nn.Conv2d, activation: tuple[str, list[float]] | None = None, in_place: bool = False
@@ -82,7 +83,7 @@ class FusedConv2d(nn.Module):
         return self._plain if self._plain is not None else next(iter(self._packed.values())).to_dense()
 
     def forget_shapes(self) -> None:
-        """Keep no layout but the plain one."""
+        """Keep the plain weights and no layout of a shape."""
         self._plain, self._packed = self.plain(), {}
 
 
@@ -126,9 +127,11 @@ def fuse_convolutions(network: fx.GraphModule) -> None:
             replaced.append(after)
         else:
             activation = None
-        # Whatever else reads the other summand must have done so before.
+        # Whatever else reads the other summand must have done so before. Later readers of a view of it are not seen
+        # here, but their numbers are wrong then, and whoever compares them keeps the network as it was.
         readers = set() if other is None else other.users.keys() - set(replaced)
-        in_place = other in fresh and all(order[reader] < order[node] for reader in readers)
+        over = other in fresh and other is not node.args[0]
+        in_place = over and all(order[reader] < order[node] for reader in readers)
         name = f"fused_{number}"
         network.add_submodule(name, FusedConv2d(convolution, activation, in_place))
         with graph.inserting_after(replaced[-1]):
