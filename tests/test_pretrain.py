@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -538,3 +539,25 @@ def test_gradient_checkpointing_changes_nothing(base: dict[str, Any], tmp_path: 
     pretrain(**{**base, "out": str(tmp_path / "plain"), "steps": 2})
     pretrain(**{**base, "out": str(tmp_path / "saving"), "steps": 2, "checkpoint_activations": True})
     assert logged(tmp_path / "plain") == logged(tmp_path / "saving")
+
+
+@pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
+def test_compiling_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None:
+    """But the dropout, which is PyTorch's then."""
+    options = {**base, "steps": 2, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    pretrain(**{**options, "out": str(tmp_path / "plain")})
+    pretrain(**{**options, "out": str(tmp_path / "compiled"), "compile": True})
+    for plain, compiled in zip(logged(tmp_path / "plain"), logged(tmp_path / "compiled"), strict=True):
+        for name in (name for name in plain if name.startswith("loss")):
+            assert compiled[name] == pytest.approx(plain[name], rel=1e-4), name
+        assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)  # batch norms over four images
+
+
+def test_without_a_compiler_compiling_ends_in_one_line(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, str(tmp_path / "missing")))
+    with pytest.raises(UserError, match=r"torch.compile failed \(.*compiler.*leave out compile"):
+        pretrain(**{**base, "out": str(tmp_path / "run"), "compile": True})

@@ -93,7 +93,7 @@ def machine_explained(then: str) -> Iterator[None]:
         then: what to do when that is mended.
 
     Raises:
-        UserError: memory ended, a data process was killed, or the operating system refused.
+        UserError: memory ended, a data process was killed, nothing could be compiled, or the operating system refused.
     """
     try:
         yield
@@ -107,6 +107,11 @@ def machine_explained(then: str) -> Iterator[None]:
         if "can't allocate memory" in str(error):  # PyTorch's words for the host's
             raise UserError(
                 f"out of memory: raise accumulate, lower batch_size, workers or the images' size, and {then}"
+            ) from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError(
+                f"torch.compile failed ({str(error).strip().splitlines()[0]}): give it what it misses or leave out "
+                f"compile, and {then}"
             ) from error
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
