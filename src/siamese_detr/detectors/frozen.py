@@ -200,8 +200,8 @@ def in_stages(network: fx.GraphModule, images: Tensor) -> fx.GraphModule:
             break
         if node.op != "placeholder" and [x for x in order if order[x] <= n < last[x]] == [node]:
             parting = n
-    else:
-        return network
+    else:  # no late layers
+        parting = None
     if parting is None:
         return network
     parted: Any = split_module(network, network, lambda node: int(order[node] > parting))
