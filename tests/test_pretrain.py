@@ -28,6 +28,7 @@ from siamese_detr.training import pretrain as module
 from siamese_detr.training.feature_bank import FeatureBank
 from siamese_detr.training.pretrain import pretrain
 from siamese_detr.training.pretrain_config import PretrainConfig
+from siamese_detr.training.processes import machine_explained
 from siamese_detr.views.config import ViewConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone 'random")
@@ -561,3 +562,13 @@ def test_without_a_compiler_compiling_ends_in_one_line(
     monkeypatch.setattr(config.cpp, "cxx", (None, str(tmp_path / "missing")))
     with pytest.raises(UserError, match=r"torch.compile failed \(.*compiler.*leave out compile"):
         pretrain(**{**base, "out": str(tmp_path / "run"), "compile": True})
+
+
+def test_what_a_compiler_says_is_told() -> None:
+    def refusing(*_: Any) -> Any:
+        raise ValueError("nothing to compile with")
+
+    compiled = torch.compile(lambda x: x * 2, backend=refusing)
+    said = r"raised: ValueError: nothing to compile with\).* and go on"
+    with pytest.raises(UserError, match=said), machine_explained("go on"):
+        compiled(torch.ones(3))

@@ -109,9 +109,9 @@ def machine_explained(then: str) -> Iterator[None]:
                 f"out of memory: raise accumulate, lower batch_size, workers or the images' size, and {then}"
             ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            said = " ".join(str(error).strip().split("\n\n")[0].split())[:300]
             raise UserError(
-                f"torch.compile failed ({str(error).strip().splitlines()[0]}): give it what it misses or leave out "
-                f"compile, and {then}"
+                f"torch.compile failed ({said}): give it what it misses or leave out compile, and {then}"
             ) from error
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
