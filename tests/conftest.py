@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+slow = pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
+
 
 def textured(seed: int, width: int = 160, height: int = 120) -> Image.Image:
     """A photo-like RGB picture: smooth noise of several scales, and a few shapes with edges."""

@@ -11,6 +11,10 @@ from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.frozen import FrozenBackbone, conv_norm_pairs, fold, fuse, run
 from siamese_detr.detectors.fused import FusedConv2d
 
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_convolution_pointwise"), reason="this build of PyTorch lacks oneDNN"
+)
+
 
 @pytest.mark.parametrize("backbone", ["efficientnet-lite0", "random:resnet18"])
 @pytest.mark.filterwarnings("ignore:.*random")
@@ -79,9 +83,8 @@ class Downsampled(torch.nn.Module):
 
 
 @pytest.mark.parametrize("given", [False, True])
+@needs_onednn
 def test_sums_are_written_over_what_a_convolution_made(given: bool) -> None:
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        pytest.skip("this build of PyTorch lacks oneDNN")
     network = Downsampled(given).eval()
     fused = fuse(network)
     assert [m.in_place for m in fused.modules() if isinstance(m, FusedConv2d)].count(True) == (not given)
@@ -91,6 +94,7 @@ def test_sums_are_written_over_what_a_convolution_made(given: bool) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+@needs_onednn
 def test_a_sum_with_its_own_input_is_not_written_over_it() -> None:
     class Own(torch.nn.Module):
         def __init__(self) -> None:
@@ -122,9 +126,8 @@ def test_fused_convolutions_compute_the_same(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 8])
+@needs_onednn
 def test_any_layout_gives_the_plain_weights_back(groups: int) -> None:
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        pytest.skip("this build of PyTorch lacks oneDNN")
     convolution = torch.nn.Conv2d(8, 24, 3, groups=groups).requires_grad_(False)
     fused = FusedConv2d(convolution)
     for side in (16, 64, 24, 9):
@@ -136,9 +139,8 @@ def test_any_layout_gives_the_plain_weights_back(groups: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "convolutions"), [("resnet50", 53), ("tf_efficientnet_lite0", 43)])
+@needs_onednn
 def test_backbones_are_fused(name: str, convolutions: int) -> None:
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        pytest.skip("this build of PyTorch lacks oneDNN")
     network = timm.create_model(name, features_only=True, out_indices=(2, 3, 4)).eval()
     fused = fuse(fold(network))
     calls = [m for m in fused.modules() if isinstance(m, FusedConv2d)]
@@ -162,9 +164,8 @@ class Scaled(torch.nn.Module):
         return maps
 
 
+@needs_onednn
 def test_first_layers_see_fewer_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        pytest.skip("this build of PyTorch lacks oneDNN")
     monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 32 * 64)
     monkeypatch.setattr(frozen, "LATE", 3)
     network = Scaled().requires_grad_(False)
@@ -180,9 +181,8 @@ def test_first_layers_see_fewer_images_at_a_time(monkeypatch: pytest.MonkeyPatch
     assert seen == 3 * first + [(6, 8)] + first + [(2, 8)]
 
 
+@needs_onednn
 def test_weights_are_packed_once_for_all_chunks_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        pytest.skip("this build of PyTorch lacks oneDNN")
     monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 32 * 64)
     monkeypatch.setattr(frozen, "LATE", 3)
     fast = FrozenBackbone(Scaled().requires_grad_(False))
@@ -198,9 +198,8 @@ def test_weights_are_packed_once_for_all_chunks_of_a_step(monkeypatch: pytest.Mo
     assert layouts() == packed
 
 
+@needs_onednn
 def test_few_multiplications_are_part_of_it() -> None:
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        pytest.skip("this build of PyTorch lacks oneDNN")
     network = timm.create_model("resnet18", features_only=True, out_indices=(2, 3), zero_init_last=False).eval()
     fast = FrozenBackbone(network.requires_grad_(False))
     images = torch.randn(2, 3, 200, 136)

@@ -23,11 +23,10 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_finetuning
-from conftest import textured
+from conftest import slow, textured
 from runs import TINY, Run, logged, team
 from siamese_detr.training.checkpoint import list_checkpoints
 
-slow = pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
 PATIENCE = 60  # seconds; the machine may be busy
 STARTING = 240  # seconds for torchrun to start processes, each of which imports everything, and for these to train
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_finetuning
-from conftest import textured
+from conftest import slow, textured
 from runs import TINY, Run, logged
 from siamese_detr.errors import UserError
 from siamese_detr.training.checkpoint import latest_valid, list_checkpoints, verify
@@ -32,7 +32,6 @@ from tiny_detectors import CASES, tiny_detector
 
 PATIENCE = 120
 ENDLESS = 10_000
-slow = pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
 
 
 @pytest.fixture(scope="module")

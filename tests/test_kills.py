@@ -22,14 +22,13 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_finetuning
-from conftest import textured
+from conftest import slow, textured
 from runs import TINY as PRETRAIN
 from runs import Run, logged
 from siamese_detr.training.checkpoint import list_checkpoints
 
 PATIENCE = 300
 SEED = int(os.environ.get("SIAMESE_DETR_SEED", time.time_ns() % 10**6))
-slow = pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
 SMALL: dict[str, Any] = {"backbone": "random:test_efficientnet", "hidden_size": 16, "heads": 2, "dropout": 0.1}
 
 

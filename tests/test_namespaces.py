@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import textured
+from conftest import slow, textured
 from runs import TINY, Run, logged
 from siamese_detr.proposals.propose import propose
 from siamese_detr.proposals.store import ProposalStore
@@ -29,7 +29,6 @@ from siamese_detr.training.checkpoint import list_checkpoints
 from test_shards import write_tar
 
 PATIENCE = 120
-slow = pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
 ADDRESSES = ("10.254.77.1", "10.254.77.2")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
-from conftest import textured
+from conftest import slow, textured
 from runs import TINY, logged
 from siamese_detr import cli
 from siamese_detr.config import read_sources, recipe_names, validate
@@ -542,7 +541,7 @@ def test_gradient_checkpointing_changes_nothing(base: dict[str, Any], tmp_path: 
     assert logged(tmp_path / "plain") == logged(tmp_path / "saving")
 
 
-@pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
+@slow
 def test_compiling_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None:
     """But the dropout, which is PyTorch's then."""
     options = {**base, "steps": 2, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}

@@ -10,6 +10,7 @@ from torch.nn.functional import conv2d
 
 from siamese_detr.detectors import winograd
 from siamese_detr.detectors.fused import FusedConv2d
+from test_detectors_frozen import needs_onednn
 
 
 @given(
@@ -43,9 +44,8 @@ def test_rounding_stays_small() -> None:
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
+@needs_onednn
 def test_it_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        pytest.skip("this build of PyTorch lacks oneDNN")
     used = []
     convolve = winograd.convolve
     monkeypatch.setattr(
