@@ -113,6 +113,19 @@ def test_a_full_disk(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> 
     assert_continues(options)
 
 
+def test_a_full_disk_that_tensorboard_meets_first(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
+    board = tmp_path / "run" / "tensorboard"
+    options = base | {"out": str(board.parent), "steps": 2}
+    first = Run(options)
+    assert first.wait(PATIENCE) == 0, first.text
+    shutil.rmtree(board)
+    board.symlink_to(small_disk)
+    disk = os.statvfs(small_disk)
+    with open(small_disk / "filler", "wb") as file:
+        file.write(b"\0" * (disk.f_bavail * disk.f_frsize))
+    assert_clear(Run(options | {"steps": 4, "resume": True}), "No space left", "--resume")
+
+
 def test_a_disk_without_room_for_another_checkpoint(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
     """The message says to lower ``keep``: that alone, with nothing else removed, lets the run go on."""
     options = base | {"out": on(small_disk, tmp_path), "save_every": 1, "keep": 3}

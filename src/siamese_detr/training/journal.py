@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ class Journal:
     def __init__(self, directory: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._excepthook, threading.excepthook = threading.excepthook, self._hear
         self.lines = JsonLines(directory / "log.jsonl")
         self.lines.rewind(step)
         # purge_step hides what was logged after the checkpoint that the run continues from.
@@ -140,4 +142,17 @@ class Journal:
                 self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.board.close()
+        """Write what is left.
+
+        Raises:
+            OSError: TensorBoard's thread could not write, now or before.
+        """
+        try:
+            self.board.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _hear(self, failed: threading.ExceptHookArgs) -> None:
+        """Not of the death of TensorBoard's thread: what it died of is raised by the next call of the board."""
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self._excepthook(failed)

@@ -7,6 +7,7 @@ the next step boundary; unreadable images are listed and counted; loss terms are
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -124,10 +125,11 @@ class BaseTrainer(PersistentTrainer):
             checkpoints.prune(self.settings.checkpoints, step, self.settings.keep)  # a lower `keep` makes room now
             self._listed = {record["path"]: record["reason"] for record in self._skipped_lines().rewind(step)}
             self._found_before = len(self._listed)
-        if self.args.should_save:
-            self.journal = Journal(self.settings.out, step)
+        explained = machine_explained(f"continue {self.settings.out} with --resume")
         try:
-            with self.stop, machine_explained(f"continue {self.settings.out} with --resume"):
+            with self.stop, explained, contextlib.ExitStack() as stack:
+                if self.args.should_save:
+                    self.journal = stack.enter_context(contextlib.closing(Journal(self.settings.out, step)))
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except BaseException as error:
             # Data workers end with their iterator, which the traceback would keep alive: the process could not exit.
@@ -135,9 +137,6 @@ class BaseTrainer(PersistentTrainer):
             if error.__cause__ is not None:
                 traceback.clear_frames(error.__cause__.__traceback__)
             raise
-        finally:
-            if self.journal is not None:
-                self.journal.close()
         if self.preempted is not None:
             raise self._stopped()
 
