@@ -73,7 +73,7 @@ class PlainSiamese:
         with self.timer("backbone, crops"):
             crops = []
             for x in inputs.crops.chunk(views):
-                levels = self.detector.features(x, torch.ones(len(x), *x.shape[-2:], dtype=torch.bool))
+                levels = self.detector.features(x, x.new_ones(len(x), *x.shape[-2:], dtype=torch.bool))
                 pooled = torch.cat([full_precision(level).mean((2, 3)) for level in levels], 1)
                 crops.append(pooled.unflatten(0, inputs.boxes.shape[1:3]))
         return maps, crops
@@ -142,7 +142,7 @@ class PlainSiamese:
         cost = 5 * torch.cdist(flat, wanted, p=1) - answer - 2 * generalized_box_iou(*corners)
         split = cost.view(*boxes.shape[:2], -1).cpu().split([len(target["boxes"]) for target in targets], -1)
         pairs = [linear_sum_assignment(one[image]) for image, one in enumerate(split)]
-        return [(torch.as_tensor(i), torch.as_tensor(j)) for i, j in pairs]
+        return [(torch.as_tensor(i, device=flat.device), torch.as_tensor(j, device=flat.device)) for i, j in pairs]
 
     def layer_losses(
         self, logits: Tensor, boxes: Tensor, features: Tensor, targets: list[dict[str, Tensor]]
@@ -154,7 +154,7 @@ class PlainSiamese:
         query = torch.cat([query for query, _ in pairs])
         wanted = torch.cat([target["boxes"][j] for target, (_, j) in zip(targets, pairs, strict=True)])
         aims = torch.cat([target["features"][j] for target, (_, j) in zip(targets, pairs, strict=True)])
-        classes = torch.full(logits.shape[:2], 2, dtype=torch.int64)
+        classes = torch.full(logits.shape[:2], 2, dtype=torch.int64, device=logits.device)
         classes[image, query] = 1
         weight = logits.new_tensor([1, 1, self.pretext.config.no_object_weight])
         found = boxes[image, query]

@@ -167,7 +167,7 @@ def our_step(pretext: SiamesePretext, clock: Clock, precision: str) -> Step:
     time_within(pretext, clock)
 
     def step(inputs: ViewInputs) -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(inputs.pixel_values.device.type, torch.bfloat16, enabled=precision == "bf16"):
             features = pretext.frozen_features(inputs)
             with clock("forward"):
                 output = pretext(features)

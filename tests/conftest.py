@@ -13,7 +13,11 @@ if side_by_side := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFilter
+
+if not torch.cuda.is_available():  # Triton interprets kernels there; it wants to know when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 slow = pytest.mark.skipif("SIAMESE_DETR_SLOW_TESTS" not in os.environ, reason="slow; set SIAMESE_DETR_SLOW_TESTS=1")
 

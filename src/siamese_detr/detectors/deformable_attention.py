@@ -4,7 +4,7 @@ samples in memory.
 Every query sums, per head, `levels * points` bilinear samples of its value map, that is four times as many rows of a
 table with one weight each. So the sum is one "embedding bag": no sample is ever stored. What the backward pass needs is
 computed again from the inputs, and the gradient of the values is a product with the transposed sparse matrix of those
-weights. Other devices keep Transformers' own code.
+weights. A CUDA device has kernels for it (:mod:`.gpu_sampling`), other devices keep Transformers' own code.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
     MultiScaleDeformableAttention,
 )
+
+from siamese_detr.gpu import runs_kernels
 
 from .functional import retype
 
@@ -54,7 +56,8 @@ class BagSampling(nn.Module):
 
         Args:
             value: (B, S, heads, C), the levels one after the other.
-            spatial_shapes, level_start_index, im2col_step: only for other devices.
+            spatial_shapes, level_start_index: `shapes` and the first token of each level, on the device.
+            im2col_step: not used.
             shapes: (h, w) of each level.
             locations: (B, Q, heads, levels, points, 2) as (x, y), 0 to 1 across each level.
             weights: (B, Q, heads, levels, points).
@@ -62,6 +65,10 @@ class BagSampling(nn.Module):
         Returns:
             (B, Q, heads * C), in the precision of `value`.
         """
+        if runs_kernels(value):
+            from . import gpu_sampling
+
+            return gpu_sampling.sample(value, locations, weights, spatial_shapes, level_start_index)
         if value.device.type != "cpu":
             return self.stock(value, spatial_shapes, shapes, level_start_index, locations, weights, im2col_step)
         return sample(value, locations, weights, shapes)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.passes.split_module import split_module
 
-from .fused import ConvolutionTracer, FusedConv2d, drop_identities, fuse_convolutions
+from .fused import ConvolutionTracer, CudnnConv2d, FusedConv2d, drop_identities, fuse_convolutions
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,9 @@ def close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float)
 @torch.no_grad()
 def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
     """A copy of ``backbone`` in evaluation mode, channels last, its batch norms in the convolutions before them."""
-    folded = copy.deepcopy(backbone).eval().requires_grad_(False)
+    weight = next(backbone.parameters())
+    # Where double precision exists: with less, some devices are too inexact to tell whether the function is the same.
+    folded = copy.deepcopy(backbone).eval().requires_grad_(False).to("cpu", torch.float64)
     images = probe(next(folded.parameters()), side)
     expected = run(folded, images)
     for convolution, norm_name in conv_norm_pairs(folded, images).items():
@@ -142,23 +144,20 @@ def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
         setattr(folded.get_submodule(parent), name, getattr(norm, "act", nn.Identity()))
     if not close(run(folded, images), expected, 1e-3):
         folded = copy.deepcopy(backbone).eval().requires_grad_(False)
-    return folded.to(memory_format=torch.channels_last)
+    return folded.to(weight).to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def fuse(network: nn.Module, side: int = 64) -> nn.Module:
-    """A copy of the folded ``network`` whose convolutions add residuals and apply activations themselves, and whose
-    first layers run in smaller chunks than the late ones.
+    """A copy of the folded ``network`` whose convolutions add residuals and apply activations themselves, and, on a
+    CPU, whose first layers run in smaller chunks than the late ones.
 
-    Only where oneDNN computes in its precision on a CPU, its graph can be traced, and the result is the same; else
+    Only where oneDNN or cuDNN computes in its precision, its graph can be traced, and the result is the same; else
     ``network`` itself.
     """
     weight = next(network.parameters())
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype not in (torch.float32, torch.bfloat16)
-        or not hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    ):
+    fused_kind = convolution_of(weight)
+    if fused_kind is None:
         return network
     images = probe(weight, side).contiguous(memory_format=torch.channels_last)
     expected = run(network, images)
@@ -168,8 +167,9 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
     try:
         traced = fx.GraphModule(inner, ConvolutionTracer().trace(inner))
         drop_identities(traced)
-        fuse_convolutions(traced)
-        traced = in_stages(traced, images)
+        fuse_convolutions(traced, fused_kind)
+        if fused_kind is FusedConv2d:
+            traced = in_stages(traced, images)
         if wrapped:
             fused._backbone = traced
         else:
@@ -181,7 +181,17 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
     except Exception as error:  # tracing calls the network's own code with what are no tensors: anything may come of it
         log.debug("the frozen backbone stays as it is: %s", error)
         return network
-    return fused if close(found, expected, 1e-4 if weight.dtype == torch.float32 else 0.1) else network
+    single = 1e-4 if weight.device.type == "cpu" else 1e-2  # TF32
+    return fused if close(found, expected, single if weight.dtype == torch.float32 else 0.1) else network
+
+
+def convolution_of(weight: Tensor) -> type[FusedConv2d] | type[CudnnConv2d] | None:
+    """What fuses convolutions of such weights; None: nothing does."""
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+        return FusedConv2d if hasattr(torch.ops.mkldnn, "_convolution_pointwise") else None
+    if weight.is_cuda and weight.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return CudnnConv2d if torch.backends.cudnn.is_available() and torch.version.hip is None else None
+    return None
 
 
 def in_stages(network: fx.GraphModule, images: Tensor) -> fx.GraphModule:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +28,41 @@ ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
 """Names and arguments in oneDNN."""
 
 
+class CudnnConv2d(nn.Module):
+    """A convolution, the sum with another tensor, and ReLU in one pass over the memory of a CUDA device.
+
+    Args:
+        convolution: frozen, with a bias, padding with zeros; not changed.
+        activation: that of ReLU.
+        in_place: makes no difference.
+    """
+
+    activations: ClassVar = {nn.ReLU: ACTIVATIONS[nn.ReLU]}
+    needs_activation = True
+    """Without one, cuDNN has nothing for it."""
+    multiple = 8
+    """Of input channels, below which tensor cores are not used: missing ones are added, of zeros."""
+
+    def __init__(
+        self, convolution: nn.Conv2d, activation: tuple[str, list[float]] | None, in_place: bool = False
+    ) -> None:
+        super().__init__()
+        self.geometry: Any = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+        few = convolution.groups == 1 and convolution.in_channels < self.multiple
+        self.added = self.multiple - convolution.in_channels if few else 0
+        self.weight, self.bias = self._filled(convolution.weight.detach()), convolution.bias
+
+    def _filled(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.added)) if self.added else x
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """ReLU of the convolution of ``x`` (B, C, H, W) plus ``other``, which has the result's shape."""
+        x = self._filled(x)
+        if other is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
+        return torch.cudnn_convolution_add_relu(x, self.weight, other, 1.0, self.bias, *self.geometry)
+
+
 class FusedConv2d(nn.Module):
     """A convolution, the sum with another tensor, and an activation in one pass over memory.
 
@@ -41,6 +77,8 @@ class FusedConv2d(nn.Module):
         in_place: write the sum to where the other summand is.
     """
 
+    activations: ClassVar = ACTIVATIONS
+    needs_activation = False
     kept = 4
     """Input shapes for which weights are kept: chunks of the views and of the crops, and the last, smaller ones."""
 
@@ -95,8 +133,8 @@ def drop_identities(network: fx.GraphModule) -> None:
             network.graph.erase_node(node)
 
 
-def fuse_convolutions(network: fx.GraphModule) -> None:
-    """Put :class:`FusedConv2d` for convolutions and for the sums and activations that alone use their results."""
+def fuse_convolutions(network: fx.GraphModule, fused: type[FusedConv2d] | type[CudnnConv2d] = FusedConv2d) -> None:
+    """Put ``fused`` for convolutions and for the sums and activations that alone use their results."""
     graph = network.graph
     order = {node: n for n, node in enumerate(graph.nodes)}  # of execution
 
@@ -122,18 +160,29 @@ def fuse_convolutions(network: fx.GraphModule) -> None:
                 other = summands[0]
                 replaced.append(after)
                 after = only_user(after)
-        activation = ACTIVATIONS.get(type(module(after)))
+        activation = fused.activations.get(type(module(after)))
         if activation is not None and after is not None and (other is None or activation[0] == "relu"):
             replaced.append(after)
         else:
             activation = None
+        if activation is None and fused.needs_activation:
+            continue
         # Whatever else reads the other summand must have done so before. Later readers of a view of it are not seen
         # here, but their numbers are wrong then, and whoever compares them keeps the network as it was.
         readers = set() if other is None else other.users.keys() - set(replaced)
+        bias = None
+        if fused.needs_activation and type(module(other)) is nn.Conv2d and other is not None and len(other.users) == 1:
+            # A convolution that is not fused adds its bias in a pass of its own: that of the sum takes it.
+            bias = module(other).bias
+            network.add_submodule(f"unbiased_{number}", _without_bias(module(other)))
+            other.target = f"unbiased_{number}"
         over = other in fresh and other is not node.args[0]
         in_place = over and all(order[reader] < order[node] for reader in readers)
         name = f"fused_{number}"
-        network.add_submodule(name, FusedConv2d(convolution, activation, in_place))
+        layer = fused(convolution, activation, in_place)
+        if bias is not None:
+            layer.bias = nn.Parameter(layer.bias + bias, requires_grad=False)
+        network.add_submodule(name, layer)
         with graph.inserting_after(replaced[-1]):
             made = graph.call_module(name, (node.args[0],) if other is None else (node.args[0], other))
         order[made] = order[replaced[-1]]
@@ -143,3 +192,9 @@ def fuse_convolutions(network: fx.GraphModule) -> None:
             graph.erase_node(old)
     network.delete_all_unused_submodules()
     network.recompile()
+
+
+def _without_bias(convolution: nn.Conv2d) -> nn.Conv2d:
+    plain = copy.copy(convolution)
+    plain._parameters = dict(convolution._parameters, bias=None)
+    return plain

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siamese_detr.pretext.losses import box_corners, full_precision, generalized_iou
-from siamese_detr.pretext.matching import assign
+from siamese_detr.pretext.matching import assign, box_distance
 
 Kind = Literal["softmax", "focal"]
 
@@ -184,7 +184,7 @@ def matching_cost(logits: Tensor, boxes: Tensor, targets: Targets, config: Crite
         class_cost = with_class - without
     labels = targets.classes.clamp(min=0)[None, :, None, :].expand(*logits.shape[:3], -1)
     sought = full_precision(targets.boxes).to(boxes.dtype)
-    distance = torch.cdist(boxes, sought.expand(boxes.shape[0], *sought.shape), p=1)
+    distance = box_distance(boxes, sought)
     overlap = generalized_iou(box_corners(boxes).unsqueeze(3), box_corners(sought).unsqueeze(1))
     return config.class_cost * class_cost.gather(-1, labels) + config.l1_cost * distance - config.giou_cost * overlap
 

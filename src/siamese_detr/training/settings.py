@@ -79,7 +79,7 @@ class RunSettings:
         cpu = on_cpu(self.device)
         if cpu and self.precision == "fp16":
             raise UserError("precision fp16 needs an accelerator: use bf16 or fp32 here")
-        return transformers.TrainingArguments(
+        arguments = transformers.TrainingArguments(
             output_dir=str(self.checkpoints),
             max_steps=self.steps,
             gradient_accumulation_steps=self.accumulate,
@@ -104,6 +104,10 @@ class RunSettings:
             ddp_find_unused_parameters=False,
             ignore_data_skip=True,
         )
+        # Where a machine has several GPUs, Trainer would wrap the model of a single process in DataParallel, which can
+        # neither pass our batches on nor the results back. One process uses one GPU, the launcher starts as many.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
 
 
 class RankBatches:

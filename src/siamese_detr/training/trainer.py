@@ -29,6 +29,7 @@ from siamese_detr.files import write_json
 from siamese_detr.pretext.matching import NonFiniteError
 from siamese_detr.randomness import seed_torch
 from siamese_detr.training import checkpoint as checkpoints
+from siamese_detr.training.ahead import AheadLoader
 from siamese_detr.training.diagnose import watch
 from siamese_detr.training.journal import Journal, JsonLines
 from siamese_detr.training.persistence import FIRST, PersistentTrainer
@@ -221,13 +222,13 @@ class BaseTrainer(PersistentTrainer):
     def get_train_dataloader(self) -> DataLoader:
         assert self.train_dataset is not None
         workers = self.settings.workers
-        return DataLoader(
+        return AheadLoader(
             self.train_dataset,
+            self.args.device,
             batch_sampler=RankBatches(self.batches, self.args.process_index, self.args.world_size, self._start),
             collate_fn=self.data_collator,
             num_workers=workers,
             worker_init_fn=ignore_in_worker,
-            pin_memory=self.args.device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )
 

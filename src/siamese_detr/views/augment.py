@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from siamese_detr.gpu import runs_kernels
 from siamese_detr.views.batch import ViewBatch, ViewInputs
 from siamese_detr.views.photometric import augment, processing_order
 from siamese_detr.views.photometric_cpu import augment_picture, normalise_into
@@ -50,8 +51,12 @@ def prepare(batch: ViewBatch, mean: Sequence[float], std: Sequence[float], crop_
     columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
     mask = rows[:, :, None] & columns[:, None, :]
     norm = _Normalise.of(mean, std)
-    on_host = sizes.device.type == "cpu"
-    make_views, make_crops = (_views_one_by_one, _crops_one_by_one) if on_host else (_views, _crops)
+    if sizes.device.type == "cpu":
+        make_views, make_crops = _views_one_by_one, _crops_one_by_one
+    elif runs_kernels(sizes):
+        make_views, make_crops = _views_by_kernel, _crops_by_kernel
+    else:
+        make_views, make_crops = _views, _crops
     crops = None
     with one_thread():
         views = make_views(images, sizes, mask, of_views, norm)
@@ -154,23 +159,50 @@ def _crops(
     """All crops cut by RoIAlign, in the order of their operations, augmented together, and put back."""
     if len(parameters) == 0:
         return torch.zeros((0, 3, size, size), device=images.device)
-    pixels = _to_float(images.flatten(0, 1))
-    # Bilinear samples at the last valid pixel's far half read the next pixel: repeat the border there.
-    index = torch.arange(len(sizes), device=sizes.device)
-    after_y, after_x = (torch.clamp(sizes[:, i], max=pixels.shape[2 + i] - 1) for i in range(2))
-    pixels[index, :, :, after_x] = pixels[index, :, :, sizes[:, 1] - 1]
-    pixels[index, :, after_y] = pixels[index, :, sizes[:, 0] - 1]
     order = processing_order(parameters)
     where = torch.from_numpy(order).to(images.device, non_blocking=True)
-    flat = boxes.flatten(0, 2)[where]
-    rois = torch.cat([(where // boxes.shape[2])[:, None].to(flat.dtype), flat], 1)
-    cut = roi_align(pixels, rois, (size, size), spatial_scale=1.0, sampling_ratio=-1, aligned=True)
+    cut = _cut(images, sizes, boxes, where, size)
     augment(cut, parameters[order], sizes.new_full((len(cut), 2), size))
     out = torch.empty_like(cut)
     out[where] = norm.apply(cut)
     return out
 
 
+def _cut(images: Tensor, sizes: Tensor, boxes: Tensor, which: Tensor, size: int) -> Tensor:
+    """Crops in [0, 1], those of the numbers ``which`` among all, by RoIAlign."""
+    pixels = _to_float(images.flatten(0, 1))
+    # Bilinear samples at the last valid pixel's far half read the next pixel: repeat the border there.
+    index = torch.arange(len(sizes), device=sizes.device)
+    after_y, after_x = (torch.clamp(sizes[:, i], max=pixels.shape[2 + i] - 1) for i in range(2))
+    pixels[index, :, :, after_x] = pixels[index, :, :, sizes[:, 1] - 1]
+    pixels[index, :, after_y] = pixels[index, :, sizes[:, 0] - 1]
+    flat = boxes.flatten(0, 2)[which]
+    rois = torch.cat([(which // boxes.shape[2])[:, None].to(flat.dtype), flat], 1)
+    return roi_align(pixels, rois, (size, size), spatial_scale=1.0, sampling_ratio=-1, aligned=True)
+
+
 def _to_float(images: Tensor) -> Tensor:
     """uint8 images as contiguous floats in [0, 1]."""
     return images.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+
+
+# ------------------------------------------------------------------------------------ by our own kernels (GPU)
+
+
+def _views_by_kernel(
+    images: Tensor, sizes: Tensor, mask: Tensor, parameters: NDArray[np.float32], norm: _Normalise
+) -> Tensor:
+    """All views, each pixel read and written once."""
+    from siamese_detr.views import gpu_photometric
+
+    return gpu_photometric.augment(images.flatten(0, 1), parameters, sizes, norm.mean, norm.std)
+
+
+def _crops_by_kernel(
+    images: Tensor, sizes: Tensor, boxes: Tensor, parameters: NDArray[np.float32], norm: _Normalise, size: int
+) -> Tensor:
+    """All crops cut by RoIAlign, then as the views."""
+    from siamese_detr.views import gpu_photometric
+
+    cut = _cut(images, sizes, boxes, torch.arange(len(parameters), device=images.device), size)
+    return gpu_photometric.augment(cut, parameters, sizes.new_full((len(cut), 2), size), norm.mean, norm.std)

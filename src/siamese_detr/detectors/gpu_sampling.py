@@ -1,0 +1,162 @@
+"""The sampling of deformable attention (Deformable DETR §4.1, eq. 3) on a GPU, without the samples in memory.
+
+A program sums the samples of a few queries of one head of one image. What the backward pass needs is read and computed
+again; it adds to the values' gradient in single precision, in no fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+QUERIES, WARPS = 32, 4
+"""Queries of a program, and warps that compute them."""
+
+
+@torch.compiler.disable
+def sample(value: Tensor, locations: Tensor, weights: Tensor, sizes: Tensor, starts: Tensor) -> Tensor:
+    """Weighted samples of every query.
+
+    Args:
+        value: (B, S, heads, C), the levels one after the other.
+        locations: (B, Q, heads, levels, points, 2) as (x, y), 0 to 1 across each level; zeros are read outside.
+        weights: (B, Q, heads, levels, points).
+        sizes: int64 (levels, 2), (h, w) of each level.
+        starts: int64 (levels,), index of its first token.
+
+    Returns:
+        (B, Q, heads * C), in the precision of ``value``.
+    """
+    return _Sample.apply(value, locations, weights, sizes, starts)
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, sizes: Tensor, starts: Tensor) -> Tensor:
+        inputs = [x.contiguous() for x in (value, locations, weights, sizes, starts)]
+        ctx.save_for_backward(*inputs)
+        batch, queries, heads = locations.shape[:3]
+        out = value.new_empty(batch, queries, heads * value.shape[3])
+        _launch(_sum, *inputs, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        value, locations, weights, *levels = ctx.saved_tensors
+        to_value = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+        to_locations, to_weights = torch.empty_like(locations), torch.empty_like(weights)
+        results = gradient.contiguous(), to_value, to_locations, to_weights
+        _launch(_spread, value, locations, weights, *levels, *results)
+        return to_value.to(value.dtype), to_locations, to_weights, None, None
+
+
+def _launch(kernel: Any, value: Tensor, locations: Tensor, weights: Tensor, *others: Tensor) -> None:
+    batch, queries, heads, levels, points = weights.shape
+    tokens, channels = value.shape[1], value.shape[3]
+    if not weights.numel():
+        return
+    precise = tl.float64 if value.dtype == torch.float64 else tl.float32
+    grid = triton.cdiv(queries, QUERIES), batch * heads
+    width = triton.next_power_of_2(channels)
+    with torch.cuda.device_of(value):
+        kernel[grid](
+            *(value, locations, weights, *others),
+            *(tokens, queries, heads, channels, levels, points),
+            *(QUERIES, width, precise),
+            num_warps=WARPS,
+        )
+
+
+@triton.jit
+def _corner(
+    table, columns, rows, right, down, RIGHT: tl.constexpr, DOWN: tl.constexpr, width, height, row_size, channel, shown
+):
+    """One of the four cells around points: where its channels lie, which of them exist, its share of the sample."""
+    column, row = columns + RIGHT, rows + DOWN
+    exists = shown & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    places = table + ((row * width + column).to(tl.int64) * row_size)[:, None] + channel[None, :]
+    share = (right if RIGHT else 1 - right) * (down if DOWN else 1 - down)
+    return places, exists, share
+
+
+@triton.jit
+def _sum(
+    value, locations, weights, sizes, starts, out, tokens, queries, heads, channels, levels, points,
+    QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    channel = tl.arange(0, WIDTH)
+    inside, real = query < queries, channel < channels
+    owner = (image.to(tl.int64) * queries + query) * heads + head
+    total = tl.zeros((QUERIES, WIDTH), PRECISE)
+    for level in range(levels):
+        height, width = tl.load(sizes + 2 * level).to(tl.int32), tl.load(sizes + 2 * level + 1).to(tl.int32)
+        first = image.to(tl.int64) * tokens + tl.load(starts + level)
+        table = value + (first * heads + head) * channels
+        for point in range(points):
+            at = (owner * levels + level) * points + point
+            weight = tl.load(weights + at, mask=inside, other=0.0).to(PRECISE)
+            x = tl.load(locations + 2 * at, mask=inside, other=0.0).to(PRECISE) * width - 0.5
+            y = tl.load(locations + 2 * at + 1, mask=inside, other=0.0).to(PRECISE) * height - 0.5
+            left, top = tl.floor(x), tl.floor(y)
+            right, down = x - left, y - top
+            columns, rows = left.to(tl.int32), top.to(tl.int32)
+            for corner in tl.static_range(4):
+                places, exists, share = _corner(
+                    table, columns, rows, right, down, corner % 2, corner // 2,
+                    width, height, heads * channels, channel, inside,
+                )  # fmt: skip
+                cells = tl.load(places, mask=exists[:, None] & real[None, :], other=0.0).to(PRECISE)
+                total += (weight * share)[:, None] * cells
+    places = out + owner[:, None] * channels + channel[None, :]
+    tl.store(places, total.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
+
+
+@triton.jit
+def _spread(
+    value, locations, weights, sizes, starts, gradient, to_value, to_locations, to_weights,
+    tokens, queries, heads, channels, levels, points,
+    QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    channel = tl.arange(0, WIDTH)
+    inside, real = query < queries, channel < channels
+    owner = (image.to(tl.int64) * queries + query) * heads + head
+    gradient += owner[:, None] * channels + channel[None, :]
+    above = tl.load(gradient, mask=inside[:, None] & real[None, :], other=0.0).to(PRECISE)
+    for level in range(levels):
+        height, width = tl.load(sizes + 2 * level).to(tl.int32), tl.load(sizes + 2 * level + 1).to(tl.int32)
+        first = image.to(tl.int64) * tokens + tl.load(starts + level)
+        table = (first * heads + head) * channels
+        for point in range(points):
+            at = (owner * levels + level) * points + point
+            weight = tl.load(weights + at, mask=inside, other=0.0).to(PRECISE)
+            x = tl.load(locations + 2 * at, mask=inside, other=0.0).to(PRECISE) * width - 0.5
+            y = tl.load(locations + 2 * at + 1, mask=inside, other=0.0).to(PRECISE) * height - 0.5
+            left, top = tl.floor(x), tl.floor(y)
+            right, down = x - left, y - top
+            columns, rows = left.to(tl.int32), top.to(tl.int32)
+            to_x, to_y, to_weight = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+            for corner in tl.static_range(4):
+                places, exists, share = _corner(
+                    table, columns, rows, right, down, corner % 2, corner // 2,
+                    width, height, heads * channels, channel, inside,
+                )  # fmt: skip
+                known = exists[:, None] & real[None, :]
+                cells = tl.load(value + places, mask=known, other=0.0).to(PRECISE)
+                agreement = tl.sum(cells * above, 1)
+                to_weight += share * agreement
+                to_x += agreement * (down if corner // 2 else 1 - down) * (1 if corner % 2 else -1)
+                to_y += agreement * (right if corner % 2 else 1 - right) * (1 if corner // 2 else -1)
+                tl.atomic_add(to_value + places, (weight * share)[:, None] * above, mask=known, sem="relaxed")
+            tl.store(to_weights + at, to_weight.to(to_weights.dtype.element_ty), mask=inside)
+            kind = to_locations.dtype.element_ty
+            tl.store(to_locations + 2 * at, (to_x * weight * width).to(kind), mask=inside)
+            tl.store(to_locations + 2 * at + 1, (to_y * weight * height).to(kind), mask=inside)

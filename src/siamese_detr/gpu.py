@@ -1,0 +1,20 @@
+"""Whether this project's own kernels, written in Triton, can run."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether they can on the device of ``x``; if not, there is always another way."""
+    return x.is_cuda and _supported(x.device.index or 0)
+
+
+@functools.cache
+def _supported(index: int) -> bool:
+    # Triton comes with PyTorch, but not on Windows.
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(index) >= (7, 0)

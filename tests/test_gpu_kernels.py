@@ -1,0 +1,96 @@
+"""Our kernels for GPUs compute what they replace. Without a GPU, Triton interprets them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+pytest.importorskip("triton", reason="this system has no Triton")
+
+from conftest import textured
+from siamese_detr.detectors import gpu_sampling
+from siamese_detr.pretext import hungarian
+from siamese_detr.pretext.matching import assign
+from siamese_detr.views import ViewConfig, gpu_photometric
+from siamese_detr.views.photometric import augment, processing_order
+from siamese_detr.views.plan import draw_photometric
+from test_deformable_attention import outputs_and_gradients, random_inputs, stock
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [[(3, 4)], [(5, 7), (2, 3), (1, 1)]]
+
+
+@pytest.mark.parametrize(("targets", "queries"), [(1, 1), (4, 9), (10, 100), (7, 7), (20, 130)])
+def test_the_assignment_is_scipys(targets: int, queries: int) -> None:
+    random = torch.Generator().manual_seed(targets)
+    cost = torch.randn(4, targets, queries, generator=random)
+    valid = torch.rand(4, targets, generator=random) < 0.8
+    found = hungarian.assign(cost.to(DEVICE), valid.to(DEVICE)).cpu()
+    expected = torch.zeros_like(found)
+    for n in range(4):
+        rows = valid[n].nonzero()[:, 0]
+        expected[n, rows] = torch.from_numpy(linear_sum_assignment(cost[n, rows])[1])
+    assert torch.equal(found, expected)
+
+
+def test_hard_problems_are_solved_as_cheaply() -> None:
+    """Costs of few values: nearly everything ties, and most rows want the same columns."""
+    cost = torch.randint(0, 4, (6, 12, 14), generator=torch.Generator().manual_seed(0)).float()
+    cost[:, :, 3] -= 5
+    valid = torch.ones(6, 12, dtype=torch.bool)
+    found = hungarian.assign(cost.to(DEVICE), valid.to(DEVICE)).cpu()
+    least = assign(cost[None], valid)[0]
+    assert all(len(set(row)) == 12 for row in found.tolist())
+    assert torch.equal(cost.gather(2, found[..., None]).sum(1), cost.gather(2, least[..., None]).sum(1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_costs_that_are_no_numbers_are_taken_last(value: float) -> None:
+    cost = torch.rand(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    cost[0] = value
+    cost[1, :, 2:4] = value
+    found = hungarian.assign(cost.to(DEVICE), torch.ones(2, 3, dtype=torch.bool, device=DEVICE)).cpu()
+    assert all(len(set(row)) == 3 for row in found.tolist())
+    assert not set(found[1].tolist()) & {2, 3}
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("reach", [0.5, 2.0, 100.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_sampling_is_the_stock_one(
+    shapes: list[tuple[int, int]], reach: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    inputs = tuple(x.to(DEVICE) for x in random_inputs(shapes, 3, dtype=dtype, reach=reach))
+    sizes = torch.tensor(shapes, device=DEVICE)
+    starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+
+    def ours(value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor, shapes: object) -> torch.Tensor:
+        return gpu_sampling.sample(value, locations, weights, sizes, starts)
+
+    found, expected = (outputs_and_gradients(function, inputs, shapes) for function in (ours, stock))
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_augmentation_is_that_of_one_operation_after_the_other(kind: torch.dtype) -> None:
+    parameters = draw_photometric(ViewConfig(), np.random.default_rng(0), (16,))
+    parameters[:3, 6] = 2.0, 1.5, 0.1
+    sizes = torch.tensor([[36, 48]]).repeat(16, 1)
+    sizes[:4] = torch.tensor([[30, 21], [1, 5], [36, 47], [9, 1]])
+    pictures = np.stack([np.asarray(textured(n, 48, 36)) for n in range(16)])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2)  # channels last, as views arrive
+    shown = (torch.arange(36)[:, None] < sizes[:, 0, None, None]) & (torch.arange(48) < sizes[:, 1, None, None])
+    mean, std = np.array([0.5, 0.4, 0.3], np.float32), np.array([0.2, 0.3, 0.4], np.float32)
+    given = images if kind == torch.uint8 else images.float() / 255
+    found = gpu_photometric.augment(given.to(DEVICE), parameters, sizes.to(DEVICE), mean, std).cpu()
+    order = processing_order(parameters)
+    expected = augment((images.float() / 255 * shown[:, None])[order], parameters[order], sizes[order])
+    expected = (expected - torch.from_numpy(mean)[:, None, None]) / torch.from_numpy(std)[:, None, None]
+    difference = (found[order] - expected).abs() * shown[order, None]
+    # Hue is discontinuous where channels tie and rounding decides.
+    assert (difference > 1e-3).float().mean() < 1e-3
+    assert difference.max() < 0.1
+    assert not (found * ~shown[:, None]).any()
