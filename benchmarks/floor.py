@@ -30,7 +30,7 @@ from data_path import BATCH, Rows, shipped_photos
 from plain import stock_modules
 from siamese_detr.detectors import frozen
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig
-from step import CASES, Clock, Scale, make_inputs, make_pretext, make_step
+from step import CASES, Clock, Scale, make_inputs, make_pretext, make_step, to_device
 
 ADAMW_BYTES = 7 * 4
 """Per parameter: weight, gradient and two averages read, all but the gradient written."""
@@ -62,9 +62,9 @@ def machine(side: int) -> dict[str, float]:
     return found
 
 
-def operations(case: str, scale: Scale) -> dict[str, float]:
+def operations(case: str, scale: Scale, device: torch.device | str = "cpu") -> dict[str, float]:
     """Floating point operations of a step's parts, and parameters that are trained."""
-    inputs, pretext = make_inputs(scale), make_pretext(case, scale)
+    inputs, pretext = to_device(make_inputs(scale), device), make_pretext(case, scale).to(device)
     # Stock modules: those of ours that call oneDNN are not counted, and what they compute twice should not be.
     with patch.object(frozen, "fuse", lambda network, side: network), stock_modules(pretext.detector):
         with FlopCounterMode(display=False) as counted:

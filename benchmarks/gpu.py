@@ -1,15 +1,16 @@
 """Pre-training on a GPU: steps on a batch that is there already, and runs of the command on JPEGs.
 
     python benchmarks/gpu.py [--cases conditional-detr ...] [--batch 64] [--rounds 10] [--variants plain bf16 ...]
-                             [--run-batch 256] [--run-steps 60] [--workers 15] [--out benchmarks/results] [--quick]
+                             [--run-batch 256] [--run-steps 80] [--workers 15] [--out benchmarks/results] [--quick]
 
 Steps: ours in several precisions, and compiled, against the plain re-creation of the research code's structure
 (plain.py), inputs as in step.py. The share of the machine's rate is the step's floating point operations, counted by
 PyTorch, over its time and the rate of large bf16 matrix products measured just before.
 
-Runs: `pretrain` with ResNet-50 and the paper's views and crops, from JPEGs of 500x375. Of the steps after the first
-third: images per second, the share of the time in which the training process waited for data (the GPU may still have
-had work then), where the host waited for the device, and how long the paper's recipe would take.
+Runs: `pretrain` with ResNet-50 and the paper's views and crops, from JPEGs of 500x375. Of the second half of the steps:
+images per second, the share of the time in which the GPU did anything (by its own counter) and that in which training
+waited for data (the GPU may still have had work then), where the host waited for the device, and how long the
+paper's recipe would take.
 
 Prints Markdown and writes gpu.json. ``--device cpu --quick`` tries the program without a GPU.
 """
@@ -17,11 +18,14 @@ Prints Markdown and writes gpu.json. ``--device cpu --quick`` tries the program 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
@@ -31,7 +35,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 from data_path import shipped_photos
@@ -39,8 +42,7 @@ from floor import operations
 from siamese_detr.training import ahead
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
 from siamese_detr.training.trainer import BaseTrainer
-from siamese_detr.views.batch import ViewInputs
-from step import CASES, Clock, Scale, make_inputs, make_pretext, make_step, set_dropout, spread
+from step import CASES, Clock, Scale, make_inputs, make_pretext, make_step, set_dropout, spread, to_device
 
 VARIANTS = ("plain", "fp32", "bf16", "compiled")
 """``compiled``: in bf16."""
@@ -105,12 +107,7 @@ def resident_step(case: str, variant: str, scale: Scale, device: torch.device) -
     step = make_step("bf16" if variant == "compiled" else variant, pretext, Clock())
     if variant == "compiled":
         pretext.compile()
-    moved = {
-        field.name: value.to(device) if isinstance(value, Tensor) else value
-        for field in dataclasses.fields(ViewInputs)
-        for value in [getattr(make_inputs(scale), field.name)]
-    }
-    inputs = ViewInputs(**moved)
+    inputs = to_device(make_inputs(scale), device)
     return lambda: step(inputs)
 
 
@@ -135,7 +132,7 @@ def measure_steps(case: str, variant: str, scale: Scale, rounds: int, device: to
 
 
 class Meter(TrainerCallback):
-    """Times the steps of a run after its first third.
+    """Times the second half of a run: in the first, buffers are still being allocated for batches of new sizes.
 
     Args:
         steps: of the run.
@@ -143,10 +140,18 @@ class Meter(TrainerCallback):
     """
 
     def __init__(self, steps: int, device: torch.device) -> None:
-        self.first, self.last, self.device = steps // 3, steps, device
+        self.first, self.last, self.device = steps // 2, steps, device
         self.waited = self.seconds = 0.0
         self.measuring = False
         self.waits = Waits()
+        self.busy: list[int] = []
+
+    def watch(self) -> None:
+        """Note ten times a second in how much of the last moments the GPU did anything, by its own counter."""
+        with contextlib.suppress(ModuleNotFoundError):  # nvidia-ml-py
+            while self.measuring:
+                self.busy.append(torch.cuda.utilization())
+                time.sleep(0.1)
 
     def waiting(self, batches: Iterable[Any], *arguments: Any) -> Iterator[Any]:
         """In the place of ``copied_ahead``: times how long the next batch is waited for."""
@@ -171,6 +176,8 @@ class Meter(TrainerCallback):
             synchronize(self.device)
             self.measuring, self.seconds = True, -time.perf_counter()
             self.waits.__enter__()
+            if self.device.type == "cuda":
+                threading.Thread(target=self.watch, daemon=True).start()
         elif state.global_step == self.last:
             self.waits.__exit__(None, None, None)
             synchronize(self.device)
@@ -220,6 +227,7 @@ def measure_run(case: str, photos: Path, options: argparse.Namespace, device: to
     rate = steps * options.run_batch / meter.seconds
     return {
         "images/s": rate,
+        "GPU busy": statistics.mean(meter.busy) / 100 if meter.busy else None,
         "waited for data": meter.waited / meter.seconds,
         "host waits per step": {place: times / steps for place, times in meter.waits.places.most_common(8)},
         "recipe, hours": RECIPE_IMAGES / rate / 3600,
@@ -249,13 +257,14 @@ def tables(summary: dict[str, Any]) -> str:
     lines += [
         "",
         f"| run, batch {summary['run batch']}, {summary['workers']} workers | images/s | share of bf16 rate "
-        "| waited for data | host waits per step | recipe, hours |",
-        "|---" * 6 + "|",
+        "| GPU busy | waited for data | host waits per step | recipe, hours |",
+        "|---" * 7 + "|",
     ]
     for name, found in summary["runs"].items():
         share = found["images/s"] * summary["flop per image"][name.split(",")[0]] / rates["bf16, flop/s"]
         lines.append(
-            f"| {name} | {found['images/s']:.0f} | {100 * share:.1f} % | {100 * found['waited for data']:.1f} % "
+            f"| {name} | {found['images/s']:.0f} | {100 * share:.1f} % | {100 * (found['GPU busy'] or 0):.0f} % "
+            f"| {100 * found['waited for data']:.1f} % "
             f"| {sum(found['host waits per step'].values()):.2f} | {found['recipe, hours']:.0f} |"
         )
     return "\n".join(lines)
@@ -270,9 +279,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--runs", nargs="*", choices=CASES, help="cases that are run (default: CASES)")
     parser.add_argument("--run-variants", nargs="+", choices=("bf16", "compiled"), default=["bf16", "compiled"])
     parser.add_argument("--run-batch", type=int, default=256)
-    parser.add_argument("--run-steps", type=int, default=45)
+    parser.add_argument("--run-steps", type=int, default=80)
     parser.add_argument("--workers", type=int, default=15)
-    parser.add_argument("--photos", type=int, default=1024, help="JPEGs made for the runs")
+    parser.add_argument("--photos", type=int, default=8192, help="JPEGs for the runs, 256 of them different")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--quick", action="store_true")
@@ -291,27 +300,32 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "runs": {},
     }
     runs = options.cases if options.runs is None else options.runs
-    for case in {*options.cases, *runs}:
-        counted = operations(case, dataclasses.replace(scale, batch=2))
+    for case in dict.fromkeys([*options.cases, *runs]):
+        counted = operations(case, dataclasses.replace(scale, batch=2), device)
         counted.pop("trained parameters")
         summary["flop per image"][case] = sum(counted.values()) / 2
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def keep(table: dict[str, Any], name: str, found: dict[str, Any]) -> None:
+        table[name] = found
+        print(f"{name}: {found}", flush=True)
+        (out / "gpu.json").write_text(json.dumps(summary, indent=2) + "\n")
+
     for case in options.cases:
         for variant in options.variants:
             found = measure_steps(case, variant, scale, 1 if options.quick else options.rounds, device)
-            summary["steps"].setdefault(case, {})[variant] = found
-            print(f"{case}, {variant}: {found}", flush=True)
+            keep(summary["steps"].setdefault(case, {}), variant, found)
     with tempfile.TemporaryDirectory() as photos:
         if runs:
-            shipped_photos(Path(photos), options.photos)
+            made = shipped_photos(Path(photos), min(256, options.photos))
+            for n in range(len(made), options.photos):
+                os.link(made[n % len(made)], Path(photos) / f"{n}-again.jpg")
         for case in runs:
             for variant in options.run_variants:
                 found = measure_run(case, Path(photos), options, device, variant == "compiled")
-                summary["runs"][f"{case}, {variant}"] = found
-                print(f"{case}, {variant}: {found}", flush=True)
+                keep(summary["runs"], f"{case}, {variant}", found)
     print(tables(summary))
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 

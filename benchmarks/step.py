@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import platform
 import resource
@@ -109,6 +110,14 @@ def make_inputs(scale: Scale) -> ViewInputs:
         boxes=boxes,
         query_boxes=boxes,
         crops=noise(pictures * regions, scale.crop, scale.crop),
+    )
+
+
+def to_device(inputs: ViewInputs, device: torch.device | str) -> ViewInputs:
+    """The same on another device."""
+    values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    return ViewInputs(
+        **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
     )
 
 

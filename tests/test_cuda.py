@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
 import siamese_detr
+from conftest import slow
 from pretext_cases import random_features, randomise, small_detector
 from runs import TINY, logged
 from siamese_detr.detectors import build_detector
@@ -31,6 +33,7 @@ from tiny_finetuning import QUICK, write_scenes
 from tiny_finetuning import TINY as SMALL_DETECTOR
 from view_cases import SMALL, photo_store
 
+VARIED: dict[str, Any] = {"view_size": None, "short_sides": [64, 96, 128], "max_size": 160}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -137,6 +140,37 @@ def waits(photos: Path, out: Path, steps: int, precision: str) -> Counter[str]:
             torch.cuda.set_sync_debug_mode("default")
     found = (w for w in record if "synchronizing CUDA operation" in str(w.message))
     return Counter(f"{w.filename}:{w.lineno}" for w in found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "fp16"},
+        {"precision": "bf16", "method": "up-detr"},
+        {"method": "detreg", "accumulate": 2},
+        {"precision": "bf16", "feature_bank": 1},
+        {"detector": "deformable-detr", "precision": "bf16", "hidden_size": 32} | VARIED,
+        {"workers": 2, "checkpoint_activations": True},
+    ],
+    ids=str,
+)
+def test_every_way_of_pre_training_runs(photos: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    options = TINY | {"images": str(photos), "out": str(tmp_path / "run"), "device": "auto"} | options
+    pretrain(PretrainConfig(**options))
+    losses = [record["loss"] for record in logged(tmp_path / "run")]
+    assert len(losses) == 8
+    assert np.isfinite(losses).all()
+
+
+@slow
+def test_compiling_changes_nothing(photos: Path, tmp_path: Path) -> None:
+    options = TINY | VARIED | {"images": str(photos), "device": "auto"}
+    options |= {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "steps": 4}
+    pretrain(PretrainConfig(**options, out=str(tmp_path / "plain")))
+    pretrain(PretrainConfig(**options, out=str(tmp_path / "compiled"), compile=True))
+    for plain, compiled in zip(logged(tmp_path / "plain"), logged(tmp_path / "compiled"), strict=True):
+        for name in (name for name in plain if name.startswith("loss")):
+            assert compiled[name] == pytest.approx(plain[name], rel=1e-3), name
 
 
 def test_a_continued_run_is_the_uninterrupted_one(photos: Path, tmp_path: Path) -> None:

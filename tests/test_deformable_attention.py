@@ -34,7 +34,7 @@ def random_inputs(
 def outputs_and_gradients(function, inputs: tuple[Tensor, ...], shapes: list[tuple[int, int]]) -> list[Tensor]:
     inputs = tuple(x.clone().requires_grad_() for x in inputs)
     out = function(*inputs, shapes)
-    above = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    above = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
     return [out, *torch.autograd.grad(out, inputs, above)]
 
 

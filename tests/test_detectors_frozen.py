@@ -9,7 +9,7 @@ import torch
 from siamese_detr.detectors import frozen
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.frozen import FrozenBackbone, conv_norm_pairs, fold, fuse, run
-from siamese_detr.detectors.fused import FusedConv2d
+from siamese_detr.detectors.fused import CudnnConv2d, FusedConv2d, Halves
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_convolution_pointwise"), reason="this build of PyTorch lacks oneDNN"
@@ -242,3 +242,56 @@ def test_what_cannot_be_traced_stays_as_it_is() -> None:
     assert fuse(network) is network
     precise = Residual().double()
     assert fuse(precise) is precise
+
+
+@pytest.fixture
+def _cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cuDNN has in one operation each, spelled out."""
+    plain = torch.nn.functional.conv2d
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *arguments: plain(*arguments).relu())
+    monkeypatch.setattr(
+        torch, "cudnn_convolution_add_relu", lambda x, w, z, a, *rest: (plain(x, w, *rest) + a * z).relu()
+    )
+    monkeypatch.setattr(frozen, "convolution_of", lambda weight: CudnnConv2d)
+
+
+@pytest.mark.usefixtures("_cudnn")
+@pytest.mark.parametrize("size", [(64, 96), (63, 97)])
+@pytest.mark.filterwarnings("ignore:.*random")
+def test_what_is_rewritten_for_cudnn_computes_the_same(size: tuple[int, int]) -> None:
+    network = build_detector("conditional-detr", "random:resnet18", hidden_size=32, decoder_layers=2).backbone
+    with torch.no_grad():
+        for value in [*network.parameters(), *network.buffers()]:
+            if value.is_floating_point() and value.ndim == 1:  # fresh batch norms would fold trivially
+                value.add_(0.5 * torch.rand_like(value))
+        images = torch.randn(2, 3, *size)
+        fused = fuse(fold(network))
+        for got, want in zip(run(fused, images), run(network, images), strict=True):
+            assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    layers = [module for module in fused.modules() if isinstance(module, CudnnConv2d)]
+    assert len(layers) == 17  # of 20 convolutions: those of the shortcuts have no activation
+    assert [layer.halves is not None for layer in layers].count(True) == 1
+    # The biases of the shortcuts are in the sums'.
+    assert all(m.bias is None for m in fused.modules() if type(m) is torch.nn.Conv2d)
+
+
+@pytest.mark.usefixtures("_cudnn")
+@pytest.mark.parametrize("network", [Residual(), Downsampled(False), Downsampled(True)])
+def test_any_network_rewritten_for_cudnn_computes_the_same(network: torch.nn.Module) -> None:
+    network = network.eval()
+    fused, images = fuse(network), torch.randn(2, 3, 32, 48)
+    assert any(isinstance(module, CudnnConv2d) for module in fused.modules())
+    for got, want in zip(run(fused, images), run(network, images), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(7, 3), (3, 1), (3, 0), (2, 0), (1, 0), (4, 1), (6, 2), (3, 2)])
+@pytest.mark.parametrize("size", [(32, 48), (33, 47), (9, 10)])
+def test_a_convolution_over_halves_is_that_of_stride_two(kernel: int, padding: int, size: tuple[int, int]) -> None:
+    convolution = torch.nn.Conv2d(3, 5, kernel, 2, padding, dtype=torch.float64)
+    images, halves = torch.randn(2, 3, *size, dtype=torch.float64), Halves(convolution)
+    assert Halves.suit(convolution)
+    found = torch.nn.functional.conv2d(
+        halves.image(images), halves.weight(convolution.weight.detach()), convolution.bias
+    )
+    torch.testing.assert_close(found, convolution(images))

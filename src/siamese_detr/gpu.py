@@ -14,6 +14,7 @@ def runs_kernels(x: Tensor) -> bool:
     return x.is_cuda and _supported(x.device.index or 0)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _supported(index: int) -> bool:
     # Triton comes with PyTorch, but not on Windows.

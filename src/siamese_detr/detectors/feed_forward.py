@@ -29,7 +29,7 @@ def add_feed_forward(block: Any, x: Tensor) -> Tensor:
     """
     dropped = round(block.activation_dropout * LEVELS)
     fits = type(block.activation_fn) is nn.ReLU and dropped < LEVELS
-    if block.training and fits and x.device.type == "cpu":
+    if block.training and fits and x.device.type == "cpu" and not torch.compiler.is_compiling():
         # Autocast does not see inside.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         tensors = (x, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias)

@@ -1,6 +1,6 @@
 """The frozen backbone, run as fast as its being frozen allows: batch norms folded into the convolutions before them, no
-autograd, channels last, and on a CPU in chunks that stay in its caches, with sums and activations computed inside the
-convolutions and fewer multiplications in those of 3x3.
+autograd, channels last, sums and activations computed inside the convolutions; on a CPU in chunks that stay in its
+caches, and with fewer multiplications in convolutions of 3x3.
 
 The function is the same; the sums are rounded in another order (relative difference about 2e-6 in float32). A network
 in which folding would change anything else is left as it is.
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.passes.split_module import split_module
+
+from siamese_detr.gpu import runs_kernels
 
 from .fused import ConvolutionTracer, CudnnConv2d, FusedConv2d, drop_identities, fuse_convolutions
 
@@ -170,6 +172,10 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
         fuse_convolutions(traced, fused_kind)
         if fused_kind is FusedConv2d:
             traced = in_stages(traced, images)
+        elif runs_kernels(weight):
+            from .gpu_pooling import replace_pools
+
+            replace_pools(traced)
         if wrapped:
             fused._backbone = traced
         else:

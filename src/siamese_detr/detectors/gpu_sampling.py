@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-QUERIES, WARPS = 32, 4
+QUERIES, WARPS = 16, 2
 """Queries of a program, and warps that compute them."""
 
 

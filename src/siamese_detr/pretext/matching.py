@@ -103,6 +103,12 @@ def assign(cost: Tensor, valid: Tensor | None = None) -> Tensor:
             valid = torch.ones((), dtype=torch.bool, device=cost.device)
         valid = valid.expand(*outer, targets)
         return hungarian.assign(cost.detach().flatten(0, -3), valid.flatten(0, -2)).view(valid.shape)
+    return _assign_on_host(cost, valid)
+
+
+@torch.compiler.disable
+def _assign_on_host(cost: Tensor, valid: Tensor | None) -> Tensor:
+    *outer, targets, _ = cost.shape
     if valid is None:
         table, mask = cost.detach().cpu().numpy(), None
     else:  # costs and mask travel in one copy

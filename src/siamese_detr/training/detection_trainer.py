@@ -20,6 +20,7 @@ from siamese_detr.evaluation.evaluate import evaluate_detector
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.files import write_json, write_text
 from siamese_detr.images.labels import DetectionDataset
+from siamese_detr.training.compiling import sizes_vary
 from siamese_detr.training.criterion import CriterionConfig, SetCriterion, Targets
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.labelled_dataset import EpochBatches, TrainingImages, collate, prepare
@@ -90,6 +91,8 @@ class DetectionTrainer(BaseTrainer):
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
         pixel_values, pixel_mask = prepare(batch, self.detector.image_mean, self.detector.image_std)
+        if self.settings.compile and not self.input_size.square:
+            sizes_vary([pixel_values], pixel_mask)
         logits, boxes = model(pixel_values, pixel_mask)
         output = self.criterion(logits, boxes, Targets(batch["classes"], batch["boxes"]))
         return output.loss, output.terms

@@ -21,6 +21,7 @@ from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import FrozenFeatures, Pretext, PretextOutput, build_pretext
 from siamese_detr.proposals.store import ProposalStore, Selection
 from siamese_detr.randomness import seed_torch
+from siamese_detr.training.compiling import sizes_vary
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.optimizer import adamw, lr_factor
 from siamese_detr.training.pretrain_config import DROPOUTS, PretrainConfig
@@ -62,6 +63,7 @@ class PretextTrainer(BaseTrainer):
     Args:
         model: the pretext task.
         freeze: batch -> what the task takes, without gradient.
+        one_size: whether all views have the same size.
         save_detector: writes the detector; called with the step on the main process after each checkpoint.
         options: as :class:`BaseTrainer`.
     """
@@ -74,15 +76,19 @@ class PretextTrainer(BaseTrainer):
         model: Pretext,
         *args: Any,
         freeze: Callable[[dict[str, Any]], FrozenFeatures],
+        one_size: bool,
         save_detector: Callable[[int], None],
         **options: Any,
     ) -> None:
-        self.freeze = freeze
+        self.freeze, self.one_size = freeze, one_size
         self.save_detector = save_detector
         super().__init__(model, *args, **options)
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        output: PretextOutput = model(self.freeze(batch))
+        features = self.freeze(batch)
+        if self.settings.compile and not self.one_size:
+            sizes_vary(features.maps, features.pixel_mask)
+        output: PretextOutput = model(features)
         if "padded" not in batch:  # stored features do not tell
             return output.loss, output.terms
         return output.loss, {**output.terms, "padded_regions": batch["padded"].float().mean()}
@@ -138,6 +144,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             source.collate,
             epoch_size=len(chosen),
             freeze=source.freeze,
+            one_size=config.view_size is not None,
             save_detector=lambda step: save_detector(config, pretext.detector, out, step),
         )
         if config.replay is not None:

@@ -229,7 +229,7 @@ class BaseTrainer(PersistentTrainer):
             collate_fn=self.data_collator,
             num_workers=workers,
             worker_init_fn=ignore_in_worker,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=2 if workers else None,
         )
 
     # ---- a step
