@@ -59,7 +59,7 @@ def test_losses_and_gradients_are_those_of_a_cpu(family: str, method: str) -> No
         assert_close(found.terms[name].cpu(), value, rtol=1e-5, atol=1e-6)
     for (name, one), other in zip(here.named_parameters(), there.named_parameters(), strict=True):
         if one.grad is not None:
-            assert (other[1].grad.cpu() - one.grad).norm() <= 1e-3 * one.grad.norm() + 1e-6, name
+            assert (other[1].grad.cpu() - one.grad).norm() <= 1e-3 * one.grad.norm() + 1e-5, name
 
 
 @pytest.mark.parametrize(("targets", "queries"), [(1, 1), (10, 100), (10, 300), (70, 300), (5, 900), (130, 130)])

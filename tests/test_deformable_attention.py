@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
+from siamese_detr.detectors import deformable_attention
 from siamese_detr.detectors.deformable_attention import BagSampling, DeformableAttention, install, sample, uninstall
 from tiny_detectors import tiny_batch, tiny_detector
 
@@ -147,3 +148,15 @@ def test_a_detector_is_what_it_was(case: str) -> None:
     assert list(detector.state_dict()) == names
     assert install(detector.model)
     assert not install(detector.model)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_kernel_that_was_asked_for_goes_before_ours(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deformable_attention, "runs_kernels", lambda tensor: True)
+    gpu_sampling = pytest.importorskip("siamese_detr.detectors.gpu_sampling", reason="this system has no Triton")
+    monkeypatch.setattr(gpu_sampling, "sample", lambda *arguments: "ours")
+    layer = MultiScaleDeformableAttention()
+    if kernel:
+        layer.forward = lambda *arguments: "theirs"
+    value = torch.zeros(1, 4, 1, 2, device="meta")
+    assert BagSampling(layer)(value, None, [(2, 2)], None, None, None, 64) == ("theirs" if kernel else "ours")

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 pytest.importorskip("triton", reason="this system has no Triton")
 
 from conftest import textured
-from siamese_detr.detectors import gpu_pooling, gpu_sampling
+from siamese_detr.detectors import gpu_sampling
 from siamese_detr.pretext import hungarian
 from siamese_detr.pretext.matching import assign
 from siamese_detr.views import ViewConfig, gpu_photometric
@@ -72,18 +72,6 @@ def test_sampling_is_the_stock_one(
     found, expected = (outputs_and_gradients(function, inputs, shapes) for function in (ours, stock))
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 9, 12), (1, 16, 7, 7), (2, 3, 1, 2)])
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (5, 1, 2)])
-def test_pooling_is_the_stock_one(shape: tuple[int, ...], kernel: int, stride: int, padding: int) -> None:
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    images[0, 0, 0, 0] = float("nan")
-    layer = torch.nn.MaxPool2d(kernel, stride, padding)
-    assert gpu_pooling.MaxPool.suits(layer)
-    if min(shape[2:]) + 2 * padding >= kernel:
-        found = gpu_pooling.MaxPool(layer)(images.to(DEVICE)).cpu()
-        torch.testing.assert_close(found, layer(images), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForObjectDetection
+from transformers import AutoModelForObjectDetection, TrainingArguments
 
 from conftest import slow, textured
 from runs import TINY, logged
@@ -28,6 +28,7 @@ from siamese_detr.training.feature_bank import FeatureBank
 from siamese_detr.training.pretrain import pretrain
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.processes import machine_explained
+from siamese_detr.training.settings import RunSettings
 from siamese_detr.views.config import ViewConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone 'random")
@@ -551,6 +552,16 @@ def test_compiling_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None
         for name in (name for name in plain if name.startswith("loss")):
             assert compiled[name] == pytest.approx(plain[name], rel=1e-4), name
         assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)  # batch norms over four images
+
+
+def test_one_process_uses_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_gpus(arguments: TrainingArguments) -> torch.device:
+        arguments._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
+    settings = RunSettings(out=tmp_path, steps=1, batch_size=1, lr_factor=lambda step: 1.0)
+    assert settings.arguments().n_gpu == 1  # from two on, Trainer would wrap the model
 
 
 def test_without_a_compiler_compiling_ends_in_one_line(

@@ -19,8 +19,6 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.passes.split_module import split_module
 
-from siamese_detr.gpu import runs_kernels
-
 from .fused import ConvolutionTracer, CudnnConv2d, FusedConv2d, drop_identities, fuse_convolutions
 
 log = logging.getLogger(__name__)
@@ -172,10 +170,6 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
         fuse_convolutions(traced, fused_kind)
         if fused_kind is FusedConv2d:
             traced = in_stages(traced, images)
-        elif runs_kernels(weight):
-            from .gpu_pooling import replace_pools
-
-            replace_pools(traced)
         if wrapped:
             fused._backbone = traced
         else:

@@ -40,80 +40,27 @@ class CudnnConv2d(nn.Module):
     activations: ClassVar = {nn.ReLU: ACTIVATIONS[nn.ReLU]}
     needs_activation = True
     """Without one, cuDNN has nothing for it."""
+    multiple = 8
+    """Input channels from which on tensor cores do it well: where there are fewer, zeros are added."""
 
     def __init__(
         self, convolution: nn.Conv2d, activation: tuple[str, list[float]] | None, in_place: bool = False
     ) -> None:
         super().__init__()
         self.geometry: Any = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-        self.weight, self.bias = convolution.weight.detach(), convolution.bias
-        self.halves: Halves | None = None
-        if Halves.suit(convolution):
-            self.halves, self.geometry = Halves(convolution), (1, 0, 1, 1)
-            self.weight = self.halves.weight(self.weight)
+        few = convolution.groups == 1 and convolution.in_channels < self.multiple
+        self.added = self.multiple - convolution.in_channels if few else 0
+        self.weight, self.bias = self._filled(convolution.weight.detach()), convolution.bias
+
+    def _filled(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.added)) if self.added else x
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """ReLU of the convolution of ``x`` (B, C, H, W) plus ``other``, which has the result's shape."""
-        if self.halves is not None:
-            x = self.halves.image(x)
+        x = self._filled(x)
         if other is None:
             return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
         return torch.cudnn_convolution_add_relu(x, self.weight, other, 1.0, self.bias, *self.geometry)
-
-
-class Halves:
-    """A convolution of stride 2 over few channels as one of stride 1 over the four times as many of 2x2 pixels.
-
-    Tensor cores work on 8 or more channels at a time: a network's first convolution, over three, is slow.
-
-    Args:
-        convolution: the first one.
-    """
-
-    multiple = 8
-    """Of channels; what is missing is filled with zeros."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        self.kernel, self.padding = convolution.kernel_size[0], int(convolution.padding[0])
-        self.first = -self.padding // 2  # blocks of 2x2 that an output looks at, from its own on
-        self.blocks = (self.kernel - 1 - self.padding) // 2 - self.first + 1
-        self.channels = -(-4 * convolution.in_channels // self.multiple) * self.multiple
-
-    @staticmethod
-    def suit(convolution: nn.Conv2d) -> bool:
-        """Whether ``convolution`` can be computed so, and gains by it."""
-        return (
-            convolution.in_channels <= 4
-            and convolution.groups == 1
-            and convolution.stride == (2, 2)
-            and convolution.dilation == (1, 1)
-            and len({*convolution.kernel_size}) == len({*convolution.padding}) == 1
-        )
-
-    def weight(self, weight: Tensor) -> Tensor:
-        """(O, C, k, k) -> (O, channels, blocks, blocks), channels last."""
-        out, channels = weight.shape[:2]
-        before = -self.padding - 2 * self.first
-        after = 2 * self.blocks - before - self.kernel
-        padded = nn.functional.pad(weight, (before, after, before, after))
-        parts = padded.view(out, channels, self.blocks, 2, self.blocks, 2).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-        filled = nn.functional.pad(parts, (0, 0, 0, 0, 0, self.channels - 4 * channels))
-        return filled.contiguous(memory_format=torch.channels_last)
-
-    def image(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, channels, height, width), channels last, with the blocks of zeros around."""
-        count, channels, *extent = x.shape
-        if any(side % 2 for side in extent):
-            x = nn.functional.pad(x, (0, extent[1] % 2, 0, extent[0] % 2))
-        height, width = (-(-side // 2) for side in extent)
-        outputs = ((side + 2 * self.padding - self.kernel) // 2 + 1 for side in extent)
-        tall, wide = (size + self.blocks - 1 for size in outputs)
-        out = x.new_zeros(count, tall, wide, self.channels)
-        rows, columns = min(height, tall + self.first), min(width, wide + self.first)
-        inner = out[:, -self.first :, -self.first :, : 4 * channels][:, :rows, :columns]
-        source = x.unflatten(3, (width, 2)).unflatten(2, (height, 2))[:, :, :rows, :, :columns]
-        inner.unflatten(3, (2, 2, channels)).copy_(source.permute(0, 2, 4, 3, 5, 1))
-        return out.permute(0, 3, 1, 2)
 
 
 class FusedConv2d(nn.Module):

@@ -36,6 +36,10 @@ def use_kernels(model: nn.Module) -> list[str]:
         detector.set_use_kernels(True)
     except Exception as error:  # whatever downloading, checking and loading a library can end with
         raise UserError(f"use_kernels: no kernel could be loaded ({error}); leave the option out") from error
-    # A layer without a kernel for the device is given its own function again.
-    given = ((type(part), vars(part)["forward"]) for part in detector.modules() if "forward" in vars(part))
-    return sorted({kind.__name__ for kind, forward in given if getattr(forward, "__func__", None) is not kind.forward})
+    return sorted({type(part).__name__ for part in detector.modules() if has_kernel(part)})
+
+
+def has_kernel(layer: nn.Module) -> bool:
+    """Whether a kernel has taken the place of a layer's own function."""
+    forward = vars(layer).get("forward")  # where there was no kernel for the device, its own one
+    return forward is not None and getattr(forward, "__func__", None) is not type(layer).forward

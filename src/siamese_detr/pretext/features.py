@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -142,7 +141,7 @@ def _sample_weights(low: Tensor, high: Tensor, cells: int, last: Tensor | None, 
     length = (high - low).clamp(min=1)
     per_bin = (length / bins).ceil()
     samples = bins * per_bin
-    index = torch.arange(bins * math.ceil(cells / bins), device=low.device)
+    index = torch.arange(bins * -(-cells // bins), device=low.device)
     places = low.unsqueeze(-1) + (index + 0.5) * (length / samples).unsqueeze(-1)
     share = (index < samples.unsqueeze(-1)) / samples.unsqueeze(-1)
     if last is None:  # RoIAlign lets samples beyond the map count as zeros: regions below one cell at its edge
