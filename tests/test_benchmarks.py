@@ -78,3 +78,18 @@ def test_both_data_paths_make_the_same_pictures(monkeypatch: pytest.MonkeyPatch,
     assert summary["ratios"]["worker"]["median"] > 1
     # The plain path rounds rectangles to pixels and colours to 8 bits: a few hundredths of a standard deviation.
     assert all(0 < value < 0.1 for value in summary["mean difference, normalised units"].values())
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    sizes = ["--batch", "2", "--run-batch", "4", "--run-steps", "4", "--workers", "1", "--photos", "12"]
+    what = ["--cases", "detr", "--variants", "plain", "bf16", "--run-variants", "bf16", "--out", str(tmp_path)]
+    summary = gpu.main(["--device", "cpu", "--quick", *sizes, *what])
+    assert summary["steps"]["detr"].keys() == {"plain", "bf16"}
+    run = summary["runs"]["detr, bf16"]
+    assert run["images/s"] > 0
+    assert run["recipe, hours"] == pytest.approx(300_000 * 256 / 3600 / run["images/s"])
+    assert "| detr, bf16 |" in gpu.tables(summary)
+    assert (tmp_path / "gpu.json").is_file()
