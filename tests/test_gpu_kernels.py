@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +96,35 @@ def test_augmentation_is_that_of_one_operation_after_the_other(kind: torch.dtype
     assert (difference > 1e-3).float().mean() < 1e-3
     assert difference.max() < 0.1
     assert not (found * ~shown[:, None]).any()
+
+
+class Launches:
+    """Takes the place of a kernel and notes how many programs it would be."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return lambda *arguments, **options: None
+
+
+def test_no_batch_is_too_large_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA allows 2^31 - 1 programs in a grid's first direction, and 65,535 in the others."""
+    launches, many = Launches(), 70_000
+    for module, kernels in (
+        (gpu_sampling, ("_sum", "_spread")),
+        (gpu_photometric, ("_brightness", "_augment", "_blur_lines")),
+    ):
+        for name in kernels:
+            monkeypatch.setattr(module, name, launches)
+    value, points = torch.zeros(many, 1, 1, 1, requires_grad=True), torch.zeros(many, 1, 1, 1, 1, 2)
+    levels = torch.tensor([[1, 1]]), torch.tensor([0])
+    gpu_sampling.sample(value, points, points[..., 0], *levels).sum().backward()
+    parameters = np.zeros((many, 7), np.float32)
+    parameters[:, 6] = 1  # blurred
+    gpu_photometric.augment(
+        torch.zeros(many, 3, 1, 1), parameters, torch.ones(many, 2, dtype=torch.int64), np.zeros(3), np.ones(3)
+    )
+    assert len(launches.grids) == 6
+    assert all(size <= 65_535 for grid in launches.grids for size in grid[1:]), launches.grids

@@ -61,15 +61,22 @@ def _launch(kernel: Any, value: Tensor, locations: Tensor, weights: Tensor, *oth
     if not weights.numel():
         return
     precise = tl.float64 if value.dtype == torch.float64 else tl.float32
-    grid = triton.cdiv(queries, QUERIES), batch * heads
     width = triton.next_power_of_2(channels)
     with torch.cuda.device_of(value):
-        kernel[grid](
+        kernel[(triton.cdiv(queries, QUERIES) * batch * heads,)](
             *(value, locations, weights, *others),
             *(tokens, queries, heads, channels, levels, points),
             *(QUERIES, width, precise),
             num_warps=WARPS,
         )
+
+
+@triton.jit
+def _part(queries, heads, QUERIES: tl.constexpr):
+    """Image, head and queries of a program. All are in the grid's first direction: CUDA allows few in the others."""
+    blocks = tl.cdiv(queries, QUERIES)
+    table, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    return table // heads, table % heads, block * QUERIES + tl.arange(0, QUERIES)
 
 
 @triton.jit
@@ -89,8 +96,7 @@ def _sum(
     value, locations, weights, sizes, starts, out, tokens, queries, heads, channels, levels, points,
     QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    image, head, query = _part(queries, heads, QUERIES)
     channel = tl.arange(0, WIDTH)
     inside, real = query < queries, channel < channels
     owner = (image.to(tl.int64) * queries + query) * heads + head
@@ -124,8 +130,7 @@ def _spread(
     tokens, queries, heads, channels, levels, points,
     QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    image, head, query = _part(queries, heads, QUERIES)
     channel = tl.arange(0, WIDTH)
     inside, real = query < queries, channel < channels
     owner = (image.to(tl.int64) * queries + query) * heads + head

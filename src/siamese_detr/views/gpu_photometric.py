@@ -57,9 +57,9 @@ def augment(
     source = pixels, *pixels.stride(), unit, sizes, operations
     with torch.cuda.device_of(pixels):
         parts = torch.empty(count, blocks, device=pixels.device)
-        _brightness[(blocks, count)](*source, parts, height, width, PIXELS)
+        _brightness[(count * blocks,)](*source, parts, height, width, PIXELS)
         means = parts.sum(1).div_(sizes.prod(1))
-        _augment[(blocks, count)](*source, means, *normal, out, height, width, PIXELS)
+        _augment[(count * blocks,)](*source, means, *normal, out, height, width, PIXELS)
         _blur(out, parameters[:, SIGMA], sizes)
     return out
 
@@ -73,6 +73,15 @@ def _table(parameters: NDArray[np.float32], device: torch.device) -> Tensor:
     table[:, 4:8] = np.take_along_axis(parameters, operations, 1)
     table[:, 8] = parameters[:, GRAY]
     return torch.from_numpy(table).to(device, non_blocking=True)
+
+
+@triton.jit
+def _part(size, PIXELS: tl.constexpr):
+    """Image of a program, and which of its ``size`` values are the program's. All are in the grid's first direction:
+    CUDA allows few in the others."""
+    blocks = tl.cdiv(size, PIXELS)
+    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    return image, block * PIXELS + tl.arange(0, PIXELS)
 
 
 @triton.jit
@@ -129,11 +138,10 @@ def _brightness(
     pixels, of_image, of_channel, of_row, of_column, unit, sizes, operations, parts, height, width, PIXELS: tl.constexpr
 ):  # fmt: skip
     """The sum of an image's luma where its contrast is about to change, a part for each program."""
-    image = tl.program_id(1)
+    image, place = _part(height * width, PIXELS)
     operations += image * _COLUMNS
     total = 0.0
     if tl.load(operations) != _NONE:
-        place = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
         red, green, blue, _ = _load(
             pixels, image, place, of_image, of_channel, of_row, of_column, unit, sizes, width
         )  # fmt: skip
@@ -144,7 +152,7 @@ def _brightness(
             if before:
                 red, green, blue = _operate(red, green, blue, operation, tl.load(operations + 4 + slot), 0.0)
         total = tl.sum(_luma(red, green, blue))  # of 0 outside the valid area
-    tl.store(parts + image * tl.num_programs(0) + tl.program_id(0), total)
+    tl.store(parts + tl.program_id(0), total)
 
 
 @triton.jit
@@ -152,9 +160,8 @@ def _augment(
     pixels, of_image, of_channel, of_row, of_column, unit, sizes, operations, means,
     red_scale, green_scale, blue_scale, red_shift, green_shift, blue_shift, out, height, width, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(1)
+    image, place = _part(height * width, PIXELS)
     operations += image * _COLUMNS
-    place = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     red, green, blue, inside = _load(
         pixels, image, place, of_image, of_channel, of_row, of_column, unit, sizes, width
     )  # fmt: skip
@@ -185,20 +192,19 @@ def _blur(images: Tensor, sigmas: NDArray[np.float32], sizes: Tensor) -> None:
     which = torch.from_numpy(host).to(images.device, non_blocking=True)
     _, channels, height, width = images.shape
     between = torch.empty(len(chosen), height, width, channels, device=images.device)
-    grid = triton.cdiv(height * width * channels, PIXELS), len(chosen)
+    blocks = triton.cdiv(height * width * channels, PIXELS)
     for rows in (False, True):
-        _blur_lines[grid](images, between, which, sizes, len(chosen), height, width, rows, PIXELS)
+        _blur_lines[(len(chosen) * blocks,)](images, between, which, sizes, len(chosen), height, width, rows, PIXELS)
 
 
 @triton.jit
 def _blur_lines(images, between, which, sizes, count, height, width, ROWS: tl.constexpr, PIXELS: tl.constexpr):
     """Blur along the rows of ``images`` into ``between``, or along the columns back. Beyond the valid area the image is
     mirrored, its last pixel not repeated."""
-    number = tl.program_id(1)
+    number, here = _part(height * width * 3, PIXELS)
     image = tl.load(which + number).to(tl.int64)
     radius, sigma = tl.load(which + count + number).to(tl.int32), tl.load(which + 2 * count + number)
     tall, wide = tl.load(sizes + 2 * image).to(tl.int32), tl.load(sizes + 2 * image + 1).to(tl.int32)
-    here = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     row, column, channel = here // 3 // width, here // 3 % width, here % 3
     shown = (row < tall) & (column < wide)
     source = images + image * height * width * 3
