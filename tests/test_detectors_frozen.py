@@ -77,9 +77,9 @@ class Residual(torch.nn.Module):
 class Downsampled(torch.nn.Module):
     """The first residual block of a stage: both summands come from convolutions, one of them maybe read again."""
 
-    def __init__(self, given: bool) -> None:
+    def __init__(self, given: bool, bias: bool = True) -> None:
         super().__init__()
-        self.a, self.b = (torch.nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8))
+        self.a, self.b = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1, bias=bias)
         self.shortcut, self.act, self.given = torch.nn.Conv2d(3, 8, 1), torch.nn.ReLU(), given
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -283,7 +283,7 @@ def test_what_is_rewritten_for_cudnn_computes_the_same(size: tuple[int, int]) ->
 
 
 @pytest.mark.usefixtures("_cudnn")
-@pytest.mark.parametrize("network", [Residual(), Downsampled(False), Downsampled(True)])
+@pytest.mark.parametrize("network", [Residual(), Downsampled(False), Downsampled(True), Downsampled(False, bias=False)])
 def test_any_network_rewritten_for_cudnn_computes_the_same(network: torch.nn.Module) -> None:
     network = network.eval()
     fused, images = fuse(network), torch.randn(2, 3, 32, 48)

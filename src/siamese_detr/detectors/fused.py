@@ -32,7 +32,7 @@ class CudnnConv2d(nn.Module):
     """A convolution, the sum with another tensor, and ReLU in one pass over the memory of a CUDA device.
 
     Args:
-        convolution: frozen, with a bias, padding with zeros; not changed.
+        convolution: frozen, padding with zeros; not changed.
         activation: that of ReLU.
         in_place: makes no difference.
     """
@@ -181,7 +181,8 @@ def fuse_convolutions(network: fx.GraphModule, fused: type[FusedConv2d] | type[C
         name = f"fused_{number}"
         layer = fused(convolution, activation, in_place)
         if bias is not None:
-            layer.bias = nn.Parameter(layer.bias + bias, requires_grad=False)
+            own = 0 if layer.bias is None else layer.bias
+            layer.bias = nn.Parameter(own + bias, requires_grad=False)
         network.add_submodule(name, layer)
         with graph.inserting_after(replaced[-1]):
             made = graph.call_module(name, (node.args[0],) if other is None else (node.args[0], other))
