@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from siamese_detr.detectors import frozen
 from siamese_detr.detectors.build import build_detector
@@ -290,3 +291,20 @@ def test_any_network_rewritten_for_cudnn_computes_the_same(network: torch.nn.Mod
     assert any(isinstance(module, CudnnConv2d) for module in fused.modules())
     for got, want in zip(run(fused, images), run(network, images), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_do_not_change_device_and_precision_at_once() -> None:
+    """From Apple's GPUs into double precision that fails or, silently, gives zeros (PyTorch 2.14)."""
+    weight = (8, 3, 3, 3)
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.ops.aten._to_copy.default and args[0].shape == weight and kwargs["dtype"] != args[0].dtype:
+                copies.append("device" in kwargs)
+            return func(*args, **kwargs)
+
+    copies: list[bool] = []
+    with Copies():
+        fold(Downsampled(False))
+    assert copies == [False, False]  # into double precision and back

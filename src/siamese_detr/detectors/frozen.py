@@ -129,7 +129,8 @@ def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
     """A copy of ``backbone`` in evaluation mode, channels last, its batch norms in the convolutions before them."""
     weight = next(backbone.parameters())
     # Where double precision exists: with less, some devices are too inexact to tell whether the function is the same.
-    folded = copy.deepcopy(backbone).eval().requires_grad_(False).to("cpu", torch.float64)
+    # Moved first: from MPS, one copy that does both fails, or gives zeros in PyTorch 2.14.
+    folded = copy.deepcopy(backbone).eval().requires_grad_(False).to("cpu").to(torch.float64)
     images = probe(next(folded.parameters()), side)
     expected = run(folded, images)
     for convolution, norm_name in conv_norm_pairs(folded, images).items():
@@ -144,7 +145,7 @@ def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
         setattr(folded.get_submodule(parent), name, getattr(norm, "act", nn.Identity()))
     if not close(run(folded, images), expected, 1e-3):
         folded = copy.deepcopy(backbone).eval().requires_grad_(False)
-    return folded.to(weight).to(memory_format=torch.channels_last)
+    return folded.to(weight.dtype).to(weight.device).to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
