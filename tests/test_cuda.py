@@ -125,7 +125,7 @@ def test_batches_arrive_as_they_were() -> None:
 def test_a_step_waits_for_the_device_once(photos: Path, tmp_path: Path, precision: str) -> None:
     few, many = (waits(photos, tmp_path / str(steps), steps, precision) for steps in (6, 14))
     more = many - few
-    assert more.total() <= 8, more
+    assert 0 < more.total() <= 8, more  # none at all: PyTorch did not tell
 
 
 def waits(photos: Path, out: Path, steps: int, precision: str) -> Counter[str]:

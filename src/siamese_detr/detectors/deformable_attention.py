@@ -36,7 +36,7 @@ class BagSampling(nn.Module):
     """Takes the place of Transformers' `MultiScaleDeformableAttention`, which holds no weights either.
 
     Args:
-        stock: the module replaced; it still computes on other devices than a CPU.
+        stock: the module replaced; it still computes where neither a CPU nor a kernel of ours does.
     """
 
     def __init__(self, stock: nn.Module) -> None:
@@ -58,7 +58,7 @@ class BagSampling(nn.Module):
         Args:
             value: (B, S, heads, C), the levels one after the other.
             spatial_shapes, level_start_index: `shapes` and the first token of each level, on the device.
-            im2col_step: not used.
+            im2col_step: only for the stock module.
             shapes: (h, w) of each level.
             locations: (B, Q, heads, levels, points, 2) as (x, y), 0 to 1 across each level.
             weights: (B, Q, heads, levels, points).

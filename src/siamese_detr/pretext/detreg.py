@@ -50,7 +50,7 @@ class DetRegPretext(Pretext):
 
         Raises:
             UserError: fewer queries than proposals, or features without crops.
-            NonFiniteError: the predictions are NaN or infinite.
+            NonFiniteError: the predictions are NaN or infinite; not on a CUDA device, see ``matching.assign``.
         """
         crops = features.crops()
         _, decoded = self.predict(features)

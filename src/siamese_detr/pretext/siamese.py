@@ -111,7 +111,7 @@ class SiamesePretext(Pretext):
 
         Raises:
             UserError: not two views, or fewer queries than regions.
-            NonFiniteError: the predictions are NaN or infinite.
+            NonFiniteError: the predictions are NaN or infinite; not on a CUDA device, see ``matching.assign``.
         """
         if features.views != 2:
             raise UserError(f"Siamese DETR compares two views of an image, not {features.views}")

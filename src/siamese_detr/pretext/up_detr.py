@@ -55,7 +55,7 @@ class UpDetrPretext(Pretext):
 
         Raises:
             UserError: fewer queries than patches, or features without crops.
-            NonFiniteError: the predictions are NaN or infinite.
+            NonFiniteError: the predictions are NaN or infinite; not on a CUDA device, see ``matching.assign``.
         """
         patches = features.crops()
         _, decoded = self.predict(features)

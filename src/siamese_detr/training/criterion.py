@@ -94,7 +94,7 @@ class SetCriterion(nn.Module):
             targets: with class indices below K (softmax: K − 1).
 
         Raises:
-            NonFiniteError: a prediction is NaN or infinite.
+            NonFiniteError: a prediction is NaN or infinite; not on a CUDA device, see ``matching.assign``.
         """
         c = self.config
         logits, boxes = full_precision(logits), full_precision(boxes)
@@ -158,7 +158,7 @@ def normalisers(valid: Tensor, queries: int, no_object_weight: float) -> Normali
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, targets: Targets, config: CriterionConfig) -> Tensor:
     """The query of each target in the cheapest one-to-one assignment, of every layer and image, with a single copy to
-    the host.
+    the host, or none on a CUDA device.
 
     Arguments as :class:`SetCriterion`. With more targets than queries, the dearest ones get none.
 
