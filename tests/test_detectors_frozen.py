@@ -53,6 +53,17 @@ def test_new_weights_are_noticed() -> None:
         assert not torch.allclose(before, fast(images)[0])
 
 
+def test_a_network_without_batch_norms_is_not_run_to_be_folded() -> None:
+    class Heavy(OneMap):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
+            raise AssertionError("this takes long")
+
+    network = Heavy(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4))
+    folded = fold(network)
+    assert torch.equal(folded[0].weight, network[0].weight)
+    assert folded[0].weight is not network[0].weight
+
+
 class Residual(torch.nn.Module):
     """Residual blocks of every kind: the sum read later, given out, or read by the convolutions before."""
 
@@ -306,5 +317,5 @@ def test_weights_do_not_change_device_and_precision_at_once() -> None:
 
     copies: list[bool] = []
     with Copies():
-        fold(Downsampled(False))
+        fold(OneMap(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)))
     assert copies == [False, False]  # into double precision and back

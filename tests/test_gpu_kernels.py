@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,3 +132,11 @@ def test_no_batch_is_too_large_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert len(launches.grids) == 6
     assert all(size <= 65_535 for grid in launches.grids for size in grid[1:]), launches.grids
+
+
+def test_the_kernels_compile(tmp_path: Path) -> None:
+    """Interpreted, more is allowed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py")]
+    subprocess.run(command, check=True, env=environment, timeout=300)

@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 CHUNK_PIXELS = 8 * 128 * 128
 """Pixels per chunk on a CPU: larger ones spill activations out of the caches (measured: up to 3 times slower)."""
 
+MOST_PIXELS = 1 << 25
+"""Pixels at once elsewhere: a network's largest maps then have some 2^29 values, and cuDNN's fused convolutions take no
+more than 2^31."""
+
 LATE = 6
 """So many times as many pass the later layers at once: there activations are as much smaller and weights larger, which
 are read once for all of them."""
@@ -59,9 +63,12 @@ class FrozenBackbone:
             network = self.network(dtype)
             staged = any(isinstance(module, InChunks) for module in network.modules())
             late = LATE if staged else 1
-            size = chunk_size(pixel_values, late) if device == "cpu" else max(1, len(pixel_values))
+            if device == "cpu":
+                size = chunk_size(pixel_values, late)
+            else:
+                size = max(1, MOST_PIXELS // math.prod(pixel_values.shape[-2:]))
             chunks = [run(network, chunk) for chunk in split(pixel_values, size)]
-        return [torch.cat(level) for level in zip(*chunks, strict=True)]
+        return chunks[0] if len(chunks) == 1 else [torch.cat(level) for level in zip(*chunks, strict=True)]
 
     def network(self, dtype: torch.dtype) -> nn.Module:
         """The folded and fused copy in ``dtype``, made anew when the backbone's weights have changed."""
@@ -127,6 +134,8 @@ def close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float)
 @torch.no_grad()
 def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
     """A copy of ``backbone`` in evaluation mode, channels last, its batch norms in the convolutions before them."""
+    if not any(is_norm(module) for module in backbone.modules()):
+        return copy.deepcopy(backbone).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     weight = next(backbone.parameters())
     # Where double precision exists: with less, some devices are too inexact to tell whether the function is the same.
     # Moved first: from MPS, one copy that does both fails, or gives zeros in PyTorch 2.14.
@@ -221,6 +230,11 @@ def in_stages(network: fx.GraphModule, images: Tensor) -> fx.GraphModule:
     return parted
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a batch norm, of whatever class, that can be folded."""
+    return getattr(module, "running_mean", None) is not None and getattr(module, "weight", None) is not None
+
+
 def conv_norm_pairs(network: nn.Module, images: Tensor) -> dict[nn.Conv2d, str]:
     """Every convolution whose output a batch norm, by its name, takes in as it is, seen in one forward pass."""
     producers: dict[int, tuple[nn.Conv2d, Tensor]] = {}
@@ -233,7 +247,7 @@ def conv_norm_pairs(network: nn.Module, images: Tensor) -> dict[nn.Conv2d, str]:
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             hooks.append(module.register_forward_hook(remember))
-        elif getattr(module, "running_mean", None) is not None and getattr(module, "weight", None) is not None:
+        elif is_norm(module):
 
             def pair(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
                 if id(inputs[0]) in producers:

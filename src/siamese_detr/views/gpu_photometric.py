@@ -72,7 +72,10 @@ def _table(parameters: NDArray[np.float32], device: torch.device) -> Tensor:
     table[:, :4] = np.where(order[:, None] < 0, NONE, operations)
     table[:, 4:8] = np.take_along_axis(parameters, operations, 1)
     table[:, 8] = parameters[:, GRAY]
-    return torch.from_numpy(table).to(device, non_blocking=True)
+    host = torch.from_numpy(table)
+    if device.type == "cuda":  # else CUDA may wait for the device before it copies more than 64 KB
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 @triton.jit
