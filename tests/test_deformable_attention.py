@@ -13,7 +13,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import MultiSc
 
 from siamese_detr.detectors import deformable_attention
 from siamese_detr.detectors.deformable_attention import BagSampling, DeformableAttention, install, sample, uninstall
-from tiny_detectors import tiny_batch, tiny_detector
+from tiny_detectors import fitting_side, tiny_batch, tiny_detector
 
 
 def stock(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
@@ -125,10 +125,13 @@ def test_gradients_only_where_wanted() -> None:
     assert value.grad is None
 
 
-@pytest.mark.parametrize("case", ["deformable-detr", "deformable-detr-one-scale", "deformable-detr-refined"])
+@pytest.mark.parametrize(
+    "case",
+    ["deformable-detr", "deformable-detr-one-scale", "deformable-detr-refined", "rt-detr", "lw-detr", "rf-detr"],
+)
 def test_a_detector_is_what_it_was(case: str) -> None:
     detector = tiny_detector(case).double().eval()
-    images, mask = tiny_batch()
+    images, mask = tiny_batch(side=fitting_side(detector))
     names = list(detector.state_dict())
     assert any(isinstance(module, BagSampling) for module in detector.modules())
 

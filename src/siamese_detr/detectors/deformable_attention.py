@@ -10,7 +10,7 @@ weights. A CUDA device has kernels for it (:mod:`.gpu_sampling`), other devices 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Any
 
@@ -18,16 +18,15 @@ import torch
 from scipy.sparse import csc_array
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
-from transformers.models.deformable_detr.modeling_deformable_detr import (
-    DeformableDetrMultiscaleDeformableAttention,
-    MultiScaleDeformableAttention,
-)
+from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrMultiscaleDeformableAttention
 
 from siamese_detr.gpu import runs_kernels
 
 from .functional import retype
 from .kernels import has_kernel
 
+STOCK = "MultiScaleDeformableAttention"
+"""Transformers' class of the sampling, of which each family that has it (RT-DETR, LW-DETR, …) has an equal copy."""
 BORDER = 2
 """Rows and columns of zeros around each level: a point outside the map reads zeros, like all its neighbours."""
 
@@ -328,22 +327,22 @@ def install(model: nn.Module) -> bool:
     """Put :class:`BagSampling` in the place of every stock sampling module; whether there was one. Let Deformable
     DETR's attention compute as :class:`DeformableAttention`."""
     retype(model, DeformableDetrMultiscaleDeformableAttention, DeformableAttention)
-    return _replace(model, MultiScaleDeformableAttention, BagSampling)
+    return _replace(model, lambda module: type(module).__name__ == STOCK, BagSampling)
 
 
 def uninstall(model: nn.Module) -> bool:
     """Put the stock modules back."""
     retype(model, DeformableAttention, DeformableDetrMultiscaleDeformableAttention)
-    return _replace(model, BagSampling, lambda module: module.stock)
+    return _replace(model, lambda module: isinstance(module, BagSampling), lambda module: module.stock)
 
 
-def _replace(model: nn.Module, kind: type[nn.Module], make: Any) -> bool:
+def _replace(model: nn.Module, old: Callable[[nn.Module], bool], make: Callable[[Any], nn.Module]) -> bool:
     found = [
         (parent, name)
         for parent in model.modules()
         if not isinstance(parent, BagSampling)
         for name, child in parent.named_children()
-        if isinstance(child, kind)
+        if old(child)
     ]
     for parent, name in found:
         setattr(parent, name, make(getattr(parent, name)))

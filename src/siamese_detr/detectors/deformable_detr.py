@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, PretrainedConfig, PreTrainedModel
+from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, PretrainedConfig
 
 from siamese_detr.errors import UserError
 
-from . import deformable_attention, initialise
+from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .dropout import dropout
 from .functional import additive_mask, at_least_float32, inverse_sigmoid, level_arguments
@@ -29,10 +29,6 @@ class DeformableDetrAdapter(DetectorAdapter):
     model_class = DeformableDetrForObjectDetection
     processor_class = "DeformableDetrImageProcessor"
     defaults = {"num_queries": 300, "ffn_size": 1024}  # noqa: RUF012
-
-    def __init__(self, model: PreTrainedModel, *args: Any, **options: Any) -> None:
-        deformable_attention.install(model)
-        super().__init__(model, *args, **options)
 
     @classmethod
     def wanted_strides(cls, num_feature_levels: int = 4, **options: Any) -> list[int]:
