@@ -237,9 +237,13 @@ def test_behind_http(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Ranges, "ranges", False)
         with pytest.raises(ImageError, match="byte ranges"):
             read_image(there.absolute(1))
+        with pytest.raises(UserError, match=r"none\.tar: no such shard"):
+            list_images(f"{url}/none.tar")
     finally:
         server.shutdown()
         server.server_close()
+    with pytest.raises(UserError, match=r"a\.tar: cannot be read \(.*[Cc]onnect"):
+        list_images(f"{url}/a.tar")
 
 
 @pytest.mark.parametrize(

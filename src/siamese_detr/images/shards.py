@@ -235,10 +235,10 @@ def list_shard(shard: str, wanted: Callable[[str], bool]) -> tuple[list[Member],
             opened = system.open(inside, "rb", block_size=2**20)
         with opened as stream:
             rows, problems = _cached(key, lambda: _read_rows(stream) if rows_only else _read_index(stream))
-    except FileNotFoundError:
-        return [], [f"{shard}: no such shard"]
     except Exception as error:
-        return [], [f"{shard}: cannot be read ({_words(error)})"]
+        cause = _cause(error)
+        reason = "no such shard" if isinstance(cause, FileNotFoundError) else f"cannot be read ({_words(cause)})"
+        return [], [f"{shard}: {reason}"]
     if rows_only:
         return [Member(shard, row, None, name) for row, _, name in rows], []
     members = [Member(shard, offset, size, name) for offset, size, name in rows if wanted(name)]
@@ -303,6 +303,12 @@ def _cached(key: str, read: Callable[[], Index]) -> Index:
     return rows_read, problems
 
 
-def _words(error: Exception) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """What is the matter: fsspec says that there is no such file of a server that does not answer, too."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
+    return error if cause is None or getattr(cause, "status", None) == 404 else cause
+
+
+def _words(error: BaseException) -> str:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(reason.split())[:200]
