@@ -193,7 +193,9 @@ def _distinct_first(xywh: np.ndarray, scores: np.ndarray, threshold: float) -> t
     first = np.sort(np.asarray(cv2.dnn.NMSBoxes(xywh.tolist(), ranks.tolist(), 0.0, threshold), np.int64).reshape(-1))
     rest = np.setdiff1d(np.arange(len(xywh)), first)
     if len(rest):
-        scores = np.concatenate([scores[first], scores[rest] * min(1.0, scores[first[-1]] / scores[rest[0]])])
+        least = scores[first[-1]]
+        behind = np.minimum(scores[rest] * min(1.0, least / scores[rest[0]]), least)  # rounding may have raised it
+        scores = np.concatenate([scores[first], behind])
     return np.concatenate([first, rest]), scores.astype(np.float32)
 
 
