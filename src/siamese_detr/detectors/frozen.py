@@ -61,10 +61,9 @@ class FrozenBackbone:
         pixel_values = pixel_values.to(dtype)
         with torch.autocast(device, enabled=False):
             network = self.network(dtype)
-            staged = any(isinstance(module, InChunks) for module in network.modules())
-            late = LATE if staged else 1
             if device == "cpu":
-                size = chunk_size(pixel_values, late)
+                staged = any(isinstance(module, InChunks) for module in network.modules())
+                size = chunk_size(pixel_values, LATE if staged else 1)
             else:
                 size = max(1, MOST_PIXELS // math.prod(pixel_values.shape[-2:]))
             chunks = [run(network, chunk) for chunk in split(pixel_values, size)]

@@ -80,6 +80,24 @@ def _part(queries, heads, QUERIES: tl.constexpr):
 
 
 @triton.jit
+def _level(level, sizes, starts, image, head, tokens, heads, channels):
+    """Where a level's values of an image and head begin, its height and its width."""
+    first = image.to(tl.int64) * tokens + tl.load(starts + level)
+    height, width = tl.load(sizes + 2 * level).to(tl.int32), tl.load(sizes + 2 * level + 1).to(tl.int32)
+    return (first * heads + head) * channels, height, width
+
+
+@triton.jit
+def _point(weights, locations, at, inside, width, height, PRECISE: tl.constexpr):
+    """A point of each query: its weight, the cell to its upper left, and how far right and down of that it lies."""
+    weight = tl.load(weights + at, mask=inside, other=0.0).to(PRECISE)
+    x = tl.load(locations + 2 * at, mask=inside, other=0.0).to(PRECISE) * width - 0.5
+    y = tl.load(locations + 2 * at + 1, mask=inside, other=0.0).to(PRECISE) * height - 0.5
+    left, top = tl.floor(x), tl.floor(y)
+    return weight, left.to(tl.int32), top.to(tl.int32), x - left, y - top
+
+
+@triton.jit
 def _corner(
     table, columns, rows, right, down, RIGHT: tl.constexpr, DOWN: tl.constexpr, width, height, row_size, channel, shown
 ):
@@ -102,23 +120,16 @@ def _sum(
     owner = (image.to(tl.int64) * queries + query) * heads + head
     total = tl.zeros((QUERIES, WIDTH), PRECISE)
     for level in range(levels):
-        height, width = tl.load(sizes + 2 * level).to(tl.int32), tl.load(sizes + 2 * level + 1).to(tl.int32)
-        first = image.to(tl.int64) * tokens + tl.load(starts + level)
-        table = value + (first * heads + head) * channels
+        table, height, width = _level(level, sizes, starts, image, head, tokens, heads, channels)
         for point in range(points):
             at = (owner * levels + level) * points + point
-            weight = tl.load(weights + at, mask=inside, other=0.0).to(PRECISE)
-            x = tl.load(locations + 2 * at, mask=inside, other=0.0).to(PRECISE) * width - 0.5
-            y = tl.load(locations + 2 * at + 1, mask=inside, other=0.0).to(PRECISE) * height - 0.5
-            left, top = tl.floor(x), tl.floor(y)
-            right, down = x - left, y - top
-            columns, rows = left.to(tl.int32), top.to(tl.int32)
+            weight, columns, rows, right, down = _point(weights, locations, at, inside, width, height, PRECISE)
             for corner in tl.static_range(4):
                 places, exists, share = _corner(
                     table, columns, rows, right, down, corner % 2, corner // 2,
                     width, height, heads * channels, channel, inside,
                 )  # fmt: skip
-                cells = tl.load(places, mask=exists[:, None] & real[None, :], other=0.0).to(PRECISE)
+                cells = tl.load(value + places, mask=exists[:, None] & real[None, :], other=0.0).to(PRECISE)
                 total += (weight * share)[:, None] * cells
     places = out + owner[:, None] * channels + channel[None, :]
     tl.store(places, total.to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
@@ -137,18 +148,11 @@ def _spread(
     gradient += owner[:, None] * channels + channel[None, :]
     above = tl.load(gradient, mask=inside[:, None] & real[None, :], other=0.0).to(PRECISE)
     for level in range(levels):
-        height, width = tl.load(sizes + 2 * level).to(tl.int32), tl.load(sizes + 2 * level + 1).to(tl.int32)
-        first = image.to(tl.int64) * tokens + tl.load(starts + level)
-        table = (first * heads + head) * channels
+        table, height, width = _level(level, sizes, starts, image, head, tokens, heads, channels)
         for point in range(points):
             at = (owner * levels + level) * points + point
-            weight = tl.load(weights + at, mask=inside, other=0.0).to(PRECISE)
-            x = tl.load(locations + 2 * at, mask=inside, other=0.0).to(PRECISE) * width - 0.5
-            y = tl.load(locations + 2 * at + 1, mask=inside, other=0.0).to(PRECISE) * height - 0.5
-            left, top = tl.floor(x), tl.floor(y)
-            right, down = x - left, y - top
-            columns, rows = left.to(tl.int32), top.to(tl.int32)
-            to_x, to_y, to_weight = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+            weight, columns, rows, right, down = _point(weights, locations, at, inside, width, height, PRECISE)
+            to_x, to_y, to_weight = tl.zeros_like(right), tl.zeros_like(right), tl.zeros_like(right)
             for corner in tl.static_range(4):
                 places, exists, share = _corner(
                     table, columns, rows, right, down, corner % 2, corner // 2,

@@ -70,7 +70,7 @@ def match_costs(logits: Tensor, boxes: Tensor, targets: Tensor, costs: MatchCost
 def box_distance(a: Tensor, b: Tensor) -> Tensor:
     """L1 distance (..., P, Q) of boxes a (..., P, 4) and b (..., Q, 4), summed coordinate by coordinate.
 
-    (``torch.cdist``, made for long vectors, takes twenty times as long on a GPU.)
+    (``torch.cdist``, made for long vectors, took a millisecond of a step of 64 images on a GPU.)
     """
     pairs = zip(a.unsqueeze(-2).unbind(-1), b.unsqueeze(-3).unbind(-1), strict=True)
     apart = [(x - y).abs_() for x, y in pairs]
