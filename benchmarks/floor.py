@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_path import BATCH, Rows, shipped_photos
 from plain import stock_modules
 from siamese_detr.detectors import frozen
+from siamese_detr.training.memory import keep_memory
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig
 from step import CASES, Clock, Scale, make_inputs, make_pretext, make_step, to_device
 
@@ -163,6 +164,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    keep_memory()  # as a training does
     scale, rounds = (Scale.quick(), 1) if options.quick else (Scale(), options.rounds)
     rates = machine(256 if options.quick else 3072)
     summary: dict[str, Any] = {

@@ -1,14 +1,14 @@
 """One pre-training step, ours against a plain re-creation of the research code's structure (see plain.py).
 
     python benchmarks/step.py [--cases conditional-detr ...] [--rounds 5] [--threads 2] [--dropout 0.1]
-                              [--out benchmarks/results] [--quick] [--no-memory]
+                              [--out benchmarks/results] [--quick]
 
 Both take the same weights and the same inputs: views of 380x460 pixels and 2x10 crops of 128 for each of 2 images,
 ResNet-50. First their losses are compared without dropout: the program fails if they differ by more than 1e-4. Then
-steps are timed in turn, so that other load on the machine meets both; the CPU time (user + system, all threads) is
-given beside the wall time because it hardly depends on that load. The peak memory of two steps is measured in processes
-of their own. Prints Markdown tables and writes step.json and step.md. ``--quick``: tiny sizes, a check that all of it
-runs.
+steps are timed in turn, so that other load on the machine meets both, but in processes of their own, since what a
+process allocated before has a share in how fast it allocates. The CPU time (user + system, all threads) is given beside
+the wall time because it hardly depends on that load. Prints Markdown tables and writes step.json and step.md.
+``--quick``: tiny sizes, a check that all of it runs.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import platform
 import resource
-import subprocess
-import sys
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plain import PlainSiamese, stock_modules
 from siamese_detr.detectors import build_detector
 from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
+from siamese_detr.training.memory import keep_memory
 from siamese_detr.training.optimizer import adamw
 from siamese_detr.views.batch import ViewInputs
 
@@ -277,32 +278,60 @@ def blocking_reads(case: str, name: str) -> int:
     return counted.count
 
 
-def measure(case: str, scale: Scale, rounds: int, dropout: float, precisions: list[str]) -> dict[str, Any]:
-    """Compare the losses, then time the steps in turn."""
-    inputs, clock = make_inputs(scale), Clock()
-    pretexts = {name: make_pretext(case, scale) for name in ("plain", *precisions)}
-    steps = {name: make_step(name, pretext, clock) for name, pretext in pretexts.items()}
-    terms = {name: step(inputs) for name, step in steps.items()}
+def serve(pipe: Connection, name: str, case: str, scale: Scale, dropout: float, threads: int) -> None:
+    """Take steps of one kind in this process, as it would be if nothing else ran in it.
+
+    Sends the terms of a first step without dropout. Then, for every number received, takes a step seeded with it and
+    sends the clock's times; at None sends the most memory held above what was held before the first step, in MB.
+    """
+    torch.set_num_threads(threads)
+    if name != "plain":
+        keep_memory()  # as a training does
+    inputs, pretext, clock = make_inputs(scale), make_pretext(case, scale), Clock()
+    step = make_step(name, pretext, clock)
+    with contextlib.suppress(OSError):  # Linux: forget the peak of the imports and of building the model
+        Path("/proc/self/clear_refs").write_text("5")
+    before = current_memory()
+    pipe.send({term: float(value) for term, value in step(inputs).items()})
+    set_dropout(pretext, dropout)
+    while (seed := pipe.recv()) is not None:
+        torch.manual_seed(seed)
+        clock.take()
+        step(inputs)
+        pipe.send(clock.take())
+    pipe.send((peak_memory() - before) / 1e6)
+
+
+def measure(
+    case: str, scale: Scale, rounds: int, dropout: float, precisions: list[str], threads: int
+) -> dict[str, Any]:
+    """Compare the losses, then time the steps in turn. Each kind has a process of its own."""
+    spawn, pipes = multiprocessing.get_context("spawn"), {}
+    for name in ("plain", *precisions):
+        pipes[name], theirs = spawn.Pipe()
+        spawn.Process(target=serve, args=(theirs, name, case, scale, dropout, threads), daemon=True).start()
+        theirs.close()
+    terms = {name: pipe.recv() for name, pipe in pipes.items()}
     apart = {name: difference(terms["plain"], terms[name]) for name in precisions}
     if apart.get("fp32", 0) > TOLERANCE:
         raise AssertionError(f"{case}: losses differ by {apart['fp32']}, more than {TOLERANCE}")
 
-    for pretext in pretexts.values():
-        set_dropout(pretext, dropout)
     times: dict[str, dict[str, dict[str, list[float]]]] = {
-        name: {"cpu": defaultdict(list), "wall": defaultdict(list)} for name in steps
+        name: {"cpu": defaultdict(list), "wall": defaultdict(list)} for name in pipes
     }
-    clock.take()
     for n in range(rounds + 1):
-        for name, step in steps.items():
-            torch.manual_seed(n)
-            step(inputs)
-            taken = clock.take()
+        for name, pipe in pipes.items():
+            pipe.send(n)
+            taken = pipe.recv()
             if n == 0:
                 continue  # warms up
             for kind, seconds in zip(("cpu", "wall"), taken, strict=True):
                 for part, value in {**seconds, "whole step": sum(seconds.values())}.items():
                     times[name][kind][part].append(value * 1e3)
+    peaks = {}
+    for name, pipe in pipes.items():
+        pipe.send(None)
+        peaks[name] = pipe.recv()
     return {
         "largest difference of losses": apart,
         "blocking reads": {"plain": blocking_reads(case, "plain"), "ours": blocking_reads(case, "fp32")},
@@ -320,20 +349,8 @@ def measure(case: str, scale: Scale, rounds: int, dropout: float, precisions: li
             }
             for precision in precisions
         },
+        "peak memory, MB": peaks,
     }
-
-
-def peak(case: str, scale: Scale, name: str, dropout: float) -> float:
-    """Peak memory in MB of two steps over what the process held before, in this process."""
-    inputs, pretext = make_inputs(scale), make_pretext(case, scale)
-    set_dropout(pretext, dropout)
-    step = make_step(name, pretext, Clock())
-    with contextlib.suppress(OSError):  # Linux: forget the peak of the imports and of building the model
-        Path("/proc/self/clear_refs").write_text("5")
-    before = current_memory()
-    for _ in range(2):
-        step(inputs)
-    return (peak_memory() - before) / 1e6
 
 
 def current_memory() -> float:
@@ -347,16 +364,6 @@ def peak_memory() -> float:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peaks(case: str, options: argparse.Namespace, names: list[str]) -> dict[str, float]:
-    """Peak memory of each kind of step, each in a process of its own."""
-    found = {}
-    for name in names:
-        command = [sys.executable, __file__, "--peak", name, "--cases", case, "--threads", str(options.threads)]
-        command += ["--dropout", str(options.dropout)] + (["--quick"] if options.quick else [])
-        found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    return found
 
 
 def tables(summary: dict[str, Any]) -> str:
@@ -380,9 +387,8 @@ def tables(summary: dict[str, Any]) -> str:
         lines += ["", f"Blocking reads: plain {reads['plain']}, ours {reads['ours']}. "]
         apart = (f"{name} {value:.1e}" for name, value in result["largest difference of losses"].items())
         lines[-1] += f"Largest difference of any loss term without dropout: {', '.join(apart)}. "
-        if "peak memory, MB" in result:
-            lines[-1] += "Peak memory over the process's base, MB: "
-            lines[-1] += ", ".join(f"{name} {value:.0f}" for name, value in result["peak memory, MB"].items()) + "."
+        peaks = (f"{name} {value:.0f}" for name, value in result["peak memory, MB"].items())
+        lines[-1] += f"Peak memory over the process's base, MB: {', '.join(peaks)}."
         lines.append("")
     return "\n".join(lines)
 
@@ -396,15 +402,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     scale = Scale.quick() if options.quick else Scale()
     rounds = 1 if options.quick else options.rounds
-    if options.peak:
-        print(peak(options.cases[0], scale, options.peak, options.dropout))
-        return {}
     summary: dict[str, Any] = {
         "cpu": platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -414,9 +414,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "cases": {},
     }
     for case in options.cases:
-        result = measure(case, scale, rounds, options.dropout, options.precisions)
-        if not options.no_memory:
-            result["peak memory, MB"] = peaks(case, options, ["plain", *options.precisions])
+        result = measure(case, scale, rounds, options.dropout, options.precisions, options.threads)
         summary["cases"][case] = result
         print(tables({**summary, "cases": {case: result}}), flush=True)
     out = Path(options.out)
