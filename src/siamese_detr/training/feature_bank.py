@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from siamese_detr.errors import UserError
 from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.training.journal import JsonLines
-from siamese_detr.training.processes import machine_explained
-from siamese_detr.training.signals import ignore_in_worker
+from siamese_detr.training.processes import begin_worker, machine_explained
 from siamese_detr.views.two_views import TwoViewDataset, collate
 
 FORMAT = 3
@@ -286,7 +285,7 @@ def fill(
         batch_sampler=[[bank.key(slot) for slot in batch] for batch in batches],
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=ignore_in_worker,
+        worker_init_fn=begin_worker,
     )
     failures = JsonLines(bank.directory / "failures.jsonl")
     states: dict[int, int] = {}

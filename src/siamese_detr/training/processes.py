@@ -14,9 +14,14 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from siamese_detr.errors import UserError
+from siamese_detr.training.memory import keep_memory
+from siamese_detr.training.signals import ignore_signals
 
 DEATH_HEARD = 1.0
 """Seconds within which the main process hears of the death of a data process whose connection broke off."""
+
+LARGE_PICTURE = 32 << 20
+"""Bytes of a picture whose memory a data process hands back: there are many of these processes."""
 
 
 class Team:
@@ -39,6 +44,12 @@ class Team:
         """Until all processes are here."""
         if self.size > 1:
             dist.barrier(self._group)
+
+
+def begin_worker(worker: int) -> None:
+    """A data process's ``worker_init_fn``."""
+    ignore_signals()
+    keep_memory(LARGE_PICTURE)
 
 
 def on_cpu(device: str) -> bool:

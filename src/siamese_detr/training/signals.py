@@ -96,8 +96,8 @@ class StopRequest:
             signal.raise_signal(number)
 
 
-def ignore_in_worker(worker: int) -> None:
-    """``worker_init_fn``: clusters signal whole process groups; data workers must outlive the step being finished."""
+def ignore_signals() -> None:
+    """In a data process: clusters signal whole process groups, and it must outlive the step being finished."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -34,9 +34,9 @@ from siamese_detr.training.diagnose import watch
 from siamese_detr.training.journal import Journal, JsonLines
 from siamese_detr.training.memory import keep_memory
 from siamese_detr.training.persistence import FIRST, PersistentTrainer
-from siamese_detr.training.processes import machine_explained
+from siamese_detr.training.processes import begin_worker, machine_explained
 from siamese_detr.training.settings import Batches, RankBatches, RunSettings, skip
-from siamese_detr.training.signals import Locked, Preempted, RunLock, StopRequest, ignore_in_worker
+from siamese_detr.training.signals import Locked, Preempted, RunLock, StopRequest
 
 SHOWN = 10
 """Unreadable images that a process tells of on the screen; all are in ``skipped.jsonl``."""
@@ -231,7 +231,7 @@ class BaseTrainer(PersistentTrainer):
             batch_sampler=RankBatches(self.batches, self.args.process_index, self.args.world_size, self._start),
             collate_fn=self.data_collator,
             num_workers=workers,
-            worker_init_fn=ignore_in_worker,
+            worker_init_fn=begin_worker,
             prefetch_factor=2 if workers else None,
         )
 
