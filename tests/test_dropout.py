@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from siamese_detr.detectors import dropout as module
-from siamese_detr.detectors.dropout import dropout, mask, residual
+from siamese_detr.detectors.dropout import bits, dropout, mask, residual
 
 
 @pytest.fixture(params=["few", "many"], autouse=True)
@@ -61,8 +61,11 @@ def test_a_mask_multiplies(dtype: torch.dtype) -> None:
     x = torch.randn(40, 9).to(dtype).t()  # of any strides
     kept = (torch.rand(9, 40) > 0.4).byte()
     expected = torch.where(kept.bool(), x, 0)
-    assert torch.equal(mask(x, kept), expected)
-    assert torch.equal(mask(x, kept, out=x), expected)
+    for integers in (kept, kept.to(torch.int16)):
+        before = integers.clone()
+        assert torch.equal(mask(x, integers), expected)
+        assert torch.equal(integers, before)
+    bits(x).mul_(kept)
     assert torch.equal(x, expected)
 
 

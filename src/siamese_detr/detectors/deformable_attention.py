@@ -280,7 +280,8 @@ class _Grid:
             warnings.simplefilter("ignore", UserWarning)
             size = (len(rows), len(table))
             pattern = torch.sparse_csr_tensor(ends, rows.flatten(), wanted, size, check_invariants=False)
-            products = torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0).values()
+            # Into the pattern itself, which else is copied first.
+            products = torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0, out=pattern).values()
         return [part.reshape(-1, len(self.width)) for part in products.view(len(rows), 4, -1).unbind(1)]
 
     def to_points(

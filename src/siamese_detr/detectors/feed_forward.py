@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dropout import LEVELS, draw_kept, dropout, mask, residual, scale
+from .dropout import LEVELS, bits, draw_kept, dropout, residual, scale
 from .functional import at_least_float32
 from .linear import product
 
@@ -63,7 +63,7 @@ class _ReluBlock(torch.autograd.Function):
         for rows in _parts(len(tokens)):
             part = product(tokens[rows], w1, b1).relu_()  # oneDNN's own ReLU makes zeros of what is no number
             if dropped:
-                mask(part, draw_kept(part.shape, dropped), out=part)
+                bits(part).mul_(draw_kept(part.shape, dropped))
             out[rows] = product(part, scaled, b2)
             hidden.append(part)
         ctx.save_for_backward(x, w1, w2, *hidden)
