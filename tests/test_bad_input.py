@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -302,3 +304,13 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 @pytest.fixture(autouse=True)
 def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """As of ``siamese-detr check --help | head -1``."""
+    command = [sys.executable, "-c", "import sys; from siamese_detr.cli import main; sys.exit(main())", "check", "-h"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate()[1] == ""
+    assert process.returncode == 141

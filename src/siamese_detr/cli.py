@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"siamese-detr: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         # Wherever the machine refuses: what was written before is whole (everything is written aside, then renamed).
         if error.errno not in REFUSALS:
@@ -63,10 +67,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("siamese-detr: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone: nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return 0
 
 
