@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -557,10 +559,17 @@ def test_compiling_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None
 def test_memory_is_kept_for_the_next_step(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: list[bool] = []
-    monkeypatch.setattr("siamese_detr.training.trainer.keep_memory", lambda: kept.append(True))
+    contexts: list[str] = []
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        contexts.append("begun")
+        yield
+        contexts.append("ended")
+
+    monkeypatch.setattr("siamese_detr.training.trainer.kept_memory", context)
     pretrain(**{**base, "out": str(tmp_path / "run"), "steps": 1})
-    assert kept
+    assert contexts == ["begun", "ended"]
 
 
 def test_one_process_uses_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
-from siamese_detr.training.memory import keep_memory
+from siamese_detr.training.memory import kept_memory
 from siamese_detr.training.processes import begin_worker, machine_explained
 
 
@@ -249,8 +249,6 @@ def run(
         rank, world: this process and the number of processes that share the work.
         each_batch: called before every batch, equally often in all processes; ends the work by raising.
     """
-    if detector.device.type == "cpu":
-        keep_memory()
     size = getattr(detector.processor, "size", None) or {}
     square = bool(dict(size).get("height") and dict(size).get("width"))
     shapes = [(0, 0) if square else job.size or (-1, index) for index, job in enumerate(jobs)]
@@ -265,7 +263,8 @@ def run(
         pin_memory=False,
         worker_init_fn=begin_worker,
     )
-    with machine_explained("start it again (with --resume, where the command has that)"):
+    keeping = kept_memory() if detector.device.type == "cpu" else contextlib.nullcontext()
+    with keeping, machine_explained("start it again (with --resume, where the command has that)"):
         for samples in itertools.chain(loader, itertools.repeat([], idle)):
             each_batch()
             # Files may differ from what the labels say of their size: trust the tensors.

@@ -32,7 +32,7 @@ from siamese_detr.training import checkpoint as checkpoints
 from siamese_detr.training.ahead import AheadLoader
 from siamese_detr.training.diagnose import watch
 from siamese_detr.training.journal import Journal, JsonLines
-from siamese_detr.training.memory import keep_memory
+from siamese_detr.training.memory import kept_memory
 from siamese_detr.training.persistence import FIRST, PersistentTrainer
 from siamese_detr.training.processes import begin_worker, machine_explained
 from siamese_detr.training.settings import Batches, RankBatches, RunSettings, skip
@@ -119,8 +119,6 @@ class BaseTrainer(PersistentTrainer):
             Preempted: SIGTERM or SIGUSR1 came; the run is saved.
             UserError: a non-finite number, too many unreadable images, no checkpoint that can be read, a full disk.
         """
-        if self.args.device.type == "cpu":
-            keep_memory()
         checkpoint = self._find_checkpoint() if resume else None
         self.saved_step = step = checkpoints.step_of(checkpoint) if checkpoint else 0
         self._start = step * self.settings.accumulate
@@ -132,6 +130,8 @@ class BaseTrainer(PersistentTrainer):
         explained = machine_explained(f"continue {self.settings.out} with --resume")
         try:
             with self.stop, explained, contextlib.ExitStack() as stack:
+                if self.args.device.type == "cpu":
+                    stack.enter_context(kept_memory())
                 if self.args.should_save:
                     self.journal = stack.enter_context(contextlib.closing(Journal(self.settings.out, step)))
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
