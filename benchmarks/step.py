@@ -8,7 +8,7 @@ ResNet-50. First their losses are compared without dropout: the program fails if
 steps are timed in turn, so that other load on the machine meets both, but in processes of their own, since what a
 process allocated before has a share in how fast it allocates. The CPU time (user + system, all threads) is given beside
 the wall time because it hardly depends on that load. Prints Markdown tables and writes step.json and step.md.
-``--quick``: tiny sizes, a check that all of it runs.
+``--quick``: tiny sizes, a check that all of it runs. Needs Linux, for the peak memory.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -306,10 +307,18 @@ def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def test_a_reader_that_has_gone_is_no_error() -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "-h"], ["pretrain", "-h"]])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_gone_is_no_error(arguments: list[str], buffered: bool) -> None:
     """As of ``siamese-detr check --help | head -1``."""
-    command = [sys.executable, "-c", "import sys; from siamese_detr.cli import main; sys.exit(main())", "check", "-h"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = "import sys; from siamese_detr.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"},
+    )
     assert process.stdout is not None
     process.stdout.close()
     assert process.communicate()[1] == ""

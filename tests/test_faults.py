@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,6 +187,24 @@ def test_a_data_worker_killed(base: dict[str, Any], tmp_path: Path) -> None:
     assert_continues(options)
 
 
+def test_a_data_process_that_hangs_holds_up_nobody() -> None:
+    """As one does that waits for a lock which another one held when it was killed."""
+    program = """
+import time
+from torch.utils.data import DataLoader
+from siamese_detr.training.processes import begin_worker
+
+class Hanging:
+    def __len__(self):
+        return 9
+    def __getitem__(self, index):
+        return time.sleep(1e6 if index else 0) or index
+
+next(iter(DataLoader(Hanging(), num_workers=1, worker_init_fn=begin_worker)))
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=40).returncode == 0
+
+
 def until_children(run: Run, count: int) -> list[int]:
     """The run's data processes, once there are so many."""
     end = time.monotonic() + PATIENCE
@@ -201,8 +220,8 @@ def until_children(run: Run, count: int) -> list[int]:
 def ignores_stops(pid: int) -> bool:
     """Whether the process is past its start and ignores SIGTERM (false: it has ended, or means to by the signal)."""
     with contextlib.suppress(OSError):
-        (mask,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-        return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
+        masks = re.findall(r"Sig(?:Ign|Blk):\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
     return False
 
 

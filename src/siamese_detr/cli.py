@@ -30,23 +30,11 @@ REFUSALS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for a user's mistake, or what the verb documents."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(__version__)
-        return 0
-    name, rest = argv[0], argv[1:]
     try:
-        if name not in VERBS:
-            from siamese_detr.config import nearest
-
-            raise UserError(
-                f"unknown command {name!r}{nearest(name, list(VERBS))}; the commands are {', '.join(VERBS)}"
-            )
-        with stoppable() if name in CONTINUED else contextlib.nullcontext():
-            run(name, rest)
+        try:
+            return dispatch(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # a reader that has gone is met here, and not when Python ends
     except Preempted as stop:
         print(f"siamese-detr: {stop}", file=sys.stderr)
         return EXIT_PREEMPTED
@@ -67,6 +55,23 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("siamese-detr: interrupted", file=sys.stderr)
         return 130
+
+
+def dispatch(argv: list[str]) -> int:
+    """Do what is asked for; the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in VERBS:
+        from siamese_detr.config import nearest
+
+        raise UserError(f"unknown command {name!r}{nearest(name, list(VERBS))}; the commands are {', '.join(VERBS)}")
+    with stoppable() if name in CONTINUED else contextlib.nullcontext():
+        run(name, rest)
     return 0
 
 

@@ -2,36 +2,46 @@
 
 Every step of a training, and every batch a detector looks at, allocates and frees the same memory. Left to itself,
 glibc hands much of it back to the system each time, which clears it again, page by page, for the next one.
+
+Nothing here does anything with another C library, or where the user has told glibc in the environment what to do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+LARGEST = 1 << 30
+"""Bytes of the largest block that is kept; older releases of glibc allow no more than 32 MB."""
+SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's parameters
 _ALWAYS_ALLOWED = 32 << 20
 _keeping = 0
 
 
-def keep_memory(up_to: int = 1 << 30) -> None:
-    """Let this process keep what it frees for what it allocates next. Does nothing without glibc.
-
-    Args:
-        up_to: bytes of the largest block that is kept; glibc may allow no more than 32 MB.
-    """
+def keep_memory() -> None:
+    """Let this process keep what it frees for what it allocates next."""
     if (libc := _glibc()) is not None:
-        if not libc.mallopt(_MMAP_THRESHOLD, up_to):
+        if not libc.mallopt(_MMAP_THRESHOLD, LARGEST):
             libc.mallopt(_MMAP_THRESHOLD, _ALWAYS_ALLOWED)
         libc.mallopt(_TRIM_THRESHOLD, -1)
 
 
+def hand_back_memory() -> None:
+    """Hand back what is free, and large blocks when they become so: what glibc by itself comes to."""
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_MMAP_THRESHOLD, _ALWAYS_ALLOWED)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _ALWAYS_ALLOWED)
+        libc.malloc_trim(0)
+
+
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Keep it meanwhile; at the end of the outermost such context all is handed back that can be."""
+    """Keep it meanwhile, and hand it back at the end of the outermost such context."""
     global _keeping
     keep_memory()
     _keeping += 1
@@ -39,14 +49,13 @@ def kept_memory() -> Iterator[None]:
         yield
     finally:
         _keeping -= 1
-        if not _keeping and (libc := _glibc()) is not None:
-            # What glibc comes to by itself in a process that frees large blocks.
-            libc.mallopt(_MMAP_THRESHOLD, _ALWAYS_ALLOWED)
-            libc.mallopt(_TRIM_THRESHOLD, 2 * _ALWAYS_ALLOWED)
-            libc.malloc_trim(0)
+        if not _keeping:
+            hand_back_memory()
 
 
 def _glibc() -> Any:
-    """The C library, if it is glibc."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    """The C library, if it is glibc and left to us."""
+    if sys.platform != "linux" or any(name in os.environ for name in SETTINGS):
+        return None
+    libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "gnu_get_libc_version") else None

@@ -14,14 +14,11 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from siamese_detr.errors import UserError
-from siamese_detr.training.memory import keep_memory
+from siamese_detr.training.memory import hand_back_memory
 from siamese_detr.training.signals import ignore_signals
 
 DEATH_HEARD = 1.0
 """Seconds within which the main process hears of the death of a data process whose connection broke off."""
-
-LARGE_PICTURE = 32 << 20
-"""Bytes of a picture whose memory a data process hands back: there are many of these processes."""
 
 
 class Team:
@@ -49,7 +46,7 @@ class Team:
 def begin_worker(worker: int) -> None:
     """A data process's ``worker_init_fn``."""
     ignore_signals()
-    keep_memory(LARGE_PICTURE)
+    hand_back_memory()  # unlike the process it comes from: of a large picture, there are many of them
 
 
 def on_cpu(device: str) -> bool:

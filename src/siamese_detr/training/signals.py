@@ -97,9 +97,21 @@ class StopRequest:
 
 
 def ignore_signals() -> None:
-    """In a data process: clusters signal whole process groups, and it must outlive the step being finished."""
+    """In a data process: clusters signal whole process groups, and it must outlive the step being finished.
+
+    Only its parent ends it by SIGTERM, having waited in vain; else a process that hangs would keep it from ending.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # Linux: tells who sends
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Locked(UserError):

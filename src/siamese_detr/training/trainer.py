@@ -127,11 +127,15 @@ class BaseTrainer(PersistentTrainer):
             checkpoints.prune(self.settings.checkpoints, step, self.settings.keep)  # a lower `keep` makes room now
             self._listed = {record["path"]: record["reason"] for record in self._skipped_lines().rewind(step)}
             self._found_before = len(self._listed)
+        with kept_memory() if self.args.device.type == "cpu" else contextlib.nullcontext():
+            self._fit(checkpoint, step)
+        if self.preempted is not None:
+            raise self._stopped()
+
+    def _fit(self, checkpoint: Path | None, step: int) -> None:
         explained = machine_explained(f"continue {self.settings.out} with --resume")
         try:
             with self.stop, explained, contextlib.ExitStack() as stack:
-                if self.args.device.type == "cpu":
-                    stack.enter_context(kept_memory())
                 if self.args.should_save:
                     self.journal = stack.enter_context(contextlib.closing(Journal(self.settings.out, step)))
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -141,8 +145,6 @@ class BaseTrainer(PersistentTrainer):
             if error.__cause__ is not None:
                 traceback.clear_frames(error.__cause__.__traceback__)
             raise
-        if self.preempted is not None:
-            raise self._stopped()
 
     def stop_between_steps(self) -> None:
         """Save, if that is not done, and end the run, if any process was asked to stop. A collective.
