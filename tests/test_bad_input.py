@@ -323,3 +323,12 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str], buffered: bool
     process.stdout.close()
     assert process.communicate()[1] == ""
     assert process.returncode == 141
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "of a connection")
+
+    monkeypatch.setattr(cli, "run", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["check"])

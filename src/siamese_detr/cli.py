@@ -9,6 +9,7 @@ import inspect
 import io
 import itertools
 import os
+import select
 import sys
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"siamese-detr: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone: nothing is wrong.
+        if not reader_gone():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
@@ -55,6 +57,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("siamese-detr: interrupted", file=sys.stderr)
         return 130
+
+
+def reader_gone() -> bool:
+    """Whether nobody reads our output any more, as when head or less have seen enough: nothing is wrong then."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def dispatch(argv: list[str]) -> int:
