@@ -220,8 +220,8 @@ def until_children(run: Run, count: int) -> list[int]:
 def ignores_stops(pid: int) -> bool:
     """Whether the process is past its start and ignores SIGTERM (false: it has ended, or means to by the signal)."""
     with contextlib.suppress(OSError):
-        masks = re.findall(r"Sig(?:Ign|Blk):\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-        return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+        (mask,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
     return False
 
 

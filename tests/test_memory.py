@@ -54,8 +54,9 @@ def test_the_users_own_settings_stay() -> None:
 
 def test_memory_is_handed_back_at_the_end_of_the_outermost_context() -> None:
     inside, between, after, later = measured("""
-with kept_memory():
-    with kept_memory():
+cpu = torch.device("cpu")
+with kept_memory(cpu):
+    with kept_memory(cpu):
         inside = freed(20, 20)
     between = held()
 print(start, inside, between, held(), freed(500, 1))

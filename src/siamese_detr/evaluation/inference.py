@@ -263,8 +263,8 @@ def run(
         pin_memory=False,
         worker_init_fn=begin_worker,
     )
-    keeping = kept_memory() if detector.device.type == "cpu" else contextlib.nullcontext()
-    with keeping, machine_explained("start it again (with --resume, where the command has that)"):
+    explained = machine_explained("start it again (with --resume, where the command has that)")
+    with kept_memory(detector.device), explained:
         for samples in itertools.chain(loader, itertools.repeat([], idle)):
             each_batch()
             # Files may differ from what the labels say of their size: trust the tensors.

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 LARGEST = 1 << 30
 """Bytes of the largest block that is kept; older releases of glibc allow no more than 32 MB."""
 SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
@@ -40,9 +42,12 @@ def hand_back_memory() -> None:
 
 
 @contextlib.contextmanager
-def kept_memory() -> Iterator[None]:
-    """Keep it meanwhile, and hand it back at the end of the outermost such context."""
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """Keep it meanwhile if ``device`` is the CPU, and hand it back at the end of the outermost such context."""
     global _keeping
+    if device.type != "cpu":
+        yield
+        return
     keep_memory()
     _keeping += 1
     try:

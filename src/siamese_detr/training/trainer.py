@@ -127,7 +127,7 @@ class BaseTrainer(PersistentTrainer):
             checkpoints.prune(self.settings.checkpoints, step, self.settings.keep)  # a lower `keep` makes room now
             self._listed = {record["path"]: record["reason"] for record in self._skipped_lines().rewind(step)}
             self._found_before = len(self._listed)
-        with kept_memory() if self.args.device.type == "cpu" else contextlib.nullcontext():
+        with kept_memory(self.args.device):
             self._fit(checkpoint, step)
         if self.preempted is not None:
             raise self._stopped()
