@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_path import BATCH, Rows, shipped_photos
 from plain import stock_modules
 from siamese_detr.detectors import frozen
+from siamese_detr.processor import emulates_bf16
 from siamese_detr.training.memory import keep_memory
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig
 from step import CASES, Clock, Scale, make_inputs, make_pretext, make_step, to_device
@@ -49,9 +50,13 @@ def best(action: Callable[[], Any], rounds: int = 7) -> float:
 
 
 def machine(side: int) -> dict[str, float]:
-    """Operations per second of matrix products, by precision; bytes per second of a copy, read and written."""
+    """Operations per second of matrix products, by precision that the processor has; bytes per second of a copy, read
+    and written.
+    """
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if name == "bf16" and emulates_bf16("cpu"):
+            continue
         a, b = (torch.randn(side, side, dtype=dtype) for _ in range(2))
         ways: list[Callable[[], Any]] = [lambda a=a, b=b: a @ b]  # type: ignore[misc]
         if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # MKL is not the faster library on every processor
@@ -131,8 +136,9 @@ def tables(summary: dict[str, Any]) -> str:
     """The summary in Markdown."""
     rates = summary["machine"]
     lines = [
-        f"{rates['fp32, flop/s'] / 1e9:.0f} GFLOP/s in fp32, {rates['bf16, flop/s'] / 1e9:.0f} in bf16, "
-        f"{rates['copy, bytes/s'] / 1e9:.0f} GB/s.",
+        f"{rates['fp32, flop/s'] / 1e9:.0f} GFLOP/s in fp32, "
+        + (f"{rates['bf16, flop/s'] / 1e9:.0f} in bf16, " if "bf16, flop/s" in rates else "no bf16, ")
+        + f"{rates['copy, bytes/s'] / 1e9:.0f} GB/s.",
     ]
     for case, parts in summary["cases"].items():
         lines += [

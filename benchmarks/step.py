@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plain import PlainSiamese, stock_modules
 from siamese_detr.detectors import build_detector
 from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
+from siamese_detr.processor import emulates_bf16
 from siamese_detr.training.memory import keep_memory
 from siamese_detr.training.optimizer import adamw
 from siamese_detr.views.batch import ViewInputs
@@ -399,7 +400,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dropout", type=float, default=0.1, help="all dropouts while timing (the papers: 0.1)")
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("fp32", "bf16"),
+        default=["fp32"] if emulates_bf16("cpu") else ["fp32", "bf16"],
+        help="default: those that the processor has",
+    )
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)

@@ -128,7 +128,8 @@ class Run:
         """Return once the run has logged ``step`` or ended."""
         end = time.monotonic() + timeout
         while self.process.is_alive() and time.monotonic() < end:
-            if logged(self.out) and logged(self.out)[-1]["step"] >= step:
+            records = logged(self.out)  # read once: a run that continues may cut them back at any moment
+            if records and records[-1]["step"] >= step:
                 return
             time.sleep(0.005)
 

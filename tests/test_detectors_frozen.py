@@ -13,6 +13,7 @@ from siamese_detr.detectors import frozen
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.frozen import FrozenBackbone, conv_norm_pairs, fold, fuse, run
 from siamese_detr.detectors.fused import CudnnConv2d, FusedConv2d
+from siamese_detr.processor import emulates_bf16
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_convolution_pointwise"), reason="this build of PyTorch lacks oneDNN"
@@ -131,7 +132,9 @@ def test_fused_convolutions_compute_the_same(dtype: torch.dtype) -> None:
     network = Residual().eval().to(dtype, memory_format=torch.channels_last)
     fused = fuse(network)
     kinds = [type(m) for m in fused.modules()]
-    if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    if dtype == torch.bfloat16 and emulates_bf16("cpu"):
+        assert fused is network
+    elif hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         assert kinds.count(FusedConv2d) == 7  # one is called twice
         assert torch.nn.Conv2d not in kinds
         assert any(m.in_place for m in fused.modules() if isinstance(m, FusedConv2d))
@@ -141,6 +144,12 @@ def test_fused_convolutions_compute_the_same(dtype: torch.dtype) -> None:
             for got, want in zip(fused(images), network(images), strict=True):
                 assert (got - want).abs().max() <= (1e-5 if dtype == torch.float32 else 0.05) * want.abs().max()
     assert all(len(m._packed) == m.kept for m in fused.modules() if isinstance(m, FusedConv2d))
+
+
+def test_half_precision_stays_plain_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "emulates_bf16", lambda device: True)
+    network = Residual().eval().to(torch.bfloat16, memory_format=torch.channels_last)
+    assert fuse(network) is network
 
 
 @pytest.mark.parametrize("groups", [1, 8])

@@ -19,6 +19,8 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.passes.split_module import split_module
 
+from siamese_detr.processor import emulates_bf16
+
 from .fused import ConvolutionTracer, CudnnConv2d, FusedConv2d, drop_identities, fuse_convolutions
 
 log = logging.getLogger(__name__)
@@ -196,8 +198,9 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
 
 def convolution_of(weight: Tensor) -> type[FusedConv2d] | type[CudnnConv2d] | None:
     """What fuses convolutions of such weights; None: nothing does."""
-    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
-        return FusedConv2d if hasattr(torch.ops.mkldnn, "_convolution_pointwise") else None
+    if weight.device.type == "cpu":
+        computed = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and not emulates_bf16("cpu"))
+        return FusedConv2d if computed and hasattr(torch.ops.mkldnn, "_convolution_pointwise") else None
     if weight.is_cuda and weight.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return CudnnConv2d if torch.backends.cudnn.is_available() and torch.version.hip is None else None
     return None

@@ -1,18 +1,19 @@
-"""Linear layers trained on an AMD processor: computed by oneDNN, which there is faster than MKL.
+"""Linear layers trained on an AMD processor with AVX-512: computed by oneDNN, which there is faster than MKL.
 
 MKL, with which PyTorch multiplies matrices of single precision, is Intel's. Its products reach three fifths to four
-fifths of an EPYC's rate, oneDNN's nine tenths, in the forward pass and for the gradient of the input. Everywhere else,
-and for small products, which the detour through Python would slow down, all is PyTorch's own.
+fifths of such an EPYC's rate, oneDNN's nine tenths, in the forward pass and for the gradient of the input. Everywhere
+else (on EPYCs without AVX-512, MKL is the faster one), and for small products, which the detour through Python would
+slow down, all is PyTorch's own.
 """
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from siamese_detr.processor import prefers_onednn
 
 from .functional import retype
 
@@ -70,17 +71,6 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * len(weight) >= SMALLEST
         and prefers_onednn()
     )
-
-
-@functools.cache
-def prefers_onednn() -> bool:
-    """Whether this is an AMD processor, and a PyTorch with MKL and oneDNN."""
-    try:
-        processor = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return False
-    built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return built and "AuthenticAMD" in processor and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def install(model: nn.Module) -> None:

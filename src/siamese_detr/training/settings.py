@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import transformers
 
 from siamese_detr.errors import UserError
+from siamese_detr.processor import emulates_bf16
 
 from .processes import on_cpu
 
@@ -79,6 +81,9 @@ class RunSettings:
         cpu = on_cpu(self.device)
         if cpu and self.precision == "fp16":
             raise UserError("precision fp16 needs an accelerator: use bf16 or fp32 here")
+        if self.precision == "bf16" and emulates_bf16("cpu" if cpu else "cuda"):
+            other = "fp32" if cpu else "fp16"
+            warnings.warn(f"this processor only emulates bf16, which is slow: use precision {other}", stacklevel=2)
         arguments = transformers.TrainingArguments(
             output_dir=str(self.checkpoints),
             max_steps=self.steps,
