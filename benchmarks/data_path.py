@@ -28,6 +28,7 @@ from rich.table import Table
 from siamese_detr.images import list_images, read_size
 from siamese_detr.images.decode import read_image
 from siamese_detr.proposals.store import StoredImage
+from siamese_detr.training.memory import keep_memory
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig, collate
 from siamese_detr.views.augment import prepare
 from siamese_detr.views.photometric import CONTRAST, GRAY, HUE, ORDER, ORDERS, SATURATION, SIGMA
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_memory()  # as the training that augments does; the plain path gains from it, too
     with tempfile.TemporaryDirectory() as temporary:
         if options.images:
             listed = list_images(options.images)
