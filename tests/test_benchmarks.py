@@ -16,7 +16,6 @@ def test_the_plain_step_has_our_losses(case: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import step
 
-    # Double precision: batch norm over two samples, in the global loss, would enlarge rounding a thousandfold.
     inputs, pretext = step.make_inputs(step.Scale.quick()), step.make_pretext(case, step.Scale.quick()).double()
     names = ("pixel_values", "crops", "boxes", "query_boxes")
     inputs = dataclasses.replace(inputs, **{name: getattr(inputs, name).double() for name in names})

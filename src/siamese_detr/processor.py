@@ -13,11 +13,9 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether oneDNN multiplies matrices of single precision faster than MKL does: on AMD processors with AVX-512, in a
-    PyTorch that has both.
+    """Whether oneDNN multiplies matrices of single precision better than MKL does: on AMD processors, in a PyTorch that
+    has both.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
     try:
         processor = CPUINFO.read_text()
     except OSError:  # not Linux
