@@ -40,7 +40,7 @@ from siamese_detr.detectors.frozen import is_norm
 from siamese_detr.pretext.heads import BatchNorm
 from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
 from siamese_detr.processor import emulates_bf16
-from siamese_detr.training.memory import keep_memory
+from siamese_detr.training.memory import hand_back_memory, keep_memory
 from siamese_detr.training.optimizer import adamw
 from siamese_detr.views.batch import ViewInputs
 
@@ -312,10 +312,11 @@ def serve(pipe: Connection, name: str, case: str, scale: Scale, dropout: float, 
     sends the clock's times; at None sends the most memory held above what was held before the first step, in MB.
     """
     torch.set_num_threads(threads)
-    if name != "plain":
-        keep_memory()  # as a training does
     inputs, pretext, clock = make_inputs(scale), make_pretext(case, scale), Clock()
     step = make_step(name, pretext, clock)
+    hand_back_memory()  # what making these has freed
+    if name != "plain":
+        keep_memory()  # as a training does
     with contextlib.suppress(OSError):  # Linux: forget the peak of the imports and of building the model
         Path("/proc/self/clear_refs").write_text("5")
     before = current_memory()
