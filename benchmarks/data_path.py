@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_memory()  # as the training that augments does; the plain path gains from it, too
+    keep_memory()  # as the training does that augments; to data processes it makes no difference
     with tempfile.TemporaryDirectory() as temporary:
         if options.images:
             listed = list_images(options.images)

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_path import BATCH, Rows, shipped_photos
 from plain import stock_modules
 from siamese_detr.detectors import frozen
-from siamese_detr.processor import emulates_bf16
+from siamese_detr.hardware import emulates_bf16
 from siamese_detr.training.memory import keep_memory
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig
 from step import CASES, Clock, Scale, make_inputs, make_pretext, make_step, to_device
@@ -50,8 +50,8 @@ def best(action: Callable[[], Any], rounds: int = 7) -> float:
 
 
 def machine(side: int) -> dict[str, float]:
-    """Operations per second of matrix products, by precision that the processor has; bytes per second of a copy, read
-    and written.
+    """Operations per second of matrix products, by precision, but for bf16 where it is only emulated; bytes per second
+    of a copy, read and written.
     """
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

@@ -37,9 +37,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plain import PlainSiamese, stock_modules
 from siamese_detr.detectors import build_detector
 from siamese_detr.detectors.frozen import is_norm
+from siamese_detr.hardware import emulates_bf16
 from siamese_detr.pretext.heads import BatchNorm
 from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
-from siamese_detr.processor import emulates_bf16
 from siamese_detr.training.memory import hand_back_memory, keep_memory
 from siamese_detr.training.optimizer import adamw
 from siamese_detr.views.batch import ViewInputs
@@ -78,8 +78,8 @@ class Scale:
 def make_pretext(case: str, scale: Scale) -> SiamesePretext:
     """The paper's pretext with seeded weights and without dropout.
 
-    Batch norm over two images enlarges rounding errors a thousandfold where these agree by chance: its epsilon is
-    larger here, so that losses tell whether the mathematics is the same.
+    Batch norm over two images enlarges rounding errors a thousandfold in channels where the two agree by chance: its
+    epsilon is larger here, so that losses tell whether the mathematics is the same.
     """
     family, options = CASES[case]
     with warnings.catch_warnings():
@@ -98,7 +98,7 @@ def make_pretext(case: str, scale: Scale) -> SiamesePretext:
 @torch.no_grad()
 def settle(backbone: nn.Module, images: Tensor) -> None:
     """Give a random backbone what a trained one has: batch norms with the statistics of what passes them, and residual
-    branches that add up. They begin with zeros, and of what they compute nothing would be seen.
+    branches that count. The last batch norm of each begins with zeros, and an error inside would not show.
     """
 
     def measure(norm: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -114,7 +114,9 @@ def settle(backbone: nn.Module, images: Tensor) -> None:
 
 
 def make_inputs(scale: Scale) -> ViewInputs:
-    """Smooth noise, of another contrast and colour in every image; the last one of the batch is a little smaller."""
+    """Smooth noise, of another contrast and colour in every image, so that features differ; the last one of the batch
+    is a little smaller.
+    """
     random = torch.Generator().manual_seed(0)
     pictures, regions = 2 * scale.batch, scale.regions
 
@@ -432,7 +434,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         nargs="+",
         choices=("fp32", "bf16"),
         default=["fp32"] if emulates_bf16("cpu") else ["fp32", "bf16"],
-        help="default: those that the processor has",
+        help="default: both, but for bf16 where it is only emulated",
     )
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--quick", action="store_true")

@@ -42,7 +42,9 @@ def test_the_step_benchmark_writes_its_tables(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import step
 
-    summary = step.main(["--quick", "--cases", "detr", "--out", str(tmp_path), "--threads", "1"])
+    summary = step.main(
+        ["--quick", "--cases", "detr", "--precisions", "fp32", "bf16", "--out", str(tmp_path), "--threads", "1"]
+    )
     assert summary["cases"]["detr"]["blocking reads"]["ours"] <= 3
     assert all(value > 0 for value in summary["cases"]["detr"]["peak memory, MB"].values())
     assert "| whole step |" in (tmp_path / "step.md").read_text()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siamese_detr.processor import prefers_onednn
+from siamese_detr.hardware import prefers_onednn
 
 from .functional import retype
 

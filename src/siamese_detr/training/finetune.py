@@ -25,6 +25,7 @@ from siamese_detr.training.optimizer import adamw
 from siamese_detr.training.processes import lost_process_explained, meet
 from siamese_detr.training.progress import ProgressBar
 from siamese_detr.training.rundir import begin, check_place, check_session
+from siamese_detr.training.settings import check_precision
 from siamese_detr.training.signals import RunLock
 
 
@@ -63,6 +64,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     out = Path(config.out)
     state = meet(config.device)
     main = state.is_main_process
+    check_precision(config.precision, config.device, main)
     console = Console(stderr=True, quiet=not main, soft_wrap=True)
     dataset = read_labels(config.train, config.train_images)
     validation = read_labels(config.val, config.val_images, default_split="val") if config.val is not None else None

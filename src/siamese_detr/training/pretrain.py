@@ -28,7 +28,7 @@ from siamese_detr.training.pretrain_config import DROPOUTS, PretrainConfig
 from siamese_detr.training.processes import Team, default_workers, lost_process_explained, meet
 from siamese_detr.training.progress import ProgressBar
 from siamese_detr.training.rundir import begin, check_place, check_session
-from siamese_detr.training.settings import RunSettings
+from siamese_detr.training.settings import RunSettings, check_precision
 from siamese_detr.training.signals import RunLock
 from siamese_detr.training.source import checksum, find_source
 from siamese_detr.training.trainer import BaseTrainer
@@ -111,6 +111,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     out = Path(config.out)
     team = Team(meet(config.device))
     # Mistakes are found before anything is written, and before hours of proposals.
+    check_precision(config.precision, config.device, team.main)
     images = list_images(config.images)
     if team.main and config.proposals is not None:  # else propose tells of them
         for problem in images.problems[:3]:

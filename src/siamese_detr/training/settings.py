@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import transformers
 
 from siamese_detr.errors import UserError
-from siamese_detr.processor import emulates_bf16
+from siamese_detr.hardware import emulates_bf16
 
 from .processes import on_cpu
 
@@ -78,12 +78,6 @@ class RunSettings:
 
     def arguments(self) -> transformers.TrainingArguments:
         """The stock Trainer's arguments, its own habits (pickles, filters, column removal, printing) switched off."""
-        cpu = on_cpu(self.device)
-        if cpu and self.precision == "fp16":
-            raise UserError("precision fp16 needs an accelerator: use bf16 or fp32 here")
-        if self.precision == "bf16" and emulates_bf16("cpu" if cpu else "cuda"):
-            other = "fp32" if cpu else "fp16"
-            warnings.warn(f"this processor only emulates bf16, which is slow: use precision {other}", stacklevel=2)
         arguments = transformers.TrainingArguments(
             output_dir=str(self.checkpoints),
             max_steps=self.steps,
@@ -91,7 +85,7 @@ class RunSettings:
             max_grad_norm=self.clip,
             bf16=self.precision == "bf16",
             fp16=self.precision == "fp16",
-            use_cpu=cpu,
+            use_cpu=on_cpu(self.device),
             seed=self.seed,
             save_strategy="steps",
             save_steps=self.save_every,
@@ -113,6 +107,24 @@ class RunSettings:
         # neither pass our batches on nor the results back. One process uses one GPU, the launcher starts as many.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         return arguments
+
+
+def check_precision(precision: str, device: str, main: bool = True) -> None:
+    """Refuse a precision that cannot be trained in, and warn of one that is slow here.
+
+    Args:
+        precision, device: as in :class:`RunSettings`.
+        main: whether this is the process that warns.
+
+    Raises:
+        UserError: fp16 without an accelerator.
+    """
+    cpu = on_cpu(device)
+    if cpu and precision == "fp16":
+        raise UserError("precision fp16 needs an accelerator: use bf16 or fp32 here")
+    if main and precision == "bf16" and emulates_bf16("cpu" if cpu else "cuda"):
+        other = "fp32" if cpu else "fp16"
+        warnings.warn(f"this processor only emulates bf16, which is slow: use precision {other}", stacklevel=2)
 
 
 class RankBatches:
