@@ -148,12 +148,11 @@ def test_fused_convolutions_compute_the_same(dtype: torch.dtype) -> None:
 
 def test_half_precision_stays_plain_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "emulates_bf16", lambda device: True)
-    # Not even tried: PyTorch would print the traceback of what fails.
-    monkeypatch.setattr(frozen, "ConvolutionTracer", lambda: tried.append(True))
     tried: list[bool] = []
+    monkeypatch.setattr(frozen, "ConvolutionTracer", lambda: tried.append(True))
     network = Residual().eval().to(torch.bfloat16, memory_format=torch.channels_last)
     assert fuse(network) is network
-    assert not tried
+    assert not tried  # PyTorch would print the traceback of what fails
 
 
 @pytest.mark.parametrize("groups", [1, 8])

@@ -109,7 +109,7 @@ class RunSettings:
         return arguments
 
 
-def check_precision(precision: str, device: str, main: bool = True) -> None:
+def check_precision(precision: str, device: str, main: bool) -> None:
     """Refuse a precision that cannot be trained in, and warn of one that is slow here.
 
     Args:
