@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
-from siamese_detr.detectors import deformable_attention
-from siamese_detr.detectors.deformable_attention import BagSampling, DeformableAttention, install, sample, uninstall
+from siamese_detr.detectors import cpu_sampling, deformable_attention
+from siamese_detr.detectors.cpu_sampling import sample
+from siamese_detr.detectors.deformable_attention import DeformableAttention, Sampling, install, uninstall
 from tiny_detectors import fitting_side, tiny_batch, tiny_detector
 
 
@@ -99,6 +100,16 @@ def test_single_precision_rounds_alike() -> None:
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+def test_the_number_of_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(12, 15), (6, 8)]
+    inputs = random_inputs(shapes, 0)
+    alone = outputs_and_gradients(sample, inputs, shapes)
+    monkeypatch.setattr(cpu_sampling, "FEWEST", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for got, want in zip(outputs_and_gradients(sample, inputs, shapes), alone, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_half_precision_is_computed_in_single() -> None:
     shapes = [(6, 8)]
     value, locations, weights = random_inputs(shapes, 0, torch.float32)
@@ -133,7 +144,7 @@ def test_a_detector_is_what_it_was(case: str) -> None:
     detector = tiny_detector(case).double().eval()
     images, mask = tiny_batch(side=fitting_side(detector))
     names = list(detector.state_dict())
-    assert any(isinstance(module, BagSampling) for module in detector.modules())
+    assert any(isinstance(module, Sampling) for module in detector.modules())
 
     def boxes_and_gradients() -> tuple[Tensor, dict[str, Tensor]]:
         detector.zero_grad()
@@ -144,7 +155,7 @@ def test_a_detector_is_what_it_was(case: str) -> None:
     ours = boxes_and_gradients()
     assert uninstall(detector.model)
     kinds = {type(module) for module in detector.modules()}
-    assert not kinds & {BagSampling, DeformableAttention}
+    assert not kinds & {Sampling, DeformableAttention}
     theirs = boxes_and_gradients()
     assert ours[1].keys() == theirs[1].keys()
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -162,4 +173,4 @@ def test_a_kernel_that_was_asked_for_goes_before_ours(kernel: bool, monkeypatch:
     if kernel:
         layer.forward = lambda *arguments: "theirs"
     value = torch.zeros(1, 4, 1, 2, device="meta")
-    assert BagSampling(layer)(value, None, [(2, 2)], None, None, None, 64) == ("theirs" if kernel else "ours")
+    assert Sampling(layer)(value, None, [(2, 2)], None, None, None, 64) == ("theirs" if kernel else "ours")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.utils import import_utils
 
-from siamese_detr.detectors.deformable_attention import BagSampling, sample
+from siamese_detr.detectors.cpu_sampling import sample
+from siamese_detr.detectors.deformable_attention import Sampling
 from siamese_detr.detectors.kernels import use_kernels
 from siamese_detr.errors import UserError
 from test_deformable_attention import outputs_and_gradients, random_inputs
@@ -60,7 +61,7 @@ def test_a_kernel_takes_the_place_of_the_sampling(tmp_path: Path) -> None:
     assert use_kernels(detector.train()) == []  # the hub has none for a CPU
     kernels.register_kernel_mapping({"MultiScaleDeformableAttention": {"cpu": layer}})
     assert use_kernels(detector) == ["MultiScaleDeformableAttention"]
-    (sampling, *_) = (part.stock for part in detector.modules() if isinstance(part, BagSampling))
+    (sampling, *_) = (part.stock for part in detector.modules() if isinstance(part, Sampling))
 
     def kernel(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         return sampling(value, None, shapes, None, locations, weights, 64)

@@ -1,0 +1,250 @@
+"""The sampling of deformable attention (Deformable DETR §4.1, eq. 3) on a CPU, without the samples in memory.
+
+A thread sums the samples of all queries of one head of one image, whose values, packed together, stay in its core's
+caches. What the backward pass needs is read and computed again. Results do not depend on the number of threads.
+
+Numba compiles these loops when they are first called, in about a second each. They are not kept for the next process,
+since Numba's cache consists of pickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import int32, uint64
+from torch import Tensor
+
+FEWEST = 20_000
+"""Points from which on it pays to start threads."""
+
+
+@torch.compiler.disable
+def sample(
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    shapes: list[tuple[int, int]],
+    reference: Tensor | None = None,
+    shown: Tensor | None = None,
+) -> Tensor:
+    """Weighted samples of every query.
+
+    Args:
+        value: (B, S, heads, C), the levels one after the other.
+        locations: (B, Q, heads, levels, points, 2) as (x, y), 0 to 1 across each level; zeros are read outside. With
+            ``reference``, their distances from it in cells of their level.
+        weights: (B, Q, heads, levels, points).
+        shapes: (h, w) of each level.
+        reference: (B, Q, levels, 2), 0 to 1 across each level.
+        shown: (B, S), False where zeros are to be read for the values.
+
+    Returns:
+        (B, Q, heads * C), in the precision of ``value``; computed in single precision at least.
+    """
+    return _Sample.apply(value, locations, weights, shapes, reference, shown)
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        locations: Tensor,
+        weights: Tensor,
+        shapes: list[tuple[int, int]],
+        reference: Tensor | None,
+        shown: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(value, locations, weights, reference, shown)
+        ctx.shapes = shapes
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        out = value.new_empty(*weights.shape[:3], value.shape[3], dtype=dtype)
+        _run(_sum, shapes, locations, weights, reference, [_pack(value, shown, dtype)], [out])
+        return out.flatten(2).to(value.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        value, locations, weights, reference, shown = ctx.saved_tensors
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        packed = _pack(value, shown, dtype)
+        to_packed = torch.zeros_like(packed)
+        to_locations, to_weights = (x.new_empty(x.shape, dtype=dtype) for x in (locations, weights))
+        above = gradient.to(dtype).reshape(*weights.shape[:3], -1)
+        results = [above, to_locations, to_weights]
+        _run(_spread, ctx.shapes, locations, weights, reference, [packed, to_packed], results)
+        to_value = to_reference = None
+        if ctx.needs_input_grad[0]:
+            to_value = _masked(to_packed.transpose(1, 2), shown, value.new_empty(value.shape))
+        if ctx.needs_input_grad[4]:
+            sizes = torch.tensor([(width, height) for height, width in ctx.shapes])
+            to_reference = to_locations.sum((2, 4)) * sizes
+        return to_value, to_locations.to(locations.dtype), to_weights.to(weights.dtype), None, to_reference, None
+
+
+def _pack(value: Tensor, shown: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(B, S, heads, C) -> (B, heads, S, C), with zeros where values are not shown."""
+    batch, tokens, heads, channels = value.shape
+    packed = value.new_empty(batch, heads, tokens, channels, dtype=dtype)
+    _masked(value, shown, packed.transpose(1, 2))
+    return packed
+
+
+def _masked(x: Tensor, shown: Tensor | None, out: Tensor) -> Tensor:
+    """Fill ``out`` (B, S, heads, C) with ``x``, and with zeros where it is not shown."""
+    return out.copy_(x) if shown is None else torch.mul(x, shown[:, :, None, None], out=out)
+
+
+def _run(
+    kernel: Callable[..., None],
+    shapes: list[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+    tables: list[Tensor],
+    others: list[Tensor],
+) -> None:
+    """Run a kernel for every head of every image.
+
+    Args:
+        tables: (B, heads, S, C) each.
+        others: (B, Q, heads, ...) each.
+    """
+    batch, queries, heads, levels, _ = weights.shape
+    centres = weights.new_zeros(batch, queries, levels, 2) if reference is None else reference
+    points = [x.to(tables[0].dtype).contiguous() for x in (locations, weights, centres)]
+    per_image = [x.numpy() for x in (*points, *others)]
+    per_head = [x.flatten(2).numpy() for x in tables]
+    sizes = np.array(shapes)
+
+    def run(image: int, head: int) -> None:
+        mine = [x[image, head] for x in per_head]
+        kernel(head, sizes, reference is None, *mine, *(x[image] for x in per_image))
+
+    parts = [(image, head) for image in range(batch) for head in range(heads)]
+    if weights.numel() < FEWEST or torch.get_num_threads() == 1:
+        for part in parts:
+            run(*part)
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(run, *zip(*parts, strict=True)))
+
+
+# Sums may be reordered, as vectors need it, but what is no number stays so. Indices are unsigned: negative ones would
+# count from the end, so that Numba tests every one.
+_compiled = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+
+
+@_compiled
+def _axis(place, size, kind):
+    """Along one axis: the cells before and behind a place in (-1, size).
+
+    Returns the index of the first of them that exists, how far the other one is, their shares of the sample, and how
+    much these fall and rise with the place.
+    """
+    before = int32(place + kind(1)) - int32(1)
+    behind = before + int32(1)
+    rest = place - kind(before)
+    falling, rising = kind(before >= 0), kind(behind < size)
+    first = max(before, int32(0))
+    return first, min(behind, int32(size - 1)) - first, (kind(1) - rest) * falling, rest * rising, falling, rising
+
+
+@_compiled
+def _sum(head, sizes, absolute, table, locations, weights, reference, out):
+    """Fill ``out`` (Q, heads, C) for one head of one image, whose values are ``table`` (S * C)."""
+    queries, heads, levels, points = weights.shape
+    channels, kind = out.shape[2], table.dtype.type
+    locations, weights = locations.reshape(-1), weights.reshape(-1)
+    for query in range(queries):
+        total = out[query, head]
+        total[:] = 0
+        at, start = uint64((query * heads + head) * levels * points), 0
+        for level in range(levels):
+            rows, columns = sizes[level]
+            height, width = kind(rows), kind(columns)
+            x_scale, y_scale = (width, height) if absolute else (kind(1), kind(1))
+            x_origin = reference[query, level, 0] * width - kind(0.5)
+            y_origin = reference[query, level, 1] * height - kind(0.5)
+            for _ in range(points):
+                x = locations[uint64(2) * at] * x_scale + x_origin
+                y = locations[uint64(2) * at + uint64(1)] * y_scale + y_origin
+                if x > kind(-1) and y > kind(-1) and x < width and y < height:
+                    column, right, near_x, far_x, _, _ = _axis(x, columns, kind)
+                    row, down, near_y, far_y, _, _ = _axis(y, rows, kind)
+                    near_y *= weights[at]
+                    far_y *= weights[at]
+                    top_left = uint64((start + row * columns + column) * channels)
+                    top_right = top_left + uint64(right * channels)
+                    bottom_left = top_left + uint64(down * columns * channels)
+                    bottom_right = bottom_left + uint64(right * channels)
+                    a, b, c, d = near_y * near_x, near_y * far_x, far_y * near_x, far_y * far_x
+                    for i in range(uint64(channels)):
+                        top = a * table[top_left + i] + b * table[top_right + i]
+                        total[i] += top + (c * table[bottom_left + i] + d * table[bottom_right + i])
+                elif np.isnan(x) or np.isnan(y):
+                    total[:] = np.nan
+                at += uint64(1)
+            start += rows * columns
+
+
+@_compiled
+def _spread(head, sizes, absolute, table, to_table, locations, weights, reference, gradient, to_locations, to_weights):
+    """From the gradient (Q, heads, C) of what :func:`_sum` fills, those of its inputs; ``to_table`` is added to."""
+    queries, heads, levels, points = weights.shape
+    channels, kind = gradient.shape[2], table.dtype.type
+    locations, weights = locations.reshape(-1), weights.reshape(-1)
+    to_locations, to_weights = to_locations.reshape(-1), to_weights.reshape(-1)
+    for query in range(queries):
+        above = gradient[query, head]
+        at, start = uint64((query * heads + head) * levels * points), 0
+        for level in range(levels):
+            rows, columns = sizes[level]
+            height, width = kind(rows), kind(columns)
+            x_scale, y_scale = (width, height) if absolute else (kind(1), kind(1))
+            x_origin = reference[query, level, 0] * width - kind(0.5)
+            y_origin = reference[query, level, 1] * height - kind(0.5)
+            for _ in range(points):
+                x = locations[uint64(2) * at] * x_scale + x_origin
+                y = locations[uint64(2) * at + uint64(1)] * y_scale + y_origin
+                to_x = to_y = to_weight = kind(0)
+                if x > kind(-1) and y > kind(-1) and x < width and y < height:
+                    column, right, near_x, far_x, fall_x, rise_x = _axis(x, columns, kind)
+                    row, down, near_y, far_y, fall_y, rise_y = _axis(y, rows, kind)
+                    top_left = uint64((start + row * columns + column) * channels)
+                    top_right = top_left + uint64(right * channels)
+                    bottom_left = top_left + uint64(down * columns * channels)
+                    bottom_right = bottom_left + uint64(right * channels)
+                    a = b = c = d = kind(0)
+                    for i in range(uint64(channels)):
+                        a += table[top_left + i] * above[i]
+                        b += table[top_right + i] * above[i]
+                        c += table[bottom_left + i] * above[i]
+                        d += table[bottom_right + i] * above[i]
+                    top, bottom = near_x * a + far_x * b, near_x * c + far_x * d
+                    to_weight = near_y * top + far_y * bottom
+                    near_y *= weights[at]
+                    far_y *= weights[at]
+                    to_x = (near_y * (rise_x * b - fall_x * a) + far_y * (rise_x * d - fall_x * c)) * x_scale
+                    to_y = (rise_y * bottom - fall_y * top) * weights[at] * y_scale
+                    _add(near_y * near_x, above, to_table, top_left)
+                    _add(near_y * far_x, above, to_table, top_right)
+                    _add(far_y * near_x, above, to_table, bottom_left)
+                    _add(far_y * far_x, above, to_table, bottom_right)
+                elif np.isnan(x) or np.isnan(y):
+                    to_x = to_y = to_weight = kind(np.nan)
+                to_locations[uint64(2) * at], to_locations[uint64(2) * at + uint64(1)] = to_x, to_y
+                to_weights[at] = to_weight
+                at += uint64(1)
+            start += rows * columns
+
+
+@numba.njit(inline="always")  # LLVM would leave it a call
+def _add(share, row, table, first):
+    for i in range(uint64(len(row))):
+        table[first + i] += share * row[i]
