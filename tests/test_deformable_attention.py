@@ -118,6 +118,15 @@ def test_half_precision_is_computed_in_single() -> None:
     torch.testing.assert_close(half, sample(value.bfloat16().float(), locations, weights, shapes).bfloat16())
 
 
+def test_a_point_just_before_the_last_cell_ends_reads_almost_nothing() -> None:
+    below = torch.tensor(64.0).nextafter(torch.tensor(0.0))  # one more, rounded, is 65
+    offsets = torch.stack((torch.tensor(0.0), below)).view(1, 1, 1, 1, 1, 2).repeat(1, 1, 1, 2, 1, 1)
+    weights = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2, 1)
+    reference = torch.tensor([0.5, 0.5 / 64]).repeat(1, 1, 2, 1)
+    out = sample(torch.ones(1, 65, 1, 4), offsets, weights, [(64, 1), (1, 1)], reference)
+    torch.testing.assert_close(out, (64 - below).expand(1, 1, 4), rtol=0, atol=1e-7)
+
+
 def test_points_that_are_no_numbers_give_no_numbers() -> None:
     shapes = [(6, 8), (3, 4)]
     value, locations, weights = random_inputs(shapes, 0)

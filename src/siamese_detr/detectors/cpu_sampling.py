@@ -147,7 +147,7 @@ def _axis(place, size, kind):
     Returns the index of the first of them that exists, how far the other one is, their shares of the sample, and how
     much these fall and rise with the place.
     """
-    before = int32(place + kind(1)) - int32(1)
+    before = int32(place) - int32(place < kind(0))  # the floor: conversion rounds towards zero
     behind = before + int32(1)
     rest = place - kind(before)
     falling, rising = kind(before >= 0), kind(behind < size)
