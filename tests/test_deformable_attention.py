@@ -104,7 +104,7 @@ def test_the_number_of_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) 
     shapes = [(12, 15), (6, 8)]
     inputs = random_inputs(shapes, 0)
     alone = outputs_and_gradients(sample, inputs, shapes)
-    monkeypatch.setattr(cpu_sampling, "FEWEST", 0)
+    monkeypatch.setattr(cpu_sampling, "FEWEST_POINTS", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for got, want in zip(outputs_and_gradients(sample, inputs, shapes), alone, strict=True):
         assert torch.equal(got, want)
@@ -127,13 +127,59 @@ def test_a_point_just_before_the_last_cell_ends_reads_almost_nothing() -> None:
     torch.testing.assert_close(out, (64 - below).expand(1, 1, 4), rtol=0, atol=1e-7)
 
 
-def test_points_that_are_no_numbers_give_no_numbers() -> None:
+@pytest.mark.parametrize("where", ["location", "weight", "weight outside"])
+def test_points_that_are_no_numbers_give_no_numbers(where: str) -> None:
     shapes = [(6, 8), (3, 4)]
     value, locations, weights = random_inputs(shapes, 0)
-    locations[1, 3, 0, 1, 2] = float("nan")
+    locations[1, 3, 0, 1, 2] = {"location": float("nan"), "weight": 0.5, "weight outside": 9.0}[where]
+    if where != "location":
+        weights[1, 3, 0, 1, 2] = float("nan")
     out = sample(value, locations, weights, shapes)
     assert out[1, 3, :4].isnan().all()
     assert out.isfinite().sum() == out.numel() - 4
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_gradients_of_any_strides_come_back(expand: bool) -> None:
+    shapes = [(6, 8), (3, 4)]
+    inputs = [x.requires_grad_() for x in random_inputs(shapes, 0)]
+    above = torch.ones(()).expand(2, 7, 8).double() if expand else torch.randn(8, 7, 2).double().transpose(0, 2)
+    ours, theirs = (torch.autograd.grad(function(*inputs, shapes), inputs, above) for function in (sample, stock))
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("batch", "queries"), [(0, 7), (2, 0)])
+def test_nothing_to_sample(batch: int, queries: int) -> None:
+    value, locations, weights = random_inputs([(6, 8)], 0)
+    inputs = (value[:batch], locations[:batch, :queries], weights[:batch, :queries])
+    out, *gradients = outputs_and_gradients(sample, inputs, [(6, 8)])
+    assert out.shape == (batch, queries, 8)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("wrong", ["maps", "levels", "points", "reference", "shown", "batch", "heads"])
+def test_shapes_that_do_not_belong_together_are_refused(wrong: str) -> None:
+    shapes = [(6, 8), (3, 4)]
+    value, locations, weights = random_inputs(shapes, 0)
+    reference, shown = torch.zeros(2, 7, 2, 2), torch.ones(2, 60, dtype=torch.bool)
+    match wrong:
+        case "maps":
+            shapes = [(60, 60), (3, 4)]
+        case "levels":
+            shapes = [(6, 10)]
+        case "points":
+            locations = locations[..., :2, :]
+        case "reference":
+            reference = reference[:, :1]
+        case "shown":
+            shown = shown[:, :-1]
+        case "batch":
+            value = value[:1]
+        case "heads":
+            value = value[:, :, :1]
+    with pytest.raises(ValueError, match="belong together"):
+        sample(value, locations, weights, shapes, reference, shown)
 
 
 def test_gradients_only_where_wanted() -> None:

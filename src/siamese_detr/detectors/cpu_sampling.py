@@ -19,8 +19,8 @@ import torch
 from numba import int32, uint64
 from torch import Tensor
 
-FEWEST = 20_000
-"""Points from which on it pays to start threads."""
+FEWEST_POINTS = 300_000
+"""From which on it pays to start threads: PyTorch's own ones keep their cores busy for milliseconds after its work."""
 
 
 @torch.compiler.disable
@@ -41,11 +41,25 @@ def sample(
         weights: (B, Q, heads, levels, points).
         shapes: (h, w) of each level.
         reference: (B, Q, levels, 2), 0 to 1 across each level.
-        shown: (B, S), False where zeros are to be read for the values.
+        shown: (B, S), False where zeros are to be read for the values, which must be finite there.
 
     Returns:
         (B, Q, heads * C), in the precision of ``value``; computed in single precision at least.
+
+    Raises:
+        ValueError: the shapes do not belong together.
     """
+    batch, queries, heads, levels, _ = weights.shape
+    fitting = (  # what is compiled does not look
+        value.shape[:3] == (batch, sum(height * width for height, width in shapes), heads)
+        and locations.shape == (*weights.shape, 2)
+        and len(shapes) == levels
+        and (reference is None or reference.shape == (batch, queries, levels, 2))
+        and (shown is None or shown.shape == value.shape[:2])
+    )
+    if not fitting:
+        given = [None if x is None else tuple(x.shape) for x in (value, locations, weights, reference, shown)]
+        raise ValueError(f"sampling from maps of {list(shapes)}: shapes that do not belong together: {given}")
     return _Sample.apply(value, locations, weights, shapes, reference, shown)
 
 
@@ -75,7 +89,7 @@ class _Sample(torch.autograd.Function):
         packed = _pack(value, shown, dtype)
         to_packed = torch.zeros_like(packed)
         to_locations, to_weights = (x.new_empty(x.shape, dtype=dtype) for x in (locations, weights))
-        above = gradient.to(dtype).reshape(*weights.shape[:3], -1)
+        above = gradient.to(dtype).reshape(*weights.shape[:3], value.shape[3]).contiguous()
         results = [above, to_locations, to_weights]
         _run(_spread, ctx.shapes, locations, weights, reference, [packed, to_packed], results)
         to_value = to_reference = None
@@ -84,7 +98,7 @@ class _Sample(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             sizes = torch.tensor([(width, height) for height, width in ctx.shapes])
             to_reference = to_locations.sum((2, 4)) * sizes
-        return to_value, to_locations.to(locations.dtype), to_weights.to(weights.dtype), None, to_reference, None
+        return to_value, to_locations, to_weights, None, to_reference, None
 
 
 def _pack(value: Tensor, shown: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -97,7 +111,7 @@ def _pack(value: Tensor, shown: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _masked(x: Tensor, shown: Tensor | None, out: Tensor) -> Tensor:
     """Fill ``out`` (B, S, heads, C) with ``x``, and with zeros where it is not shown."""
-    return out.copy_(x) if shown is None else torch.mul(x, shown[:, :, None, None], out=out)
+    return out.copy_(x) if shown is None else torch.mul(x, shown[:, :, None, None], out=out)  # faster than filling
 
 
 def _run(
@@ -127,7 +141,7 @@ def _run(
         kernel(head, sizes, reference is None, *mine, *(x[image] for x in per_image))
 
     parts = [(image, head) for image in range(batch) for head in range(heads)]
-    if weights.numel() < FEWEST or torch.get_num_threads() == 1:
+    if weights.numel() < FEWEST_POINTS or torch.get_num_threads() == 1:
         for part in parts:
             run(*part)
     else:
@@ -187,7 +201,7 @@ def _sum(head, sizes, absolute, table, locations, weights, reference, out):
                     for i in range(uint64(channels)):
                         top = a * table[top_left + i] + b * table[top_right + i]
                         total[i] += top + (c * table[bottom_left + i] + d * table[bottom_right + i])
-                elif np.isnan(x) or np.isnan(y):
+                elif np.isnan(x) or np.isnan(y) or np.isnan(weights[at]):
                     total[:] = np.nan
                 at += uint64(1)
             start += rows * columns
@@ -236,7 +250,7 @@ def _spread(head, sizes, absolute, table, to_table, locations, weights, referenc
                     _add(near_y * far_x, above, to_table, top_right)
                     _add(far_y * near_x, above, to_table, bottom_left)
                     _add(far_y * far_x, above, to_table, bottom_right)
-                elif np.isnan(x) or np.isnan(y):
+                elif np.isnan(x) or np.isnan(y) or np.isnan(weights[at]):
                     to_x = to_y = to_weight = kind(np.nan)
                 to_locations[uint64(2) * at], to_locations[uint64(2) * at + uint64(1)] = to_x, to_y
                 to_weights[at] = to_weight

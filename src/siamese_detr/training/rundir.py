@@ -22,7 +22,18 @@ from siamese_detr.training.journal import JsonLines
 
 CONFIG = "config.yaml"
 SESSIONS = "sessions.jsonl"
-PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "timm", "safetensors", "numpy", "scipy", "pillow")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "timm",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "numba",
+    "pillow",
+)
 
 
 class RunConfig(Protocol):
