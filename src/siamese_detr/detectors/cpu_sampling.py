@@ -86,12 +86,12 @@ class _Sample(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         value, locations, weights, reference, shown = ctx.saved_tensors
         dtype = torch.promote_types(value.dtype, torch.float32)
-        packed = _pack(value, shown, dtype)
-        to_packed = torch.zeros_like(packed)
+        to_packed = value.new_zeros(value.transpose(1, 2).shape, dtype=dtype)
         to_locations, to_weights = (x.new_empty(x.shape, dtype=dtype) for x in (locations, weights))
         above = gradient.to(dtype).reshape(*weights.shape[:3], value.shape[3]).contiguous()
-        results = [above, to_locations, to_weights]
-        _run(_spread, ctx.shapes, locations, weights, reference, [packed, to_packed], results)
+        tables = [_pack(value, shown, dtype), to_packed]
+        _run(_spread, ctx.shapes, locations, weights, reference, tables, [above, to_locations, to_weights])
+        del tables  # a step's memory is highest here
         to_value = to_reference = None
         if ctx.needs_input_grad[0]:
             to_value = _masked(to_packed.transpose(1, 2), shown, value.new_empty(value.shape))
