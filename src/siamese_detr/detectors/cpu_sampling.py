@@ -76,22 +76,22 @@ class _Sample(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(value, locations, weights, reference, shown)
         ctx.shapes = shapes
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        out = value.new_empty(*weights.shape[:3], value.shape[3], dtype=dtype)
-        _run(_sum, shapes, locations, weights, reference, [_pack(value, shown, dtype)], [out])
+        packed = _pack(value, shown)
+        out = packed.new_empty(*weights.shape[:3], value.shape[3])
+        _run(_sum, shapes, locations, weights, reference, [packed], [out])
         return out.flatten(2).to(value.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         value, locations, weights, reference, shown = ctx.saved_tensors
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        to_packed = value.new_zeros(value.transpose(1, 2).shape, dtype=dtype)
-        to_locations, to_weights = (x.new_empty(x.shape, dtype=dtype) for x in (locations, weights))
-        above = gradient.to(dtype).reshape(*weights.shape[:3], value.shape[3]).contiguous()
-        tables = [_pack(value, shown, dtype), to_packed]
-        _run(_spread, ctx.shapes, locations, weights, reference, tables, [above, to_locations, to_weights])
-        del tables  # a step's memory is highest here
+        packed = _pack(value, shown)
+        to_packed = torch.zeros_like(packed)
+        to_locations, to_weights = (packed.new_empty(x.shape) for x in (locations, weights))
+        above = gradient.to(packed.dtype).reshape(*weights.shape[:3], value.shape[3]).contiguous()
+        results = [above, to_locations, to_weights]
+        _run(_spread, ctx.shapes, locations, weights, reference, [packed, to_packed], results)
+        del packed  # a step's memory is highest here
         to_value = to_reference = None
         if ctx.needs_input_grad[0]:
             to_value = _masked(to_packed.transpose(1, 2), shown, value.new_empty(value.shape))
@@ -101,9 +101,10 @@ class _Sample(torch.autograd.Function):
         return to_value, to_locations, to_weights, None, to_reference, None
 
 
-def _pack(value: Tensor, shown: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(B, S, heads, C) -> (B, heads, S, C), with zeros where values are not shown."""
+def _pack(value: Tensor, shown: Tensor | None) -> Tensor:
+    """(B, S, heads, C) -> (B, heads, S, C) in single precision at least, with zeros where values are not shown."""
     batch, tokens, heads, channels = value.shape
+    dtype = torch.promote_types(value.dtype, torch.float32)
     packed = value.new_empty(batch, heads, tokens, channels, dtype=dtype)
     _masked(value, shown, packed.transpose(1, 2))
     return packed
@@ -155,6 +156,13 @@ _compiled = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "co
 
 
 @_compiled
+def _frame(cells, centre, absolute, kind):
+    """Along one axis of a level: its size, and how locations become places in cells, by a factor and a summand."""
+    size = kind(cells)
+    return size, size if absolute else kind(1), centre * size - kind(0.5)
+
+
+@_compiled
 def _axis(place, size, kind):
     """Along one axis: the cells before and behind a place in (-1, size).
 
@@ -170,6 +178,14 @@ def _axis(place, size, kind):
 
 
 @_compiled
+def _corners(cell, right, below, channels):
+    """Where the channels of the four cells around a point begin: of the first, and those so many cells after it."""
+    top_left = uint64(cell * channels)
+    bottom_left = top_left + uint64(below * channels)
+    return top_left, top_left + uint64(right * channels), bottom_left, bottom_left + uint64(right * channels)
+
+
+@_compiled
 def _sum(head, sizes, absolute, table, locations, weights, reference, out):
     """Fill ``out`` (Q, heads, C) for one head of one image, whose values are ``table`` (S * C)."""
     queries, heads, levels, points = weights.shape
@@ -181,10 +197,8 @@ def _sum(head, sizes, absolute, table, locations, weights, reference, out):
         at, start = uint64((query * heads + head) * levels * points), 0
         for level in range(levels):
             rows, columns = sizes[level]
-            height, width = kind(rows), kind(columns)
-            x_scale, y_scale = (width, height) if absolute else (kind(1), kind(1))
-            x_origin = reference[query, level, 0] * width - kind(0.5)
-            y_origin = reference[query, level, 1] * height - kind(0.5)
+            width, x_scale, x_origin = _frame(columns, reference[query, level, 0], absolute, kind)
+            height, y_scale, y_origin = _frame(rows, reference[query, level, 1], absolute, kind)
             for _ in range(points):
                 x = locations[uint64(2) * at] * x_scale + x_origin
                 y = locations[uint64(2) * at + uint64(1)] * y_scale + y_origin
@@ -193,10 +207,8 @@ def _sum(head, sizes, absolute, table, locations, weights, reference, out):
                     row, down, near_y, far_y, _, _ = _axis(y, rows, kind)
                     near_y *= weights[at]
                     far_y *= weights[at]
-                    top_left = uint64((start + row * columns + column) * channels)
-                    top_right = top_left + uint64(right * channels)
-                    bottom_left = top_left + uint64(down * columns * channels)
-                    bottom_right = bottom_left + uint64(right * channels)
+                    cell, below = start + row * columns + column, down * columns
+                    top_left, top_right, bottom_left, bottom_right = _corners(cell, right, below, channels)
                     a, b, c, d = near_y * near_x, near_y * far_x, far_y * near_x, far_y * far_x
                     for i in range(uint64(channels)):
                         top = a * table[top_left + i] + b * table[top_right + i]
@@ -219,10 +231,8 @@ def _spread(head, sizes, absolute, table, to_table, locations, weights, referenc
         at, start = uint64((query * heads + head) * levels * points), 0
         for level in range(levels):
             rows, columns = sizes[level]
-            height, width = kind(rows), kind(columns)
-            x_scale, y_scale = (width, height) if absolute else (kind(1), kind(1))
-            x_origin = reference[query, level, 0] * width - kind(0.5)
-            y_origin = reference[query, level, 1] * height - kind(0.5)
+            width, x_scale, x_origin = _frame(columns, reference[query, level, 0], absolute, kind)
+            height, y_scale, y_origin = _frame(rows, reference[query, level, 1], absolute, kind)
             for _ in range(points):
                 x = locations[uint64(2) * at] * x_scale + x_origin
                 y = locations[uint64(2) * at + uint64(1)] * y_scale + y_origin
@@ -230,10 +240,8 @@ def _spread(head, sizes, absolute, table, to_table, locations, weights, referenc
                 if x > kind(-1) and y > kind(-1) and x < width and y < height:
                     column, right, near_x, far_x, fall_x, rise_x = _axis(x, columns, kind)
                     row, down, near_y, far_y, fall_y, rise_y = _axis(y, rows, kind)
-                    top_left = uint64((start + row * columns + column) * channels)
-                    top_right = top_left + uint64(right * channels)
-                    bottom_left = top_left + uint64(down * columns * channels)
-                    bottom_right = bottom_left + uint64(right * channels)
+                    cell, below = start + row * columns + column, down * columns
+                    top_left, top_right, bottom_left, bottom_right = _corners(cell, right, below, channels)
                     a = b = c = d = kind(0)
                     for i in range(uint64(channels)):
                         a += table[top_left + i] * above[i]
