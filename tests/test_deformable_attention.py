@@ -80,6 +80,7 @@ def test_offsets_in_cells_around_a_reference_are_locations(shapes: list[tuple[in
 def test_what_is_not_shown_is_read_as_zeros(shapes: list[tuple[int, int]], seed: int) -> None:
     inputs = random_inputs(shapes, seed)
     shown = torch.rand(inputs[0].shape[:2], generator=torch.Generator().manual_seed(seed)) > 0.5
+    inputs[0][~shown] = torch.nan
 
     def hidden(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         return sample(value, locations, weights, shapes, shown=shown)

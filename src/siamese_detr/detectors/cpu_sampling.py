@@ -41,7 +41,7 @@ def sample(
         weights: (B, Q, heads, levels, points).
         shapes: (h, w) of each level.
         reference: (B, Q, levels, 2), 0 to 1 across each level.
-        shown: (B, S), False where zeros are to be read for the values, which must be finite there.
+        shown: (B, S), False where zeros are to be read for the values.
 
     Returns:
         (B, Q, heads * C), in the precision of ``value``; computed in single precision at least.
@@ -76,70 +76,52 @@ class _Sample(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(value, locations, weights, reference, shown)
         ctx.shapes = shapes
-        packed = _pack(value, shown)
-        out = packed.new_empty(*weights.shape[:3], value.shape[3])
-        _run(_sum, shapes, locations, weights, reference, [packed], [out])
+        inputs = _inputs(value, locations, weights, reference, shown)
+        out = inputs[0].new_empty(*weights.shape[:3], value.shape[3])
+        _run(_sum, shapes, reference is None, [*inputs, out])
         return out.flatten(2).to(value.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         value, locations, weights, reference, shown = ctx.saved_tensors
-        packed = _pack(value, shown)
-        to_packed = torch.zeros_like(packed)
-        to_locations, to_weights = (packed.new_empty(x.shape) for x in (locations, weights))
-        above = gradient.to(packed.dtype).reshape(*weights.shape[:3], value.shape[3]).contiguous()
-        results = [above, to_locations, to_weights]
-        _run(_spread, ctx.shapes, locations, weights, reference, [packed, to_packed], results)
-        del packed  # a step's memory is highest here
-        to_value = to_reference = None
-        if ctx.needs_input_grad[0]:
-            to_value = _masked(to_packed.transpose(1, 2), shown, value.new_empty(value.shape))
+        inputs = _inputs(value, locations, weights, reference, shown)
+        above = gradient.to(inputs[0].dtype).reshape(*weights.shape[:3], value.shape[3]).contiguous()
+        results = to_value, to_locations, to_weights = [above.new_empty(x.shape) for x in (value, locations, weights)]
+        _run(_spread, ctx.shapes, reference is None, [*inputs, above, *results])
+        to_reference = None
         if ctx.needs_input_grad[4]:
             sizes = torch.tensor([(width, height) for height, width in ctx.shapes])
             to_reference = to_locations.sum((2, 4)) * sizes
-        return to_value, to_locations, to_weights, None, to_reference, None
+        return to_value.to(value.dtype), to_locations, to_weights, None, to_reference, None
 
 
-def _pack(value: Tensor, shown: Tensor | None) -> Tensor:
-    """(B, S, heads, C) -> (B, heads, S, C) in single precision at least, with zeros where values are not shown."""
-    batch, tokens, heads, channels = value.shape
+def _inputs(
+    value: Tensor, locations: Tensor, weights: Tensor, reference: Tensor | None, shown: Tensor | None
+) -> list[Tensor]:
+    """What both kernels read: value, shown, locations, weights, reference; in single precision at least."""
     dtype = torch.promote_types(value.dtype, torch.float32)
-    packed = value.new_empty(batch, heads, tokens, channels, dtype=dtype)
-    _masked(value, shown, packed.transpose(1, 2))
-    return packed
+    batch, queries, _, levels, _ = weights.shape
+    if reference is None:
+        reference = weights.new_zeros(batch, queries, levels, 2)
+    if shown is None:
+        shown = torch.ones(value.shape[:2], dtype=torch.bool)
+    value, locations, weights, reference = (x.to(dtype).contiguous() for x in (value, locations, weights, reference))
+    return [value, shown.bool().contiguous(), locations, weights, reference]
 
 
-def _masked(x: Tensor, shown: Tensor | None, out: Tensor) -> Tensor:
-    """Fill ``out`` (B, S, heads, C) with ``x``, and with zeros where it is not shown."""
-    return out.copy_(x) if shown is None else torch.mul(x, shown[:, :, None, None], out=out)  # faster than filling
-
-
-def _run(
-    kernel: Callable[..., None],
-    shapes: list[tuple[int, int]],
-    locations: Tensor,
-    weights: Tensor,
-    reference: Tensor | None,
-    tables: list[Tensor],
-    others: list[Tensor],
-) -> None:
+def _run(kernel: Callable[..., None], shapes: list[tuple[int, int]], absolute: bool, tensors: list[Tensor]) -> None:
     """Run a kernel for every head of every image.
 
     Args:
-        tables: (B, heads, S, C) each.
-        others: (B, Q, heads, ...) each.
+        absolute: whether locations span a level from 0 to 1.
+        tensors: what the kernel reads (:func:`_inputs` first) and fills, (B, ...) each.
     """
-    batch, queries, heads, levels, _ = weights.shape
-    centres = weights.new_zeros(batch, queries, levels, 2) if reference is None else reference
-    points = [x.to(tables[0].dtype).contiguous() for x in (locations, weights, centres)]
-    per_image = [x.numpy() for x in (*points, *others)]
-    per_head = [x.flatten(2).numpy() for x in tables]
-    sizes = np.array(shapes)
+    arrays, sizes = [x.numpy() for x in tensors], np.array(shapes)
+    batch, _, heads, *_ = (weights := tensors[3]).shape
 
     def run(image: int, head: int) -> None:
-        mine = [x[image, head] for x in per_head]
-        kernel(head, sizes, reference is None, *mine, *(x[image] for x in per_image))
+        kernel(head, sizes, absolute, *(x[image] for x in arrays))
 
     parts = [(image, head) for image in range(batch) for head in range(heads)]
     if weights.numel() < FEWEST_POINTS or torch.get_num_threads() == 1:
@@ -186,9 +168,38 @@ def _corners(cell, right, below, channels):
 
 
 @_compiled
-def _sum(head, sizes, absolute, table, locations, weights, reference, out):
-    """Fill ``out`` (Q, heads, C) for one head of one image, whose values are ``table`` (S * C)."""
+def _pack(head, value, shown):
+    """The values (S * C) of one head, which its core's caches hold; zeros for what is not shown."""
+    cells, heads, channels = value.shape
+    table, value = np.zeros(cells * channels, value.dtype), value.reshape(-1)
+    for cell in range(cells):
+        if shown[cell]:
+            first, place = uint64(cell * channels), uint64((cell * heads + head) * channels)
+            for i in range(uint64(channels)):
+                table[first + i] = value[place + i]
+    return table
+
+
+@_compiled
+def _unpack(head, table, shown, value):
+    """The inverse of :func:`_pack`."""
+    cells, heads, channels = value.shape
+    value = value.reshape(-1)
+    for cell in range(cells):
+        first, place = uint64(cell * channels), uint64((cell * heads + head) * channels)
+        if shown[cell]:
+            for i in range(uint64(channels)):
+                value[place + i] = table[first + i]
+        else:
+            for i in range(uint64(channels)):
+                value[place + i] = 0
+
+
+@_compiled
+def _sum(head, sizes, absolute, value, shown, locations, weights, reference, out):
+    """Fill ``out`` (Q, heads, C) for one head of one image, whose values are (S, heads, C)."""
     queries, heads, levels, points = weights.shape
+    table = _pack(head, value, shown)
     channels, kind = out.shape[2], table.dtype.type
     locations, weights = locations.reshape(-1), weights.reshape(-1)
     for query in range(queries):
@@ -220,9 +231,13 @@ def _sum(head, sizes, absolute, table, locations, weights, reference, out):
 
 
 @_compiled
-def _spread(head, sizes, absolute, table, to_table, locations, weights, reference, gradient, to_locations, to_weights):
-    """From the gradient (Q, heads, C) of what :func:`_sum` fills, those of its inputs; ``to_table`` is added to."""
+def _spread(
+    head, sizes, absolute, value, shown, locations, weights, reference, gradient, to_value, to_locations, to_weights
+):
+    """From the gradient (Q, heads, C) of what :func:`_sum` fills, those of its inputs."""
     queries, heads, levels, points = weights.shape
+    table = _pack(head, value, shown)
+    to_table = np.zeros_like(table)
     channels, kind = gradient.shape[2], table.dtype.type
     locations, weights = locations.reshape(-1), weights.reshape(-1)
     to_locations, to_weights = to_locations.reshape(-1), to_weights.reshape(-1)
@@ -264,6 +279,7 @@ def _spread(head, sizes, absolute, table, to_table, locations, weights, referenc
                 to_weights[at] = to_weight
                 at += uint64(1)
             start += rows * columns
+    _unpack(head, to_table, shown, to_value)
 
 
 @numba.njit(inline="always")  # LLVM would leave it a call
