@@ -43,12 +43,15 @@ def test_bf16_is_emulated_by_gpus_without_it(supported: bool, monkeypatch: pytes
     assert emulates_bf16("cuda") != supported
 
 
-@pytest.mark.parametrize(("maker", "preferred"), [("AuthenticAMD", True), ("GenuineIntel", False)])
+@pytest.mark.parametrize(
+    ("maker", "flags", "preferred"),
+    [("AuthenticAMD", "avx2 avx512f", True), ("AuthenticAMD", "avx2", False), ("GenuineIntel", "avx2 avx512f", False)],
+)
 @needs_onednn
-def test_onednn_is_preferred_on_amd_processors_only(
-    maker: str, preferred: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_onednn_is_preferred_on_amd_processors_with_wide_vectors_only(
+    maker: str, flags: str, preferred: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(f"vendor_id : {maker}\n")
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {maker}\nflags : fpu {flags} aes\n")
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert prefers_onednn() == preferred

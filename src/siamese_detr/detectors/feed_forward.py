@@ -59,32 +59,31 @@ class _ReluBlock(torch.autograd.Function):
         ctx.scale = scale(dropped)
         tokens, scaled = x.flatten(0, -2), w2 * ctx.scale
         out = tokens.new_empty(len(tokens), len(w2))
-        hidden = []
+        hidden = tokens.new_empty(len(tokens), len(w1))
         for rows in _parts(len(tokens)):
-            part = product(tokens[rows], w1, b1).relu_()  # oneDNN's own ReLU makes zeros of what is no number
+            part = product(tokens[rows], w1, b1, hidden[rows]).relu_()  # oneDNN's own: zeros for what is no number
             if dropped:
                 bits(part).mul_(draw_kept(part.shape, dropped))
-            out[rows] = product(part, scaled, b2)
-            hidden.append(part)
-        ctx.save_for_backward(x, w1, w2, *hidden)
+            product(part, scaled, b2, out[rows])
+        ctx.save_for_backward(x, w1, w2, hidden)
         return out.view(*x.shape[:-1], len(w2))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, w2, *hidden = ctx.saved_tensors
+        x, w1, w2, hidden = ctx.saved_tensors
         tokens, above = x.flatten(0, -2), gradient.flatten(0, -2)
-        to_x, to_b1 = torch.empty_like(tokens), []
+        to_x, to_hidden, to_b1 = torch.empty_like(tokens), torch.empty_like(hidden[:ROWS]), []
         to_w1: Any = None
         to_w2: Any = None
-        for rows, part in zip(_parts(len(tokens)), hidden, strict=True):
-            scaled = above[rows] * ctx.scale
-            to_part = product(scaled, w2.t())
+        for rows in _parts(len(tokens)):
+            part, scaled = hidden[rows], above[rows] * ctx.scale
+            to_part = product(scaled, w2.t(), out=to_hidden[: len(part)])
             torch.ops.aten.threshold_backward(to_part, part, 0, grad_input=to_part)  # nor through what was dropped
             to_w2 = _add_product(to_w2, scaled.t(), part)
             to_w1 = _add_product(to_w1, to_part.t(), tokens[rows])
             to_b1.append(to_part.sum(0))
-            to_x[rows] = product(to_part, w1.t())
+            product(to_part, w1.t(), out=to_x[rows])
         return (
             to_x.view(x.shape),
             to_w1.to(x.dtype),

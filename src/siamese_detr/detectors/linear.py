@@ -1,9 +1,8 @@
-"""Linear layers trained on an AMD processor: computed by oneDNN, which there is faster than MKL, or needs less memory.
+"""Linear layers trained on an AMD processor with AVX-512: computed by oneDNN, which there is faster than MKL.
 
 MKL, with which PyTorch multiplies matrices of single precision, is Intel's. Its products reach three fifths to four
-fifths of the rate of an EPYC with AVX-512, oneDNN's nine tenths, in the forward pass and for the gradient of the input.
-On one without, both are as fast, but MKL's copies take 0.2 GB more (Deformable DETR, four scales). Everywhere else, and
-for small products, which the detour through Python would slow down, all is PyTorch's own.
+fifths of such a processor's rate, oneDNN's nine tenths, in the forward pass and for the gradient of the input.
+Everywhere else, and for small products, which the detour through Python would slow down, all is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -21,17 +20,21 @@ SMALLEST = 1 << 25
 """Multiplications of a product from which on oneDNN saves more time than calling it takes."""
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` of tensors without a gradient, always a new tensor.
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` of tensors without a gradient, in a new tensor, or in ``out``.
 
     Args:
-        x: (..., D).
+        x: (..., D); with ``out`` (N, D).
         weight: (H, D), of any strides.
         bias: (H,).
+        out: (N, H).
     """
     if _pays(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return nn.functional.linear(x, weight, bias)
+        made = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return made if out is None else out.copy_(made)
+    if out is None:
+        return nn.functional.linear(x, weight, bias)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 class Linear(nn.Linear):
