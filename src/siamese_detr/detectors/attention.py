@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .dropout import drop, levels, scale
+from .dropout import dropped_product, levels
 
 NAME = "siamese_detr"
 """Under which Transformers knows :func:`attention`. It is never saved: a configuration file says nothing of it."""
@@ -49,8 +49,8 @@ def attention(
         scores = scores.masked_fill(~attention_mask, lowest)
     elif attention_mask is not None:
         scores = scores + attention_mask.clamp(min=lowest).to(scores.dtype)
-    weights = drop(scores.softmax(-1).to(value.dtype), dropped)
-    return (weights @ (value * scale(dropped))).transpose(1, 2).contiguous(), None
+    weights = scores.softmax(-1).to(value.dtype)
+    return dropped_product(weights, value, dropped).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attention)

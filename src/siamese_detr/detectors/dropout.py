@@ -35,9 +35,15 @@ def residual(x: Tensor, branch: Tensor, probability: float, training: bool) -> T
     return _Dropout.apply(branch, dropped, scale(dropped), x)
 
 
-def drop(x: Tensor, dropped: int) -> Tensor:
-    """Zeros in the place of ``dropped / LEVELS`` of the elements; the others are yet to be scaled."""
-    return _Dropout.apply(x, dropped, 1.0, None)
+def dropped_product(weights: Tensor, value: Tensor, dropped: int) -> Tensor:
+    """``dropout(weights) @ value``, of one precision; for the backward pass the weights are kept once.
+
+    Args:
+        weights: (..., Q, L).
+        value: (..., L, C).
+        dropped: of ``LEVELS`` weights, how many are dropped.
+    """
+    return _DroppedProduct.apply(weights, value, dropped)
 
 
 def levels(probability: float, x: Tensor) -> int:
@@ -86,13 +92,27 @@ class _Dropout(torch.autograd.Function):
         if added is not None:
             factors = kept.to(x.dtype)
             return torch.addcmul(added, factors, x, value=factor, out=factors)
-        out = mask(x, kept)
-        return out if factor == 1 else out.mul_(factor)
+        return mask(x, kept).mul_(factor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
-        to_x = mask(gradient, kept)
-        if ctx.factor != 1:
-            to_x.mul_(ctx.factor)
+        to_x = mask(gradient, kept).mul_(ctx.factor)
         return to_x, None, None, gradient if ctx.needs_input_grad[3] else None
+
+
+class _DroppedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, value: Tensor, dropped: int) -> Tensor:
+        kept = draw_kept(weights.shape, dropped)
+        ctx.save_for_backward(weights, value, kept.to(torch.uint8))
+        ctx.factor = scale(dropped)
+        return mask(weights, kept) @ (value * ctx.factor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weights, value, kept = ctx.saved_tensors
+        above = gradient * ctx.factor
+        to_value = mask(weights, kept).transpose(-1, -2) @ above
+        return mask(above @ value.transpose(-1, -2), kept), to_value, None
