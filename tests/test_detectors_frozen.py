@@ -168,6 +168,16 @@ def test_any_layout_gives_the_plain_weights_back(groups: int) -> None:
     assert torch.equal(fused.plain(), convolution.weight)
 
 
+@needs_onednn
+def test_shapes_with_one_layout_share_it() -> None:
+    fused = FusedConv2d(torch.nn.Conv2d(8, 24, 3).requires_grad_(False))
+    for images, side in ((1, 16), (2, 16), (1, 24), (2, 24)):
+        fused(torch.randn(images, 8, side, side).contiguous(memory_format=torch.channels_last))
+    layouts = {torch.ops.mkldnn._get_mkldnn_serialized_md(w).numpy().tobytes() for w in fused._packed.values()}
+    assert len(fused._packed) == 4
+    assert len({id(w) for w in fused._packed.values()}) == len(layouts)
+
+
 @pytest.mark.parametrize(("name", "convolutions"), [("resnet50", 53), ("tf_efficientnet_lite0", 43)])
 @needs_onednn
 def test_backbones_are_fused(name: str, convolutions: int) -> None:

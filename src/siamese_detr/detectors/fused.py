@@ -67,7 +67,8 @@ class FusedConv2d(nn.Module):
     """A convolution, the sum with another tensor, and an activation in one pass over memory.
 
     oneDNN computes with weights in a blocked layout that depends on the input's shape. It is kept here; else the
-    weights are brought into it at every call. The plain weights, which any layout gives back exactly, are not.
+    weights are brought into it at every call. Shapes with the same layout share it. The plain weights, which any
+    layout gives back exactly, are not kept.
     Large convolutions of 3x3 without a sum are computed with fewer multiplications instead, see :mod:`winograd`; their
     transformed filters do not depend on the shape.
 
@@ -104,7 +105,9 @@ class FusedConv2d(nn.Module):
         weight = self._packed.pop(x.shape, None)
         if weight is None:
             weight = mkldnn._reorder_convolution_weight(self.plain(), *self.geometry, x.shape)
-            self._plain = None
+            layout = mkldnn._get_mkldnn_serialized_md
+            equal = (w for w in self._packed.values() if torch.equal(layout(w), layout(weight)))
+            weight, self._plain = next(equal, weight), None
         self._packed[x.shape] = weight  # the last used is the last in order
         while len(self._packed) > self.kept:
             self._packed.pop(next(iter(self._packed)))
