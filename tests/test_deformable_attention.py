@@ -13,7 +13,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import MultiSc
 
 from siamese_detr.detectors import cpu_sampling, deformable_attention
 from siamese_detr.detectors.cpu_sampling import sample
-from siamese_detr.detectors.deformable_attention import DeformableAttention, Sampling, install, uninstall
+from siamese_detr.detectors.deformable_attention import DeformableAttention, Sampling, install, project_sum, uninstall
 from tiny_detectors import fitting_side, tiny_batch, tiny_detector
 
 
@@ -218,6 +218,37 @@ def test_a_detector_is_what_it_was(case: str) -> None:
     assert list(detector.state_dict()) == names
     assert install(detector.model)
     assert not install(detector.model)
+
+
+@pytest.mark.parametrize("precision", ["double", "half"])
+def test_projections_of_a_sum_are_those_of_the_layers_without_the_sum_being_kept(precision: str) -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, width).double() for width in (6, 3)]
+    x, position = (torch.randn(2, 500, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    if precision == "half":
+        x, position = x.detach().float().requires_grad_(), position.detach().float().requires_grad_()
+    kept: set[int] = set()
+
+    def stock(x: Tensor, position: Tensor, *layers: torch.nn.Linear) -> tuple[Tensor, ...]:
+        return tuple(layer(x + position) for layer in layers)
+
+    def compute(function: Any) -> list[Tensor]:
+        kept.clear()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda x: kept.add(x.data_ptr()) or x, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "half"),
+        ):
+            outputs = function(x, position, *(layer.to(x.dtype) for layer in layers))
+        wanted = [x, position, *(parameter for layer in layers for parameter in layer.parameters())]
+        return [*outputs, *torch.autograd.grad(sum(out.square().sum() for out in outputs), wanted)]
+
+    theirs = compute(stock)
+    ours = compute(project_sum)
+    assert kept >= {x.data_ptr(), position.data_ptr()}
+    assert len(kept) == 4  # and the weights
+    for got, want in zip(ours, theirs, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, **({"rtol": 0.02, "atol": 0.5} if precision == "half" else {}))
 
 
 @pytest.mark.parametrize("kernel", [False, True])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrMultiscaleDeformableAttention
 
@@ -16,6 +17,7 @@ from siamese_detr.gpu import runs_kernels
 
 from .functional import retype
 from .kernels import has_kernel
+from .linear import product
 
 STOCK = "MultiScaleDeformableAttention"
 """Transformers' class of the sampling, of which each family that has it (RT-DETR, LW-DETR, …) has an equal copy."""
@@ -99,15 +101,57 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
                 level_start_index,
                 **options,
             )
-        queries = hidden_states if position_embeddings is None else hidden_states + position_embeddings
-        points = (*queries.shape[:2], self.n_heads, self.n_levels, self.n_points)
-        weights = self.attention_weights(queries).view(*points[:3], -1).softmax(-1).view(points)
-        offsets = self.sampling_offsets(queries).view(*points, 2)
+        points = (*hidden_states.shape[:2], self.n_heads, self.n_levels, self.n_points)
+        offsets, scores = project_sum(hidden_states, position_embeddings, self.sampling_offsets, self.attention_weights)
+        offsets = offsets.view(*points, 2)
+        weights = scores.view(*points[:3], -1).softmax(-1).view(points)
         value = self.value_proj(encoder_hidden_states).unflatten(-1, (self.n_heads, -1))
         from . import cpu_sampling  # Numba takes a moment to import
 
         sampled = cpu_sampling.sample(value, offsets, weights, spatial_shapes_list, reference_points, attention_mask)
         return self.output_proj(sampled), weights
+
+
+def project_sum(x: Tensor, position: Tensor | None, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """What linear layers make of ``x + position``, a sum that a training on a CPU computes twice rather than keeps.
+
+    Args:
+        x: (B, Q, D).
+        position: of the same shape; None: zeros.
+        layers: with biases, D -> H each.
+
+    Returns:
+        (B, Q, H) of each.
+    """
+    if position is None or not layers[0].training or torch.compiler.is_compiling():
+        queries = x if position is None else x + position
+        return tuple(layer(queries) for layer in layers)
+    # Autocast does not see inside.
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    parameters = [value.to(dtype) for layer in layers for value in (layer.weight, layer.bias)]
+    return _ProjectedSum.apply(x, position, *parameters)
+
+
+class _ProjectedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, position: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.save_for_backward(x, position, *weights)
+        queries = (x + position).to(weights[0].dtype)
+        return tuple(product(queries, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        x, position, *weights = ctx.saved_tensors
+        queries = (x + position).to(weights[0].dtype).flatten(0, 1)
+        to_sum: Any = None
+        to_parameters = []
+        for gradient, weight in zip(gradients, weights, strict=True):
+            above, part = gradient.flatten(0, 1), product(gradient, weight.t())
+            to_sum = part.to(x.dtype) if to_sum is None else to_sum.add_(part)
+            to_parameters += [above.t() @ queries, above.sum(0)]
+        return to_sum, to_sum, *to_parameters
 
 
 def install(model: nn.Module) -> bool:
