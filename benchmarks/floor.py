@@ -5,8 +5,9 @@
 
 The floor of a part of the step is its floating point operations, counted by PyTorch, over the rate of the machine's
 large matrix products, or its least traffic over the bandwidth of a copy, whichever is more. Measured in the same run:
-both rates, the step's parts (inputs and sizes as in step.py, fp32), and what a data worker takes per sample beside the
-bare decoding of its JPEG. Prints Markdown and writes floor.json.
+both rates, just before each detector, since what else runs on a machine changes them; the step's parts (inputs and
+sizes as in step.py, fp32), and what a data worker takes per sample beside the bare decoding of its JPEG. Prints
+Markdown and writes floor.json.
 """
 
 from __future__ import annotations
@@ -134,16 +135,13 @@ def worker_floor(count: int) -> dict[str, float]:
 
 def tables(summary: dict[str, Any]) -> str:
     """The summary in Markdown."""
-    rates = summary["machine"]
-    lines = [
-        f"{rates['fp32, flop/s'] / 1e9:.0f} GFLOP/s in fp32, "
-        + (f"{rates['bf16, flop/s'] / 1e9:.0f} in bf16, " if "bf16, flop/s" in rates else "no bf16, ")
-        + f"{rates['copy, bytes/s'] / 1e9:.0f} GB/s.",
-    ]
+    lines = []
     for case, parts in summary["cases"].items():
+        rates = summary["machine"][case]
         lines += [
-            "",
-            f"**{case}**",
+            f"**{case}**, at {rates['fp32, flop/s'] / 1e9:.0f} GFLOP/s in fp32, "
+            + (f"{rates['bf16, flop/s'] / 1e9:.0f} in bf16, " if "bf16, flop/s" in rates else "no bf16, ")
+            + f"{rates['copy, bytes/s'] / 1e9:.0f} GB/s",
             "",
             "| part | GFLOP | floor, ms | measured, ms | floor / measured |",
             "|---" * 5 + "|",
@@ -153,11 +151,9 @@ def tables(summary: dict[str, Any]) -> str:
                 f"| {part} | {row['gflop']:.1f} | {row['floor, ms']:.0f} | {row['measured, ms']:.0f} "
                 f"| {row['floor, ms'] / row['measured, ms']:.2f} |"
             )
+        lines.append("")
     worker = summary["worker"]
-    lines += [
-        "",
-        f"A data worker: {worker['worker, ms']:.1f} ms a sample, {worker['decode, ms']:.1f} of them decoding.",
-    ]
+    lines.append(f"A data worker: {worker['worker, ms']:.1f} ms a sample, {worker['decode, ms']:.1f} of them decoding.")
     return "\n".join(lines)
 
 
@@ -172,14 +168,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     keep_memory()  # as a training does
     scale, rounds = (Scale.quick(), 1) if options.quick else (Scale(), options.rounds)
-    rates = machine(256 if options.quick else 3072)
     summary: dict[str, Any] = {
         "cpu": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "threads": options.threads,
-        "machine": rates,
-        "cases": {case: step_floor(case, scale, rounds, rates) for case in options.cases},
+        "machine": {},  # by case
+        "cases": {},
     }
+    for case in options.cases:
+        rates = summary["machine"][case] = machine(256 if options.quick else 3072)
+        summary["cases"][case] = step_floor(case, scale, rounds, rates)
     torch.set_num_threads(1)
     summary["worker"] = worker_floor(4 if options.quick else 48)
     print(tables(summary))
