@@ -38,6 +38,14 @@ def test_attention_is_pytorchs(boolean: bool) -> None:
     torch.testing.assert_close(torch.autograd.grad(ours, inputs, above), torch.autograd.grad(stock, inputs, above))
 
 
+def test_autocast_is_followed() -> None:
+    inputs = [torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = attention.attention(nn.Module(), *inputs, None, dropout=0.3)
+    assert out.dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 and x.any() for x in torch.autograd.grad(out.sum(), inputs))
+
+
 @pytest.mark.parametrize("case", ["detr", "conditional-detr", "deformable-detr"])
 def test_detectors_train_with_it(case: str, tmp_path: Path) -> None:
     detector = tiny_detector(case, dropout=0.1).train()

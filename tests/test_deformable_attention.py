@@ -248,7 +248,7 @@ def test_projections_of_a_sum_are_those_of_the_layers_without_the_sum_being_kept
     assert len(kept) == 4  # and the weights
     for got, want in zip(ours, theirs, strict=True):
         assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want, **({"rtol": 0.02, "atol": 0.5} if precision == "half" else {}))
+        assert (got - want).norm() <= (1e-2 if precision == "half" else 1e-12) * want.norm()
 
 
 @pytest.mark.parametrize("kernel", [False, True])

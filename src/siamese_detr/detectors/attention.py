@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .dropout import dropped_product, levels
+from .functional import product_dtype
 
 NAME = "siamese_detr"
 """Under which Transformers knows :func:`attention`. It is never saved: a configuration file says nothing of it."""
@@ -49,6 +50,7 @@ def attention(
         scores = scores.masked_fill(~attention_mask, lowest)
     elif attention_mask is not None:
         scores = scores + attention_mask.clamp(min=lowest).to(scores.dtype)
+    value = value.to(product_dtype(value))
     weights = scores.softmax(-1).to(value.dtype)
     return dropped_product(weights, value, dropped).transpose(1, 2).contiguous(), None
 

@@ -99,7 +99,7 @@ class _Sample(torch.autograd.Function):
 def _inputs(
     value: Tensor, locations: Tensor, weights: Tensor, reference: Tensor | None, shown: Tensor | None
 ) -> list[Tensor]:
-    """What both kernels read: value, shown, locations, weights, reference; in single precision at least."""
+    """What both kernels read: value, shown, locations, weights, reference; numbers in single precision at least."""
     dtype = torch.promote_types(value.dtype, torch.float32)
     batch, queries, _, levels, _ = weights.shape
     if reference is None:
@@ -182,7 +182,7 @@ def _pack(head, value, shown):
 
 @_compiled
 def _unpack(head, table, shown, value):
-    """The inverse of :func:`_pack`."""
+    """Fill one head of ``value`` (S, heads, C) with ``table`` (S * C), and with zeros where it is not shown."""
     cells, heads, channels = value.shape
     value = value.reshape(-1)
     for cell in range(cells):

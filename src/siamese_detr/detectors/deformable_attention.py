@@ -15,7 +15,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 
 from siamese_detr.gpu import runs_kernels
 
-from .functional import retype
+from .functional import product_dtype, retype
 from .kernels import has_kernel
 from .linear import product
 
@@ -116,19 +116,17 @@ def project_sum(x: Tensor, position: Tensor | None, *layers: nn.Linear) -> tuple
     """What linear layers make of ``x + position``, a sum that a training on a CPU computes twice rather than keeps.
 
     Args:
-        x: (B, Q, D).
+        x: (..., D).
         position: of the same shape; None: zeros.
         layers: with biases, D -> H each.
 
     Returns:
-        (B, Q, H) of each.
+        (..., H) of each.
     """
     if position is None or not layers[0].training or torch.compiler.is_compiling():
         queries = x if position is None else x + position
         return tuple(layer(queries) for layer in layers)
-    # Autocast does not see inside.
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    parameters = [value.to(dtype) for layer in layers for value in (layer.weight, layer.bias)]
+    parameters = [value.to(product_dtype(x)) for layer in layers for value in (layer.weight, layer.bias)]
     return _ProjectedSum.apply(x, position, *parameters)
 
 
@@ -144,12 +142,13 @@ class _ProjectedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         x, position, *weights = ctx.saved_tensors
-        queries = (x + position).to(weights[0].dtype).flatten(0, 1)
+        exact = x + position
+        queries = exact.to(weights[0].dtype).flatten(0, -2)
         to_sum: Any = None
         to_parameters = []
         for gradient, weight in zip(gradients, weights, strict=True):
-            above, part = gradient.flatten(0, 1), product(gradient, weight.t())
-            to_sum = part.to(x.dtype) if to_sum is None else to_sum.add_(part)
+            above, part = gradient.flatten(0, -2), product(gradient, weight.t())
+            to_sum = part.to(exact.dtype) if to_sum is None else to_sum.add_(part)
             to_parameters += [above.t() @ queries, above.sum(0)]
         return to_sum, to_sum, *to_parameters
 

@@ -24,7 +24,7 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     dropped = levels(probability, x) if training else 0
     if not dropped:
         return nn.functional.dropout(x, probability, training)
-    return _Dropout.apply(x, dropped, scale(dropped), None)
+    return _Dropout.apply(x, dropped, None)
 
 
 def residual(x: Tensor, branch: Tensor, probability: float, training: bool) -> Tensor:
@@ -32,7 +32,7 @@ def residual(x: Tensor, branch: Tensor, probability: float, training: bool) -> T
     dropped = levels(probability, x) if training and x.dtype == branch.dtype else 0
     if not dropped:
         return x + dropout(branch, probability, training)
-    return _Dropout.apply(branch, dropped, scale(dropped), x)
+    return _Dropout.apply(branch, dropped, x)
 
 
 def dropped_product(weights: Tensor, value: Tensor, dropped: int) -> Tensor:
@@ -85,20 +85,20 @@ def mask(x: Tensor, kept: Tensor) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: int, factor: float, added: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropped: int, added: Tensor | None) -> Tensor:
         kept = draw_kept(x.shape, dropped)
         ctx.save_for_backward(kept.to(torch.uint8))
-        ctx.factor = factor
+        ctx.factor = scale(dropped)
         if added is not None:
             factors = kept.to(x.dtype)
-            return torch.addcmul(added, factors, x, value=factor, out=factors)
-        return mask(x, kept).mul_(factor)
+            return torch.addcmul(added, factors, x, value=ctx.factor, out=factors)
+        return mask(x, kept).mul_(ctx.factor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
         to_x = mask(gradient, kept).mul_(ctx.factor)
-        return to_x, None, None, gradient if ctx.needs_input_grad[3] else None
+        return to_x, None, gradient if ctx.needs_input_grad[2] else None
 
 
 class _DroppedProduct(torch.autograd.Function):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .dropout import LEVELS, bits, draw_kept, dropout, residual, scale
-from .functional import at_least_float32
+from .functional import at_least_float32, product_dtype
 from .linear import product
 
 ROWS = 1024
@@ -30,10 +30,8 @@ def add_feed_forward(block: Any, x: Tensor) -> Tensor:
     dropped = round(block.activation_dropout * LEVELS)
     fits = type(block.activation_fn) is nn.ReLU and dropped < LEVELS
     if block.training and fits and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Autocast does not see inside.
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         tensors = (x, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias)
-        projected = relu_block(*(tensor.to(dtype) for tensor in tensors), dropped)
+        projected = relu_block(*(tensor.to(product_dtype(x)) for tensor in tensors), dropped)
     else:
         hidden = block.activation_fn(block.fc1(x))
         projected = block.fc2(dropout(hidden, block.activation_dropout, block.training))
@@ -61,10 +59,11 @@ class _ReluBlock(torch.autograd.Function):
         out = tokens.new_empty(len(tokens), len(w2))
         hidden = tokens.new_empty(len(tokens), len(w1))
         for rows in _parts(len(tokens)):
-            part = product(tokens[rows], w1, b1, hidden[rows]).relu_()  # oneDNN's own: zeros for what is no number
+            # Not oneDNN's own ReLU, which makes zeros of what is no number.
+            part = torch.clamp_min(product(tokens[rows], w1, b1), 0, out=hidden[rows])
             if dropped:
                 bits(part).mul_(draw_kept(part.shape, dropped))
-            product(part, scaled, b2, out[rows])
+            out[rows] = product(part, scaled, b2)
         ctx.save_for_backward(x, w1, w2, hidden)
         return out.view(*x.shape[:-1], len(w2))
 
@@ -73,17 +72,17 @@ class _ReluBlock(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, hidden = ctx.saved_tensors
         tokens, above = x.flatten(0, -2), gradient.flatten(0, -2)
-        to_x, to_hidden, to_b1 = torch.empty_like(tokens), torch.empty_like(hidden[:ROWS]), []
+        to_x, to_b1 = torch.empty_like(tokens), []
         to_w1: Any = None
         to_w2: Any = None
         for rows in _parts(len(tokens)):
             part, scaled = hidden[rows], above[rows] * ctx.scale
-            to_part = product(scaled, w2.t(), out=to_hidden[: len(part)])
+            to_part = product(scaled, w2.t())
             torch.ops.aten.threshold_backward(to_part, part, 0, grad_input=to_part)  # nor through what was dropped
             to_w2 = _add_product(to_w2, scaled.t(), part)
             to_w1 = _add_product(to_w1, to_part.t(), tokens[rows])
             to_b1.append(to_part.sum(0))
-            product(to_part, w1.t(), out=to_x[rows])
+            to_x[rows] = product(to_part, w1.t())
         return (
             to_x.view(x.shape),
             to_w1.to(x.dtype),

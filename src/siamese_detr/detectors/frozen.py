@@ -21,6 +21,7 @@ from torch.fx.passes.split_module import split_module
 
 from siamese_detr.hardware import emulates_bf16
 
+from .functional import product_dtype
 from .fused import ConvolutionTracer, CudnnConv2d, FusedConv2d, drop_identities, fuse_convolutions
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,7 @@ class FrozenBackbone:
     def __call__(self, pixel_values: Tensor) -> list[Tensor]:
         """Maps (B, C, h, w) of ``pixel_values`` (B, 3, H, W), finest first, without gradient."""
         device = pixel_values.device.type
-        # Under autocast the weights are cast once, here, and not at every call.
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else pixel_values.dtype
+        dtype = product_dtype(pixel_values)  # under autocast the weights are cast once, here, and not at every call
         pixel_values = pixel_values.to(dtype)
         with torch.autocast(device, enabled=False):
             network = self.network(dtype)

@@ -14,6 +14,15 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The precision in which linear layers and attention compute with `x`: that of autocast, where it is on, but for
+    double precision.
+    """
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """logit(x), with both x and 1 - x kept above `eps`."""
     x = x.clamp(min=0, max=1)
@@ -37,6 +46,22 @@ def sine_embedding(points: Tensor, features: int, temperature: float = 10000.0) 
     waves = torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1).flatten(-2)
     x, y, *rest = waves.unbind(-2)
     return torch.cat((y, x, *rest), dim=-1).to(points.dtype)
+
+
+def sine_positions(embedding: nn.Module, x: Tensor, valid: Tensor) -> Tensor:
+    """Transformers' sine embedding of a map's cells, computed in at least single precision: in half precision it is
+    coarse, and Deformable DETR's, which shifts cells by half of one, is no number in rows and columns of padding.
+
+    Args:
+        embedding: the stock module.
+        x: the map (B, C, H, W).
+        valid: (B, H, W), False where it is padded.
+
+    Returns:
+        (B, H * W, D).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return embedding(shape=x.shape, device=x.device, dtype=dtype, mask=valid).flatten(2).transpose(1, 2)
 
 
 def retype(model: nn.Module, kind: type[nn.Module], other: Any) -> None:

@@ -20,21 +20,17 @@ SMALLEST = 1 << 25
 """Multiplications of a product from which on oneDNN saves more time than calling it takes."""
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` of tensors without a gradient, in a new tensor, or in ``out``.
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` of tensors without a gradient, always a new tensor.
 
     Args:
-        x: (..., D); with ``out`` (N, D).
+        x: (..., D).
         weight: (H, D), of any strides.
         bias: (H,).
-        out: (N, H).
     """
     if _pays(x, weight):
-        made = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return made if out is None else out.copy_(made)
-    if out is None:
-        return nn.functional.linear(x, weight, bias)
-    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return nn.functional.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
