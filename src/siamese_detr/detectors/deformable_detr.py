@@ -17,7 +17,7 @@ from siamese_detr.errors import UserError
 from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .dropout import dropout
-from .functional import additive_mask, at_least_float32, inverse_sigmoid, level_arguments
+from .functional import additive_mask, at_least_float32, inverse_sigmoid, level_arguments, sine_positions
 from .layers import decoder_layer, encoder_layer
 
 
@@ -110,10 +110,7 @@ class DeformableDetrAdapter(DetectorAdapter):
         for level in range(len(maps), self.config.num_feature_levels):
             sources.append(detr.input_proj[level](maps[-1] if level == len(maps) else sources[-1]))
         masks, shapes = self.level_masks(sources, pixel_mask)
-        positions = [
-            detr.position_embedding(shape=x.shape, device=x.device, dtype=x.dtype, mask=mask).flatten(2).transpose(1, 2)
-            for x, mask in zip(sources, masks, strict=True)
-        ]
+        positions = [sine_positions(detr.position_embedding, x, mask) for x, mask in zip(sources, masks, strict=True)]
         position = torch.cat([x + detr.level_embed[i].view(1, 1, -1) for i, x in enumerate(positions)], 1)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
         mask = torch.cat([mask.flatten(1) for mask in masks], 1)

@@ -11,7 +11,7 @@ from transformers import DetrConfig, DetrForObjectDetection, PretrainedConfig, P
 from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .dropout import dropout
-from .functional import additive_mask, at_least_float32, padding_mask
+from .functional import additive_mask, at_least_float32, padding_mask, sine_positions
 from .layers import decoder_layer, encoder_layer
 
 
@@ -58,8 +58,7 @@ class DetrAdapter(DetectorAdapter):
     def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
         detr, last = self.model.model, maps[-1]
         (mask,), shapes = self.level_masks([last], pixel_mask)
-        positions = detr.position_embedding(shape=last.shape, device=last.device, dtype=last.dtype, mask=mask)
-        positions = positions.flatten(2).transpose(1, 2)
+        positions = sine_positions(detr.position_embedding, last, mask).to(last.dtype)
         tokens = detr.input_projection(last).flatten(2).transpose(1, 2)
         tokens = dropout(tokens, detr.encoder.dropout, self.training)
         attention_mask = padding_mask(mask.flatten(1), tokens.dtype)
