@@ -29,6 +29,7 @@ from siamese_detr.pretext.matching import assign
 from siamese_detr.training.ahead import AheadLoader
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
 from siamese_detr.views import TwoViewDataset, augment, collate
+from tiny_detectors import region_queries, tiny_batch, tiny_detector
 from tiny_finetuning import QUICK, write_scenes
 from tiny_finetuning import TINY as SMALL_DETECTOR
 from view_cases import SMALL, photo_store
@@ -109,6 +110,19 @@ def test_augmentation_is_that_of_a_cpu(photos: Path) -> None:
     assert here.crops is not None
     assert there.crops is not None
     assert (there.crops.cpu() - here.crops).abs().mean() < 0.06
+
+
+@pytest.mark.parametrize("case", ["deformable-detr", "rt-detr", "lw-detr"])
+def test_gradients_in_half_precision_are_numbers_in_spite_of_padding(case: str) -> None:
+    detector = tiny_detector(case, dropout=0.1).cuda().train()
+    images, mask = tiny_batch()
+    with torch.autocast("cuda", torch.float16):
+        memory = detector.encode(detector.features(images.cuda(), mask.cuda()), mask.cuda())
+        decoded = detector.decode(memory, region_queries().cuda())
+    (decoded.states.float().mean() + decoded.boxes.float().mean()).backward()
+    assert memory.tokens.isfinite().all()
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
 def test_batches_arrive_as_they_were() -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from siamese_detr.detectors import frozen
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.frozen import FrozenBackbone, conv_norm_pairs, fold, fuse, run
-from siamese_detr.detectors.fused import CudnnConv2d, FusedConv2d
+from siamese_detr.detectors.fused import Blocks, CudnnConv2d, FusedConv2d
 from siamese_detr.hardware import emulates_bf16
 
 needs_onednn = pytest.mark.skipif(
@@ -311,7 +311,7 @@ def test_what_is_rewritten_for_cudnn_computes_the_same(size: tuple[int, int]) ->
             assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     layers = [module for module in fused.modules() if isinstance(module, CudnnConv2d)]
     assert len(layers) == 17  # of 20 convolutions: those of the shortcuts have no activation
-    assert [layer.added for layer in layers] == [5] + 16 * [0]  # channels of the first one
+    assert [layer.blocks is not None for layer in layers] == [True] + 16 * [False]
     # The biases of the shortcuts are in the sums'.
     assert all(m.bias is None for m in fused.modules() if type(m) is torch.nn.Conv2d)
 
@@ -324,6 +324,41 @@ def test_any_network_rewritten_for_cudnn_computes_the_same(network: torch.nn.Mod
     assert any(isinstance(module, CudnnConv2d) for module in fused.modules())
     for got, want in zip(run(fused, images), run(network, images), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_cudnn")
+def test_few_channels_are_filled_up() -> None:
+    class First(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.activation = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [self.activation(self.convolution(x))]
+
+    network = First().eval().requires_grad_(False)
+    fused, images = fuse(network), torch.randn(2, 3, 32, 48)
+    assert [module.added for module in fused.modules() if isinstance(module, CudnnConv2d)] == [5]
+    torch.testing.assert_close(fused(images), network(images))
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(7, 3), (3, 1), (3, 0), (2, 0), (1, 0), (4, 1), (6, 2), (3, 2)])
+@pytest.mark.parametrize("size", [(32, 48), (33, 47), (9, 10)])
+def test_a_convolution_over_blocks_is_that_of_stride_two(kernel: int, padding: int, size: tuple[int, int]) -> None:
+    convolution = torch.nn.Conv2d(3, 5, kernel, 2, padding, dtype=torch.float64)
+    images, blocks = torch.randn(2, 3, *size, dtype=torch.float64), Blocks(convolution)
+    assert Blocks.suit(convolution)
+    found = torch.nn.functional.conv2d(
+        blocks.image(images), blocks.weight(convolution.weight.detach()), convolution.bias
+    )
+    torch.testing.assert_close(found, convolution(images))
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "expected"), [(512, 190, 128), (10, 20, 20), (7, 3, 3), (97, 96, 96), (5, 1, 1)]
+)
+def test_chunks_on_a_gpu_have_one_size(count: int, most: int, expected: int) -> None:
+    assert frozen.even(count, most) == expected
 
 
 def test_weights_do_not_change_device_and_precision_at_once() -> None:

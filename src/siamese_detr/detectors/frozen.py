@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.passes.split_module import split_module
 
+from siamese_detr.gpu import runs_kernels
 from siamese_detr.hardware import emulates_bf16
 
 from .functional import product_dtype
@@ -60,15 +61,14 @@ class FrozenBackbone:
         """Maps (B, C, h, w) of ``pixel_values`` (B, 3, H, W), finest first, without gradient."""
         device = pixel_values.device.type
         dtype = product_dtype(pixel_values)  # under autocast the weights are cast once, here, and not at every call
-        pixel_values = pixel_values.to(dtype)
         with torch.autocast(device, enabled=False):
             network = self.network(dtype)
             if device == "cpu":
                 staged = any(isinstance(module, InChunks) for module in network.modules())
                 size = chunk_size(pixel_values, LATE if staged else 1)
             else:
-                size = max(1, MOST_PIXELS // math.prod(pixel_values.shape[-2:]))
-            chunks = [run(network, chunk) for chunk in split(pixel_values, size)]
+                size = even(len(pixel_values), max(1, MOST_PIXELS // math.prod(pixel_values.shape[-2:])))
+            chunks = [run(network, chunk) for chunk in split(pixel_values, size, dtype)]
         return chunks[0] if len(chunks) == 1 else [torch.cat(level) for level in zip(*chunks, strict=True)]
 
     def network(self, dtype: torch.dtype) -> nn.Module:
@@ -94,9 +94,17 @@ def chunk_size(images: Tensor, late: int = 1) -> int:
     return max(1, late * CHUNK_PIXELS // area) // size * size
 
 
-def split(images: Tensor, size: int) -> list[Tensor]:
+def even(count: int, most: int) -> int:
+    """A size of chunks, up to ``most``, that leaves no smaller last one of ``count``, if there is one not too small:
+    cuDNN plans anew, for 3 ms a layer, for every new size."""
+    return next((size for size in range(most, most // 2, -1) if count % size == 0), most)
+
+
+def split(images: Tensor, size: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """``images`` (B, C, H, W) in chunks of ``size``, channels last."""
-    return [chunk.contiguous(memory_format=torch.channels_last) for chunk in images.split(size)]
+    layout: Any = {"memory_format": torch.channels_last}
+    # Both in one pass; gaps between rows, which parts of larger images have, go in a second.
+    return (chunk.to(dtype, **layout).contiguous(**layout) for chunk in images.split(size))
 
 
 class InChunks(nn.Module):
@@ -115,7 +123,8 @@ class InChunks(nn.Module):
         """The maps of images (B, C, H, W)."""
         images, at = arguments[self.position], self.position
         chunks = [
-            self.layers(*arguments[:at], chunk, *arguments[at + 1 :]) for chunk in split(images, chunk_size(images))
+            self.layers(*arguments[:at], chunk, *arguments[at + 1 :])
+            for chunk in split(images, chunk_size(images), images.dtype)
         ]
         if isinstance(chunks[0], Tensor):
             return torch.cat(chunks)
@@ -181,6 +190,10 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
         fuse_convolutions(traced, fused_kind)
         if fused_kind is FusedConv2d:
             traced = in_stages(traced, images)
+        elif runs_kernels(weight):
+            from .gpu_stem import replace_pools
+
+            replace_pools(traced)
         if wrapped:
             fused._backbone = traced
         else:

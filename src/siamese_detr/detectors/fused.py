@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from siamese_detr.gpu import runs_kernels
+
 from . import winograd
 
 
@@ -27,6 +29,9 @@ ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
 }
 """Names and arguments in oneDNN."""
 
+MULTIPLE = 8
+"""Of input channels, which tensor cores do well: where there are fewer, zeros are added."""
+
 
 class CudnnConv2d(nn.Module):
     """A convolution, the sum with another tensor, and ReLU in one pass over the memory of a CUDA device.
@@ -40,27 +45,83 @@ class CudnnConv2d(nn.Module):
     activations: ClassVar = {nn.ReLU: ACTIVATIONS[nn.ReLU]}
     needs_activation = True
     """Without one, cuDNN has nothing for it."""
-    multiple = 8
-    """Input channels from which on tensor cores do it well: where there are fewer, zeros are added."""
 
     def __init__(
         self, convolution: nn.Conv2d, activation: tuple[str, list[float]] | None, in_place: bool = False
     ) -> None:
         super().__init__()
         self.geometry: Any = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-        few = convolution.groups == 1 and convolution.in_channels < self.multiple
-        self.added = self.multiple - convolution.in_channels if few else 0
-        self.weight, self.bias = self._filled(convolution.weight.detach()), convolution.bias
+        self.weight, self.bias = convolution.weight.detach(), convolution.bias
+        self.blocks = Blocks(convolution) if Blocks.suit(convolution) else None
+        few = convolution.groups == 1 and self.blocks is None
+        self.added = max(0, MULTIPLE - convolution.in_channels) if few else 0
+        if self.blocks is not None:
+            self.geometry, self.weight = ((1, 1), (0, 0), (1, 1), 1), self.blocks.weight(self.weight)
+        elif self.added:
+            self.weight = self._filled(self.weight)
 
     def _filled(self, x: Tensor) -> Tensor:
-        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.added)) if self.added else x
+        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.added))
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """ReLU of the convolution of ``x`` (B, C, H, W) plus ``other``, which has the result's shape."""
-        x = self._filled(x)
+        if self.blocks is not None:
+            x = self.blocks.image(x)
+        elif self.added:
+            x = self._filled(x)
         if other is None:
             return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
         return torch.cudnn_convolution_add_relu(x, self.weight, other, 1.0, self.bias, *self.geometry)
+
+
+class Blocks:
+    """A convolution of stride 2 over few channels as one of stride 1 over the four times as many of 2x2 pixels.
+
+    Args:
+        convolution: a network's first one.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        self.kernel, self.padding = convolution.kernel_size[0], int(convolution.padding[0])
+        self.first = -self.padding // 2  # of the blocks that the first output looks at
+        self.blocks = (self.kernel - 1 - self.padding) // 2 - self.first + 1
+        self.channels = -(-4 * convolution.in_channels // MULTIPLE) * MULTIPLE
+
+    @staticmethod
+    def suit(convolution: nn.Conv2d) -> bool:
+        """Whether ``convolution`` can be computed so, and gains by it."""
+        return (
+            convolution.in_channels <= 4
+            and convolution.groups == 1
+            and convolution.stride == (2, 2)
+            and convolution.dilation == (1, 1)
+            and len({*convolution.kernel_size}) == len({*convolution.padding}) == 1
+        )
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """(O, C, k, k) -> (O, channels, blocks, blocks), channels last."""
+        out, channels = weight.shape[:2]
+        before = -self.padding - 2 * self.first
+        after = 2 * self.blocks - before - self.kernel
+        padded = nn.functional.pad(weight, (before, after, before, after))
+        parts = padded.view(out, channels, self.blocks, 2, self.blocks, 2).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+        filled = nn.functional.pad(parts, (0, 0, 0, 0, 0, self.channels - 4 * channels))
+        return filled.contiguous(memory_format=torch.channels_last)
+
+    def image(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, channels, height, width), channels last, with the blocks of zeros around."""
+        outputs = ((side + 2 * self.padding - self.kernel) // 2 + 1 for side in x.shape[2:])
+        height, width = (size + self.blocks - 1 for size in outputs)
+        if runs_kernels(x):
+            from .gpu_stem import arrange
+
+            return arrange(x, self.first, (height, width), self.channels)
+        before = -2 * self.first
+        below, right = (2 * size - before - side for size, side in zip((height, width), x.shape[2:], strict=True))
+        padded = nn.functional.pad(x, (before, right, before, below))
+        parts = padded.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+        filled = nn.functional.pad(parts, (0, 0, 0, 0, 0, self.channels - parts.shape[1]))
+        return filled.contiguous(memory_format=torch.channels_last)
 
 
 class FusedConv2d(nn.Module):
