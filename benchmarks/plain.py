@@ -21,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou, roi_align
 
-from siamese_detr.detectors import attention, deformable_attention, deformable_detr, detr, layers, linear
+from siamese_detr.detectors import attention, deformable_attention, deformable_detr, detr, layer_norm, layers, linear
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.pretext.losses import full_precision
 from siamese_detr.pretext.siamese import SiamesePretext
@@ -32,9 +32,9 @@ Timer = Callable[[str], Any]
 
 @contextmanager
 def stock_modules(detector: DetectorAdapter) -> Iterator[None]:
-    """The detector with PyTorch's attention, dropout, linear layers and Transformers' sampling instead of ours."""
+    """The detector with PyTorch's attention, dropout and layers and Transformers' sampling instead of ours."""
     with ExitStack() as stock:
-        for part in (attention, deformable_attention, linear):
+        for part in (attention, deformable_attention, linear, layer_norm):
             part.uninstall(detector.model)
             stock.callback(part.install, detector.model)
         for module in (detr, deformable_detr):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import attention, deformable_attention, linear, saving
+from . import attention, deformable_attention, layer_norm, linear, saving
 from .backbones import Backbone
 from .frozen import FrozenBackbone
 from .functional import level_mask
@@ -55,6 +55,7 @@ class DetectorAdapter(nn.Module):
         attention.install(model)
         deformable_attention.install(model)
         linear.install(model)
+        layer_norm.install(model)
         self.model: Any = model  # its sub-modules are looked up by name: typing would only say Tensor | Module
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.provenance = dict(provenance or {})

@@ -1,0 +1,70 @@
+"""Layer norms trained on a CPU: what they give is kept for the backward pass, and not what they were given.
+
+The next layer keeps it anyway, while nothing else keeps the sum of tokens and a branch, of which DETR's relatives take
+the norm. Its normalised values are ``(out - bias) / weight``. On other devices, in lower precision, compiled, and with
+weights near zero, everything is PyTorch's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import retype
+
+SMALLEST = 2.0**-10
+"""Weights with smaller ones among them are not divided by: rounding errors would grow too much."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """A stock layer norm in all but what it keeps while it is trained."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        plain = not self.training or torch.compiler.is_compiling()
+        if plain or not torch.is_grad_enabled() or not self._reversible(input):
+            return super().forward(input)
+        return _LayerNorm.apply(input, self.weight, self.bias, self.eps)
+
+    def _reversible(self, x: Tensor) -> bool:
+        weight, bias = self.weight, self.bias
+        return (
+            x.device.type == "cpu"
+            and self.elementwise_affine
+            and bias is not None
+            and x.dtype == weight.dtype == bias.dtype
+            and x.dtype in (torch.float32, torch.float64)
+            and x.shape[-1:] == weight.shape
+            and bool(weight.detach().abs().min() >= SMALLEST)
+        )
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        out, _, per_deviation = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(out, weight, bias, per_deviation)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        out, weight, bias, per_deviation = ctx.saved_tensors
+        normal = torch.addcmul(-bias / weight, out, 1 / weight)
+        moments = torch.zeros_like(per_deviation), torch.ones_like(per_deviation)
+        to_x, *others = torch.ops.aten.native_layer_norm_backward(
+            gradient, normal, weight.shape, *moments, weight, bias, ctx.needs_input_grad[:3]
+        )
+        return None if to_x is None else to_x.mul_(per_deviation), *others, None
+
+
+def install(model: nn.Module) -> None:
+    """Let the stock layer norms of a model do so. Names, weights and what is saved stay as they are."""
+    retype(model, nn.LayerNorm, LayerNorm)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Make them stock ones again."""
+    retype(model, LayerNorm, nn.LayerNorm)
