@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ class LayerNorm(nn.LayerNorm):
             and x.dtype == weight.dtype == bias.dtype
             and x.dtype in (torch.float32, torch.float64)
             and x.shape[-1:] == weight.shape
-            and bool(weight.detach().abs().min() >= SMALLEST)
+            and bool(np.abs(weight.detach().numpy()).min(initial=1) >= SMALLEST)
         )
 
 
