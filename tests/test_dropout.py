@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from siamese_detr.detectors import dropout as module
-from siamese_detr.detectors.dropout import bits, dropout, mask, residual
+from siamese_detr.detectors.dropout import LEVELS, bits, draw_kept, dropout, mask, pack, residual, unpack
 
 
 @pytest.fixture(params=["few", "many"], autouse=True)
@@ -67,6 +67,16 @@ def test_a_mask_multiplies(dtype: torch.dtype) -> None:
         assert torch.equal(integers, before)
     bits(x).mul_(kept)
     assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 5, 16)])
+def test_one_bit_is_kept_of_an_element(shape: tuple[int, ...]) -> None:
+    kept = draw_kept(torch.Size(shape), LEVELS // 2)
+    assert torch.equal(unpack(pack(kept), kept.shape), kept.to(torch.uint8))
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+        dropout(torch.randn(shape, requires_grad=True), 0.5, True)
+    assert sizes == [-(-kept.numel() // 8)]
 
 
 def test_dropout_is_the_stock_one_where_nothing_is_drawn() -> None:

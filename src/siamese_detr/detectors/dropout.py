@@ -2,8 +2,8 @@
 
 There, PyTorch draws one floating-point number per element to be dropped, which takes longer than an attention itself.
 Here 16 random bits decide on an element: the probability is that asked for, rounded to a multiple of 2⁻¹⁶ (0.1 becomes
-0.100006), and the kept ones are scaled by what was rounded to, so the mean is exact. The mask takes a quarter of the
-memory. On other devices, and compiled, everything is PyTorch's own.
+0.100006), and the kept ones are scaled by what was rounded to, so the mean is exact. One bit of each is stored for the
+backward pass. On other devices, and compiled, everything is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -83,11 +83,21 @@ def mask(x: Tensor, kept: Tensor) -> Tensor:
     return kept.to(bits(x).dtype, copy=True).mul_(bits(x)).view(x.dtype)
 
 
+def pack(kept: Tensor) -> Tensor:
+    """Zeros and ones, of any integers, as bits."""
+    return torch.from_numpy(np.packbits(kept.to(torch.uint8).numpy()))
+
+
+def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+    """What :func:`pack` was given, of ``shape``, as uint8."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=shape.numel())).view(shape)
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: int, added: Tensor | None) -> Tensor:
         kept = draw_kept(x.shape, dropped)
-        ctx.save_for_backward(kept.to(torch.uint8))
+        ctx.save_for_backward(pack(kept))
         ctx.factor = scale(dropped)
         if added is not None:
             factors = kept.to(x.dtype)
@@ -96,8 +106,8 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        to_x = mask(gradient, kept).mul_(ctx.factor)
+        (packed,) = ctx.saved_tensors
+        to_x = mask(gradient, unpack(packed, gradient.shape)).mul_(ctx.factor)
         return to_x, None, gradient if ctx.needs_input_grad[2] else None
 
 
@@ -105,14 +115,14 @@ class _DroppedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, value: Tensor, dropped: int) -> Tensor:
         kept = draw_kept(weights.shape, dropped)
-        ctx.save_for_backward(weights, value, kept.to(torch.uint8))
+        ctx.save_for_backward(weights, value, pack(kept))
         ctx.factor = scale(dropped)
         return mask(weights, kept) @ (value * ctx.factor)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weights, value, kept = ctx.saved_tensors
-        above = gradient * ctx.factor
+        weights, value, packed = ctx.saved_tensors
+        above, kept = gradient * ctx.factor, unpack(packed, weights.shape)
         to_value = mask(weights, kept).transpose(-1, -2) @ above
         return mask(above @ value.transpose(-1, -2), kept), to_value, None
