@@ -361,6 +361,15 @@ def test_chunks_on_a_gpu_have_one_size(count: int, most: int, expected: int) -> 
     assert frozen.even(count, most) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_have_their_channels_last(dtype: torch.dtype) -> None:
+    images = torch.randn(5, 3, 10, 12)
+    for given in (images, images[..., :8], images.contiguous(memory_format=torch.channels_last)[:, :, :, :8]):
+        chunks = list(frozen.split(given, 2, dtype))
+        assert torch.equal(torch.cat(chunks), given.to(dtype))
+        assert all(chunk.is_contiguous(memory_format=torch.channels_last) for chunk in chunks)
+
+
 def test_weights_do_not_change_device_and_precision_at_once() -> None:
     """From Apple's GPUs into double precision that fails or, silently, gives zeros (PyTorch 2.14)."""
     weight = (8, 3, 3, 3)

@@ -85,7 +85,7 @@ def test_hidden_activations_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> No
             function(x.clone().requires_grad_()).sum()
         return sum(found.values())
 
-    hidden = (500 * 11 + module.ROOM) * x.element_size()
+    hidden = 500 * 11 * x.element_size() + module.ROOM
     weights = sum(weight.nbytes for weight in block.parameters())
     assert kept(added(block)) > 2 * hidden
     assert kept(lambda x: add_feed_forward(block, x)) <= hidden + x.nbytes + weights

@@ -57,20 +57,47 @@ def test_single_precision_is_as_exact_as_needed(smallest: float) -> None:
         assert (got - want).norm() <= (2e-6 + 1e-7 / smallest) * want.norm()
 
 
-@pytest.mark.parametrize("change", ["weights near zero", "no bias", "no weights", "half precision", "evaluation"])
-def test_what_cannot_be_reversed_is_left_to_pytorch(change: str) -> None:
+CHANGES = ("weights near zero", "large biases", "no bias", "no weights", "half precision", "autocast", "evaluation")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_reversed_is_left_to_pytorch(change: str) -> None:
     options = {"no bias": {"bias": False}, "no weights": {"elementwise_affine": False}}.get(change, {})
     stock, ours = norms(4, **options)
     x = torch.randn(3, 4, dtype=torch.bfloat16 if change == "half precision" else torch.float32)
     for norm in (stock, ours):
         norm.to(x.dtype).train(change != "evaluation")
         if change == "weights near zero":
-            norm.weight.data[1] = SMALLEST / 2
-    found = outputs_and_gradients(ours, x)
+            norm.weight.data[1] = 1e-4
+        elif change == "large biases":
+            norm.bias.data[1] = -1e5
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        found, expected = outputs_and_gradients(ours, x), outputs_and_gradients(stock, x)
     assert found[0].grad_fn is not None
     assert found[0].grad_fn.name() == "NativeLayerNormBackward0"
-    for got, want in zip(found, outputs_and_gradients(stock, x), strict=True):
+    for got, want in zip(found, expected, strict=True):
         assert torch.equal(got, want)
+
+
+def test_norms_over_several_dimensions_are_the_stock_ones() -> None:
+    stock = nn.LayerNorm((3, 4))
+    ours = copy.deepcopy(stock)
+    layer_norm.install(ours)
+    x = torch.randn(2, 3, 4)
+    for got, want in zip(outputs_and_gradients(ours, x), outputs_and_gradients(stock, x), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_compiled_it_is_pytorchs() -> None:
+    _, ours = norms(4)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    torch.compile(ours, fullgraph=True, backend=backend)(torch.randn(3, 4)).sum().backward()
+    assert graphs == [[nn.functional.layer_norm]]
 
 
 def test_gradients_only_where_wanted() -> None:

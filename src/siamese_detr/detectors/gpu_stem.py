@@ -36,7 +36,7 @@ def arrange(x: Tensor, first: int, size: tuple[int, int], channels: int) -> Tens
 
 
 class MaxPool(nn.Module):
-    """A stock pooling layer without padding values, dilation or indices, on maps without gradient.
+    """A stock pooling layer of equal sides, without dilation, indices or ceil mode, on maps without gradient.
 
     Args:
         stock: the layer it takes the place of.

@@ -1,7 +1,7 @@
 """Layer norms trained on a CPU: what they give is kept for the backward pass, and not what they were given.
 
 The next layer keeps it anyway, while nothing else keeps the sum of tokens and a branch, of which DETR's relatives take
-the norm. Its normalised values are ``(out - bias) / weight``. On other devices, in lower precision, compiled, and with
+the norm. Its normalised values are ``(out - bias) / weight``. On other devices, under autocast, compiled, and with
 weights near zero, everything is PyTorch's own.
 """
 
@@ -16,30 +16,34 @@ from torch import Tensor, nn
 from .functional import retype
 
 SMALLEST = 2.0**-10
-"""Weights with smaller ones among them are not divided by: rounding errors would grow too much."""
+"""Weights with smaller ones among them, or so much smaller than a bias, are not divided by: rounding errors would grow."""
 
 
 class LayerNorm(nn.LayerNorm):
-    """A stock layer norm in all but what it keeps while it is trained."""
+    """A stock layer norm in all but what it keeps while it is trained: what it gives is not to be changed in place, nor
+    differentiated twice."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        plain = not self.training or torch.compiler.is_compiling()
+        plain = not self.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
         if plain or not torch.is_grad_enabled() or not self._reversible(input):
             return super().forward(input)
         return _LayerNorm.apply(input, self.weight, self.bias, self.eps)
 
     def _reversible(self, x: Tensor) -> bool:
         weight, bias = self.weight, self.bias
-        return (
+        fits = (
             x.device.type == "cpu"
             and self.elementwise_affine
             and bias is not None
             and x.dtype == weight.dtype == bias.dtype
             and x.dtype in (torch.float32, torch.float64)
             and x.shape[-1:] == weight.shape
-            and bool(np.abs(weight.detach().numpy()).min(initial=1) >= SMALLEST)
         )
+        if not fits:
+            return False
+        least, most = np.abs(weight.detach().numpy()).min(), np.abs(bias.detach().numpy()).max()
+        return bool(least >= SMALLEST * max(1, most))
 
 
 class _LayerNorm(torch.autograd.Function):
