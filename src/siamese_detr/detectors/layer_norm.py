@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .functional import retype
 
 SMALLEST = 2.0**-10
-"""Weights with smaller ones among them, or so much smaller than a bias, are not divided by: rounding errors would grow."""
+"""Weights with smaller ones among them, or so much smaller than a bias, are not divided by: rounding would show."""
 
 
 class LayerNorm(nn.LayerNorm):
