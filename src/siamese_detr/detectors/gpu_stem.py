@@ -92,9 +92,7 @@ def _part(values, VALUES: tl.constexpr):
 
 
 @triton.jit
-def _arrange(
-    x, out, colours, tall, wide, height, width, first, CHANNELS: tl.constexpr, VALUES: tl.constexpr
-):  # fmt: skip
+def _arrange(x, out, colours, tall, wide, height, width, first, CHANNELS: tl.constexpr, VALUES: tl.constexpr):
     values = height * width * CHANNELS
     image, here = _part(values, VALUES)
     channel, column, row = here % CHANNELS, here // CHANNELS % width, here // CHANNELS // width
