@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from siamese_detr.detectors import layer_norm
 from siamese_detr.detectors.layer_norm import SMALLEST, LayerNorm
 from siamese_detr.detectors.layers import encoder_layer
-from tiny_detectors import WIDTH, tiny_batch, tiny_detector
+from tiny_detectors import WIDTH, same_with_stock_layers, tiny_detector
 
 
 def norms(width: int, seed: int = 0, **options: bool) -> tuple[nn.LayerNorm, nn.LayerNorm]:
@@ -132,21 +132,4 @@ def test_layers_keep_no_sums() -> None:
 
 
 def test_a_detector_is_what_it_was() -> None:
-    detector = tiny_detector("conditional-detr", dropout=0.0).train()
-    images, mask = tiny_batch()
-    names, kinds = list(detector.state_dict()), [type(module) for module in detector.modules()]
-    assert LayerNorm in kinds
-    ours = detector(images, mask)
-    ours[1].sum().backward()
-    gradients = {name: value.grad for name, value in detector.named_parameters() if value.grad is not None}
-    detector.zero_grad()
-    layer_norm.uninstall(detector)
-    assert LayerNorm not in [type(module) for module in detector.modules()]
-    theirs = detector(images, mask)
-    theirs[1].sum().backward()
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    for name, value in gradients.items():
-        torch.testing.assert_close(value, detector.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
-    assert list(detector.state_dict()) == names
-    layer_norm.install(detector)
-    assert [type(module) for module in detector.modules()] == kinds
+    same_with_stock_layers("conditional-detr", layer_norm, LayerNorm)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from siamese_detr.detectors import linear
-from siamese_detr.detectors.linear import Linear, install, product, uninstall
-from tiny_detectors import tiny_batch, tiny_detector
+from siamese_detr.detectors.linear import Linear, install, product
+from tiny_detectors import same_with_stock_layers
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
@@ -107,21 +107,4 @@ def test_evaluation_half_precision_and_double_are_the_stock_ones() -> None:
 
 
 def test_a_detector_is_what_it_was() -> None:
-    detector = tiny_detector("detr", dropout=0.0).train()
-    images, mask = tiny_batch()
-    names, kinds = list(detector.state_dict()), [type(module) for module in detector.modules()]
-    assert Linear in kinds
-    ours = detector(images, mask)
-    ours[1].sum().backward()
-    gradients = {name: value.grad for name, value in detector.named_parameters() if value.grad is not None}
-    detector.zero_grad()
-    uninstall(detector)
-    assert Linear not in [type(module) for module in detector.modules()]
-    theirs = detector(images, mask)
-    theirs[1].sum().backward()
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    for name, value in gradients.items():
-        torch.testing.assert_close(value, detector.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
-    assert list(detector.state_dict()) == names
-    install(detector)
-    assert [type(module) for module in detector.modules()] == kinds
+    same_with_stock_layers("detr", linear, Linear)
