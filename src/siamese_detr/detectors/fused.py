@@ -51,24 +51,21 @@ class CudnnConv2d(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry: Any = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-        self.weight, self.bias = convolution.weight.detach(), convolution.bias
+        weight, self.bias = convolution.weight.detach(), convolution.bias
         self.blocks = Blocks(convolution) if Blocks.suit(convolution) else None
         few = convolution.groups == 1 and self.blocks is None
         self.added = max(0, MULTIPLE - convolution.in_channels) if few else 0
-        if self.blocks is not None:
-            self.geometry, self.weight = ((1, 1), (0, 0), (1, 1), 1), self.blocks.weight(self.weight)
-        elif self.added:
-            self.weight = self._filled(self.weight)
+        if self.blocks is None:
+            self.weight = self._filled(weight)
+        else:
+            self.geometry, self.weight = ((1, 1), (0, 0), (1, 1), 1), self.blocks.weight(weight)
 
     def _filled(self, x: Tensor) -> Tensor:
-        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.added))
+        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.added)) if self.added else x
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """ReLU of the convolution of ``x`` (B, C, H, W) plus ``other``, which has the result's shape."""
-        if self.blocks is not None:
-            x = self.blocks.image(x)
-        elif self.added:
-            x = self._filled(x)
+        x = self._filled(x) if self.blocks is None else self.blocks.image(x)
         if other is None:
             return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
         return torch.cudnn_convolution_add_relu(x, self.weight, other, 1.0, self.bias, *self.geometry)
@@ -100,13 +97,9 @@ class Blocks:
 
     def weight(self, weight: Tensor) -> Tensor:
         """(O, C, k, k) -> (O, channels, blocks, blocks), channels last."""
-        out, channels = weight.shape[:2]
         before = -self.padding - 2 * self.first
         after = 2 * self.blocks - before - self.kernel
-        padded = nn.functional.pad(weight, (before, after, before, after))
-        parts = padded.view(out, channels, self.blocks, 2, self.blocks, 2).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-        filled = nn.functional.pad(parts, (0, 0, 0, 0, 0, self.channels - 4 * channels))
-        return filled.contiguous(memory_format=torch.channels_last)
+        return self._arranged(nn.functional.pad(weight, (before, after, before, after)))
 
     def image(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, channels, height, width), channels last, with the blocks of zeros around."""
@@ -118,8 +111,11 @@ class Blocks:
             return arrange(x, self.first, (height, width), self.channels)
         before = -2 * self.first
         below, right = (2 * size - before - side for size, side in zip((height, width), x.shape[2:], strict=True))
-        padded = nn.functional.pad(x, (before, right, before, below))
-        parts = padded.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+        return self._arranged(nn.functional.pad(x, (before, right, before, below)))
+
+    def _arranged(self, x: Tensor) -> Tensor:
+        """What the kernel makes of whole blocks, (B, C, 2 h, 2 w) -> (B, channels, h, w)."""
+        parts = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
         filled = nn.functional.pad(parts, (0, 0, 0, 0, 0, self.channels - parts.shape[1]))
         return filled.contiguous(memory_format=torch.channels_last)
 
