@@ -29,7 +29,7 @@ from siamese_detr.pretext.matching import assign
 from siamese_detr.training.ahead import AheadLoader
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
 from siamese_detr.views import TwoViewDataset, augment, collate
-from tiny_detectors import region_queries, tiny_batch, tiny_detector
+from tiny_detectors import gradients_in_half_precision_are_numbers
 from tiny_finetuning import QUICK, write_scenes
 from tiny_finetuning import TINY as SMALL_DETECTOR
 from view_cases import SMALL, photo_store
@@ -114,15 +114,7 @@ def test_augmentation_is_that_of_a_cpu(photos: Path) -> None:
 
 @pytest.mark.parametrize("case", ["deformable-detr", "rt-detr", "lw-detr"])
 def test_gradients_in_half_precision_are_numbers_in_spite_of_padding(case: str) -> None:
-    detector = tiny_detector(case, dropout=0.1).cuda().train()
-    images, mask = tiny_batch()
-    with torch.autocast("cuda", torch.float16):
-        memory = detector.encode(detector.features(images.cuda(), mask.cuda()), mask.cuda())
-        decoded = detector.decode(memory, region_queries().cuda())
-    (decoded.states.float().mean() + decoded.boxes.float().mean()).backward()
-    assert memory.tokens.isfinite().all()
-    for name, parameter in detector.named_parameters():
-        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    gradients_in_half_precision_are_numbers(case, "cuda", torch.float16)
 
 
 def test_batches_arrive_as_they_were() -> None:

@@ -111,3 +111,16 @@ def same_with_stock_layers(case: str, part: ModuleType, kind: type[nn.Module]) -
     assert list(detector.state_dict()) == names
     part.install(detector)
     assert [type(module) for module in detector.modules()] == kinds
+
+
+def gradients_in_half_precision_are_numbers(case: str, device: str, dtype: torch.dtype) -> None:
+    """Check it of a detector that is shown padded images under autocast."""
+    detector = tiny_detector(case, dropout=0.1).to(device).train()
+    images, mask = (x.to(device) for x in tiny_batch())
+    with torch.autocast(device, dtype):
+        memory = detector.encode(detector.features(images, mask), mask)
+        decoded = detector.decode(memory, region_queries().to(device))
+    (decoded.states.float().mean() + decoded.boxes.float().mean()).backward()
+    assert memory.tokens.isfinite().all()
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
