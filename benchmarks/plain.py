@@ -4,8 +4,8 @@ Written anew from the method's description, in the plainest way: the frozen back
 separate operations, once for each view and once for each view's crops; encoder and decoder run once per direction;
 RoIAlign cuts 49 bins per region; every head runs on every query of every layer; each layer is matched on its own, with
 its own copies to the host, and its losses are computed image by image; every logged term is read; AdamW updates one
-tensor after the other. Weights, inputs and mathematics are those of :class:`siamese_detr.pretext.SiamesePretext` with
-``pool_padding`` (the research code averages padding, too).
+tensor after the other. Weights, inputs and mathematics are those of :class:`siamese_detr.pretext.SiamesePretext`, with
+``pool_padding`` (as in the research code, which averages padding, too) or without.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class PlainSiamese:
     """The plain step.
 
     Args:
-        pretext: holds the weights, and the configuration (the paper's, with ``pool_padding``).
+        pretext: holds the weights, and the configuration (the paper's; ``pool_padding`` may be off).
         timer: context manager by part, see :mod:`step`.
     """
 
     def __init__(self, pretext: SiamesePretext, timer: Timer) -> None:
         self.pretext, self.detector, self.timer = pretext, pretext.detector, timer
-        if not pretext.config.pool_padding or pretext.config.discrimination != "both":
-            raise ValueError("the plain step is written for the paper's losses, with pool_padding")
+        if pretext.config.discrimination != "both":
+            raise ValueError("the plain step is written for the paper's losses")
 
     def optimizer(self, lr: float = 1e-4, weight_decay: float = 1e-4) -> torch.optim.Optimizer:
         """AdamW, one tensor after the other."""
@@ -83,11 +83,11 @@ class PlainSiamese:
         detector, timer = self.detector, self.timer
         masks = inputs.pixel_mask.chunk(2)
         with timer("Transformer"):
-            queries = [self.queries(maps[v], inputs.query_boxes[v]) for v in range(2)]
+            sizes = inputs.sizes.unflatten(0, (2, -1))
+            queries = [self.queries(maps[v], inputs.query_boxes[v], sizes[v]) for v in range(2)]
             memories = [detector.encode(maps[v], masks[v]) for v in range(2)]
             decoded = [detector.decode(memories[v], queries[1 - v]) for v in range(2)]
         with timer("heads, matching, losses"):
-            sizes = inputs.sizes.unflatten(0, (2, -1))
             terms: dict[str, Tensor] = {}
             for v in range(2):  # the memory of view v, the regions of the other one
                 for name, value in self.direction(decoded[v], inputs.boxes[v], sizes[v], crops[1 - v]).items():
@@ -106,11 +106,17 @@ class PlainSiamese:
         assert isinstance(total, Tensor)
         return total, logged
 
-    def queries(self, maps: list[Tensor], boxes: Tensor) -> Tensor:
+    def queries(self, maps: list[Tensor], boxes: Tensor, sizes: Tensor) -> Tensor:
         """Region queries (B, Q, D)."""
         pooled = []
         for level, stride in zip(maps, self.detector.strides, strict=True):
-            bins = roi_align(level, list(boxes.to(level.dtype)), 7, 1 / stride)
+            regions = list(boxes.to(level.dtype))
+            if self.pretext.config.pool_padding:
+                bins = roi_align(level, regions, 7, 1 / stride)
+            else:
+                shown = [x[:, : -(-h // stride), : -(-w // stride)] for x, (h, w) in zip(level, sizes, strict=True)]
+                pairs = zip(shown, regions, strict=True)
+                bins = torch.cat([roi_align(x[None], [region], 7, 1 / stride) for x, region in pairs])
             pooled.append(bins.mean((2, 3)).unflatten(0, boxes.shape[:2]))
         embedded = self.pretext.region_embedding(torch.cat(pooled, -1))
         return embedded.repeat_interleave(self.detector.num_queries // boxes.shape[1], 1)
@@ -171,7 +177,9 @@ class PlainSiamese:
         }
 
     def pooled(self, memory: Any) -> Tensor:
-        """Mean of every level of the memory, padding included: (B, D * levels)."""
+        """Mean of every level of the memory: (B, D * levels)."""
+        if not self.pretext.config.pool_padding:
+            return memory.pooled()
         levels = memory.tokens.split([height * width for height, width in memory.shapes], 1)
         return torch.cat([level.mean(1) for level in levels], -1)
 

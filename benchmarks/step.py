@@ -1,7 +1,7 @@
 """One pre-training step, ours against a plain re-creation of the research code's structure (see plain.py).
 
     python benchmarks/step.py [--cases conditional-detr ...] [--rounds 5] [--threads 2] [--dropout 0.1]
-                              [--out benchmarks/results] [--quick]
+                              [--pool-padding] [--out benchmarks/results] [--quick]
 
 Both take the same weights and the same inputs: views of 380x460 pixels and 2x10 crops of 128 for each of 2 images,
 ResNet-50. First their losses are compared without dropout: the program fails if they differ by more than 1e-4. Then
@@ -66,13 +66,14 @@ class Scale:
     crop: int = 128
     batch: int = 2
     regions: int = 10
+    pool_padding: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def quick(cls) -> Scale:
         """Seconds instead of minutes."""
         sizes = {"hidden_size": 32, "heads": 4, "encoder_layers": 2, "decoder_layers": 2, "ffn_size": 64}
-        return cls("random:resnet18", 96, 128, 64, 2, 5, sizes | {"num_queries": 20})
+        return cls("random:resnet18", 96, 128, 64, 2, 5, sizes=sizes | {"num_queries": 20})
 
 
 def make_pretext(case: str, scale: Scale) -> SiamesePretext:
@@ -87,7 +88,7 @@ def make_pretext(case: str, scale: Scale) -> SiamesePretext:
         detector = build_detector(family, scale.backbone, seed=0, **{**options, **scale.sizes})
     settle(detector.backbone, make_inputs(dataclasses.replace(scale, batch=2)).pixel_values)
     torch.manual_seed(0)
-    pretext = SiamesePretext(detector, SiameseConfig(pool_padding=True)).train()
+    pretext = SiamesePretext(detector, SiameseConfig(pool_padding=scale.pool_padding)).train()
     set_dropout(pretext, 0.0)
     for module in pretext.modules():
         if isinstance(module, BatchNorm):
@@ -436,16 +437,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         default=["fp32"] if emulates_bf16("cpu") else ["fp32", "bf16"],
         help="default: both, but for bf16 where it is only emulated",
     )
+    parser.add_argument("--pool-padding", action="store_true", help="as the research code pools")
     parser.add_argument("--out", default="benchmarks/results")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
-    scale = Scale.quick() if options.quick else Scale()
+    scale = dataclasses.replace(Scale.quick() if options.quick else Scale(), pool_padding=options.pool_padding)
     rounds = 1 if options.quick else options.rounds
     summary: dict[str, Any] = {
         "cpu": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "threads": options.threads,
         "dropout": options.dropout,
+        "pool padding": options.pool_padding,
         "precisions": options.precisions,
         "cases": {},
     }

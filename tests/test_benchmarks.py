@@ -11,12 +11,14 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.mark.parametrize("pool_padding", [False, True])
 @pytest.mark.parametrize("case", ["conditional-detr", "detr", "deformable-single-scale", "deformable-multi-scale"])
-def test_the_plain_step_has_our_losses(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plain_step_has_our_losses(case: str, pool_padding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import step
 
-    inputs, pretext = step.make_inputs(step.Scale.quick()), step.make_pretext(case, step.Scale.quick()).double()
+    scale = dataclasses.replace(step.Scale.quick(), pool_padding=pool_padding)
+    inputs, pretext = step.make_inputs(scale), step.make_pretext(case, scale).double()
     names = ("pixel_values", "crops", "boxes", "query_boxes")
     inputs = dataclasses.replace(inputs, **{name: getattr(inputs, name).double() for name in names})
     learned = [parameter for parameter in pretext.parameters() if parameter.requires_grad]

@@ -30,6 +30,10 @@ class DetectorAdapter(nn.Module):
         model: the stock model; its `config.auxiliary_loss` must be off (it changes the decoder's function).
         image_mean, image_std: normalisation of the backbone, for pixels in [0, 1].
         provenance: plain values recorded beside a saved model (family, backbone, origin).
+
+    Attributes:
+        encodes_padding: whether `encode` must give the padding's tokens, too, for a pretext that pools them. Off, they
+            are undefined: a family may leave them out.
     """
 
     family: ClassVar[str]
@@ -63,6 +67,7 @@ class DetectorAdapter(nn.Module):
         if self.square_side is not None:
             self.input_size = {"height": 20 * self.square_side, "width": 20 * self.square_side}
         self.load_report: Any = None
+        self.encodes_padding = False
         self.frozen_backbone = FrozenBackbone(self.backbone, self.square_side or 64)
         self.set_trainable(backbone=False, class_head=False)
 

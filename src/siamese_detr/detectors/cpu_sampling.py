@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numba
@@ -23,12 +24,15 @@ FEWEST_POINTS = 300_000
 """From which on it pays to start threads: PyTorch's own ones keep their cores busy for milliseconds after its work."""
 
 
+Shapes = list[tuple[int, int]] | list[list[tuple[int, int]]]
+
+
 @torch.compiler.disable
 def sample(
     value: Tensor,
     locations: Tensor,
     weights: Tensor,
-    shapes: list[tuple[int, int]],
+    shapes: Shapes,
     reference: Tensor | None = None,
     shown: Tensor | None = None,
 ) -> Tensor:
@@ -39,7 +43,8 @@ def sample(
         locations: (B, Q, heads, levels, points, 2) as (x, y), 0 to 1 across each level; zeros are read outside. With
             ``reference``, their distances from it in cells of their level.
         weights: (B, Q, heads, levels, points).
-        shapes: (h, w) of each level.
+        shapes: (h, w) of each level. Of images packed one after the other (B = 1), which are sampled at their own
+            tokens (Q = S): those of each image.
         reference: (B, Q, levels, 2), 0 to 1 across each level.
         shown: (B, S), False where zeros are to be read for the values.
 
@@ -50,10 +55,14 @@ def sample(
         ValueError: the shapes do not belong together.
     """
     batch, queries, heads, levels, _ = weights.shape
+    packed = _are_packed(shapes)
+    in_a_row: Any = shapes if packed else [shapes]
+    cells = sum(map(_cells, in_a_row))
     fitting = (  # what is compiled does not look
-        value.shape[:3] == (batch, sum(height * width for height, width in shapes), heads)
+        value.shape[:3] == (batch, cells, heads)
         and locations.shape == (*weights.shape, 2)
-        and len(shapes) == levels
+        and all(len(image) == levels for image in in_a_row)
+        and (not packed or (batch == 1 and queries == cells))
         and (reference is None or reference.shape == (batch, queries, levels, 2))
         and (shown is None or shown.shape == value.shape[:2])
     )
@@ -70,7 +79,7 @@ class _Sample(torch.autograd.Function):
         value: Tensor,
         locations: Tensor,
         weights: Tensor,
-        shapes: list[tuple[int, int]],
+        shapes: Shapes,
         reference: Tensor | None,
         shown: Tensor | None,
     ) -> Tensor:
@@ -91,8 +100,9 @@ class _Sample(torch.autograd.Function):
         _run(_spread, ctx.shapes, reference is None, [*inputs, above, *results])
         to_reference = None
         if ctx.needs_input_grad[4]:
-            sizes = torch.tensor([(width, height) for height, width in ctx.shapes])
-            to_reference = to_locations.sum((2, 4)) * sizes
+            to_reference = to_locations.sum((2, 4))
+            for rows, levels in _images(ctx.shapes, len(value)):
+                to_reference[rows] *= torch.tensor(levels).flip(-1)
         return to_value.to(value.dtype), to_locations, to_weights, None, to_reference, None
 
 
@@ -110,20 +120,38 @@ def _inputs(
     return [value, shown.bool().contiguous(), locations, weights, reference]
 
 
-def _run(kernel: Callable[..., None], shapes: list[tuple[int, int]], absolute: bool, tensors: list[Tensor]) -> None:
+def _are_packed(shapes: Shapes) -> bool:
+    return bool(shapes) and isinstance(shapes[0], list)
+
+
+def _cells(levels: list[tuple[int, int]]) -> int:
+    return sum(height * width for height, width in levels)
+
+
+def _images(shapes: Any, batch: int) -> list[tuple[tuple[int, slice], list[tuple[int, int]]]]:
+    """Of every image: where its rows are in tensors (B, Q or S, ...), and its levels' shapes."""
+    if not _are_packed(shapes):
+        return [((image, slice(None)), shapes) for image in range(batch)]
+    starts = [0, *accumulate(map(_cells, shapes))]
+    return [((0, slice(*ends)), levels) for ends, levels in zip(pairwise(starts), shapes, strict=True)]
+
+
+def _run(kernel: Callable[..., None], shapes: Shapes, absolute: bool, tensors: list[Tensor]) -> None:
     """Run a kernel for every head of every image.
 
     Args:
         absolute: whether locations span a level from 0 to 1.
         tensors: what the kernel reads (:func:`_inputs` first) and fills, (B, ...) each.
     """
-    arrays, sizes = [x.numpy() for x in tensors], np.array(shapes)
+    arrays = [x.numpy() for x in tensors]
     batch, _, heads, *_ = (weights := tensors[3]).shape
+    images = [(rows, np.array(levels)) for rows, levels in _images(shapes, batch)]
 
     def run(image: int, head: int) -> None:
-        kernel(head, sizes, absolute, *(x[image] for x in arrays))
+        rows, sizes = images[image]
+        kernel(head, sizes, absolute, *(x[rows] for x in arrays))
 
-    parts = [(image, head) for image in range(batch) for head in range(heads)]
+    parts = [(image, head) for image in range(len(images)) for head in range(heads)]
     if weights.numel() < FEWEST_POINTS or torch.get_num_threads() == 1:
         for part in parts:
             run(*part)

@@ -16,9 +16,11 @@ from siamese_detr.errors import UserError
 
 from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from .deformable_attention import DeformableAttention
 from .dropout import dropout
 from .functional import additive_mask, at_least_float32, inverse_sigmoid, level_arguments, sine_positions
 from .layers import decoder_layer, encoder_layer
+from .packing import find_packing
 
 
 class DeformableDetrAdapter(DetectorAdapter):
@@ -117,18 +119,26 @@ class DeformableDetrAdapter(DetectorAdapter):
         ratios = torch.stack([detr.get_valid_ratio(mask, dtype=tokens.dtype) for mask in masks], 1)
         extra = level_arguments(shapes, tokens.device)
         reference = detr.encoder.get_reference_points(tuple(shapes), ratios, device=tokens.device)
+        own = dict(attention_mask=mask, position_embeddings=position, reference_points=reference, **extra)
+        packing = find_packing(masks) if self._leaves_padding_out(tokens) else None
+        if packing is not None:
+            padded, tokens = tokens, packing.pack(tokens)
+            reference = packing.pack(reference / ratios[:, None])  # across the image instead of the padded level
+            own = dict(position_embeddings=packing.pack(position), reference_points=reference)
+            own |= dict(spatial_shapes_list=packing.shapes)
         tokens = dropout(tokens, detr.encoder.dropout, self.training)
         for layer in detr.encoder.layers:
-            tokens = encoder_layer(
-                layer,
-                tokens,
-                attention_mask=mask,
-                encoder_hidden_states=tokens,
-                position_embeddings=position,
-                reference_points=reference,
-                **extra,
-            )
+            tokens = encoder_layer(layer, tokens, encoder_hidden_states=tokens, **own)
+        if packing is not None:
+            tokens = packing.unpack(tokens, padded)
         return Memory(tokens, mask, shapes, position, {"valid_ratios": ratios, **extra})
+
+    def _leaves_padding_out(self, tokens: Tensor) -> bool:
+        """No valid token reads one of the padding. Where a device would have to be asked for their number, or shapes
+        be compiled for, and in inference, which computes what the stock model does, they are encoded, too."""
+        fits = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        ours = isinstance(self.model.model.encoder.layers[0].self_attn, DeformableAttention)
+        return self.training and not self.encodes_padding and fits and ours
 
     def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
         detr = self.model.model

@@ -89,6 +89,7 @@ class SiamesePretext(Pretext):
         config = config or SiameseConfig()
         super().__init__(detector, config)
         self.config = config
+        detector.encodes_padding = config.pool_padding
         channels = sum(detector.channels)
         self.region_embedding = nn.Linear(channels, detector.hidden_size)
         self.region_head = heads.FeatureHead(detector.hidden_size, channels) if config.learns_regions else None
