@@ -260,4 +260,4 @@ def test_a_kernel_that_was_asked_for_goes_before_ours(kernel: bool, monkeypatch:
     if kernel:
         layer.forward = lambda *arguments: "theirs"
     value = torch.zeros(1, 4, 1, 2, device="meta")
-    assert Sampling(layer)(value, None, [(2, 2)], None, None, None, 64) == ("theirs" if kernel else "ours")
+    assert Sampling(layer)(value, None, [(2, 2)], None, value, None, 64) == ("theirs" if kernel else "ours")

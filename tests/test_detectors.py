@@ -133,6 +133,29 @@ def test_gradients_in_half_precision_are_numbers_in_spite_of_padding(case, dtype
 
 
 @every_detector
+def test_half_precision_stays_close_in_large_images(case):
+    """Their maps have hundreds of columns, too many for eight bits to say where a token is and what it attends to."""
+    detector = tiny_detector(case).train()
+    random = torch.Generator().manual_seed(2)
+    for name, parameter in detector.named_parameters():
+        if "sampling_offsets.bias" in name:
+            parameter.data = torch.randn(parameter.shape, generator=random)
+    side = detector.square_side
+    height, width = (-(-896 // side) * side,) * 2 if side else (64, 2400)
+    images, mask = torch.randn(1, 3, height, width, generator=random), torch.ones(1, height, width, dtype=torch.bool)
+
+    with torch.no_grad():
+        maps = detector.features(images, mask)
+        memory = detector.encode(maps, mask)
+        states = detector.decode(memory, region_queries(1)).states
+        with torch.autocast("cpu", torch.bfloat16):
+            coarse = detector.encode(maps, mask)
+            coarse_states = detector.decode(memory, region_queries(1)).states
+    assert (coarse.tokens - memory.tokens).norm() <= 0.06 * memory.tokens.norm()
+    assert (coarse_states - states).norm() <= 0.04 * states.norm()
+
+
+@every_detector
 def test_a_frozen_backbone_stays_as_it_is(case):
     detector = tiny_detector(case, dropout=0.1)
     detector.train()

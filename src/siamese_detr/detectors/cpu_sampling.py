@@ -23,8 +23,8 @@ from torch import Tensor
 FEWEST_POINTS = 300_000
 """From which on it pays to start threads: PyTorch's own ones keep their cores busy for milliseconds after its work."""
 
-
 Shapes = list[tuple[int, int]] | list[list[tuple[int, int]]]
+"""(h, w) of each level, the same of all images, or of each image's own."""
 
 
 @torch.compiler.disable
@@ -43,8 +43,8 @@ def sample(
         locations: (B, Q, heads, levels, points, 2) as (x, y), 0 to 1 across each level; zeros are read outside. With
             ``reference``, their distances from it in cells of their level.
         weights: (B, Q, heads, levels, points).
-        shapes: (h, w) of each level. Of images packed one after the other (B = 1), which are sampled at their own
-            tokens (Q = S): those of each image.
+        shapes: (h, w) of each level; or, for images packed one after the other (B = 1) that are sampled at their own
+            tokens (Q = S), those of each image.
         reference: (B, Q, levels, 2), 0 to 1 across each level.
         shown: (B, S), False where zeros are to be read for the values.
 
@@ -56,12 +56,12 @@ def sample(
     """
     batch, queries, heads, levels, _ = weights.shape
     packed = _are_packed(shapes)
-    in_a_row: Any = shapes if packed else [shapes]
-    cells = sum(map(_cells, in_a_row))
+    images: Any = shapes if packed else [shapes]  # in a row of the batch
+    cells = sum(map(_cells, images))
     fitting = (  # what is compiled does not look
         value.shape[:3] == (batch, cells, heads)
         and locations.shape == (*weights.shape, 2)
-        and all(len(image) == levels for image in in_a_row)
+        and all(len(image) == levels for image in images)
         and (not packed or (batch == 1 and queries == cells))
         and (reference is None or reference.shape == (batch, queries, levels, 2))
         and (shown is None or shown.shape == value.shape[:2])

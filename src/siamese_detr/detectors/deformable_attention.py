@@ -62,7 +62,8 @@ class Sampling(nn.Module):
 
             return gpu_sampling.sample(value, locations, weights, spatial_shapes, level_start_index)
         if value.device.type != "cpu":
-            return self.stock(value, spatial_shapes, shapes, level_start_index, locations, weights, im2col_step)
+            places = locations.to(value.dtype)  # it samples in one precision
+            return self.stock(value, spatial_shapes, shapes, level_start_index, places, weights, im2col_step)
         from . import cpu_sampling  # Numba takes a moment to import
 
         return cpu_sampling.sample(value, locations, weights, shapes)

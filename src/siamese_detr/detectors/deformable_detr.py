@@ -116,16 +116,19 @@ class DeformableDetrAdapter(DetectorAdapter):
         position = torch.cat([x + detr.level_embed[i].view(1, 1, -1) for i, x in enumerate(positions)], 1)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
         mask = torch.cat([mask.flatten(1) for mask in masks], 1)
-        ratios = torch.stack([detr.get_valid_ratio(mask, dtype=tokens.dtype) for mask in masks], 1)
+        exact = torch.promote_types(tokens.dtype, torch.float32)  # half precision knows places to a fifth of a cell
+        ratios = torch.stack([detr.get_valid_ratio(mask, dtype=exact) for mask in masks], 1)
         extra = level_arguments(shapes, tokens.device)
         reference = detr.encoder.get_reference_points(tuple(shapes), ratios, device=tokens.device)
         own = dict(attention_mask=mask, position_embeddings=position, reference_points=reference, **extra)
         packing = find_packing(masks) if self._leaves_padding_out(tokens) else None
         if packing is not None:
             padded, tokens = tokens, packing.pack(tokens)
-            reference = packing.pack(reference / ratios[:, None])  # across the image instead of the padded level
-            own = dict(position_embeddings=packing.pack(position), reference_points=reference)
-            own |= dict(spatial_shapes_list=packing.shapes)
+            own = dict(
+                position_embeddings=packing.pack(position),
+                reference_points=packing.pack(reference / ratios[:, None]),  # across the image, not the padded level
+                spatial_shapes_list=packing.shapes,
+            )
         tokens = dropout(tokens, detr.encoder.dropout, self.training)
         for layer in detr.encoder.layers:
             tokens = encoder_layer(layer, tokens, encoder_hidden_states=tokens, **own)
@@ -134,8 +137,8 @@ class DeformableDetrAdapter(DetectorAdapter):
         return Memory(tokens, mask, shapes, position, {"valid_ratios": ratios, **extra})
 
     def _leaves_padding_out(self, tokens: Tensor) -> bool:
-        """No valid token reads one of the padding. Where a device would have to be asked for their number, or shapes
-        be compiled for, and in inference, which computes what the stock model does, they are encoded, too."""
+        """Whether to encode only what is inside the images, which reads nothing else. Not where a device would have to
+        be asked how much that is, nor where sizes are compiled for, nor in inference, which is the stock model's."""
         fits = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
         ours = isinstance(self.model.model.encoder.layers[0].self_attn, DeformableAttention)
         return self.training and not self.encodes_padding and fits and ours
@@ -155,15 +158,15 @@ class DeformableDetrAdapter(DetectorAdapter):
             position_embeddings=positions,
             **extra,
         )
-        reference = detr.reference_points(positions).sigmoid()
+        reference = at_least_float32(detr.reference_points(positions)).sigmoid()
         states, boxes = [], []
         for layer, box_head in zip(detr.decoder.layers, self.model.bbox_embed, strict=True):
             scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), -1)
-            anchors = (reference[:, :, None] * scale[:, None]).to(hidden.dtype)
+            anchors = reference[:, :, None] * scale[:, None]
             hidden = decoder_layer(layer, hidden, own, across | {"reference_points": anchors})
             states.append(hidden)
             shift, known = at_least_float32(box_head(hidden)), reference.shape[-1]
-            anchor = inverse_sigmoid(at_least_float32(reference))
+            anchor = inverse_sigmoid(reference)
             boxes.append(torch.cat((shift[..., :known] + anchor, shift[..., known:]), -1).sigmoid())
             if self.config.with_box_refine:
                 reference = boxes[-1].detach()
