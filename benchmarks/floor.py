@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_path import BATCH, Rows, shipped_photos
 from plain import stock_modules
-from siamese_detr.detectors import frozen
+from siamese_detr.detectors import deformable_attention, frozen, linear
 from siamese_detr.hardware import emulates_bf16
 from siamese_detr.training.memory import keep_memory
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig
@@ -72,8 +72,14 @@ def machine(side: int) -> dict[str, float]:
 def operations(case: str, scale: Scale, device: torch.device | str = "cpu") -> dict[str, float]:
     """Floating point operations of a step's parts, and parameters that are trained."""
     inputs, pretext = to_device(make_inputs(scale), device), make_pretext(case, scale).to(device)
-    # Stock modules: those of ours that call oneDNN are not counted, and what they compute twice should not be.
-    with patch.object(frozen, "fuse", lambda network, side: network), stock_modules(pretext.detector):
+    # Stock modules: those of ours that call oneDNN are not counted, and what they compute twice should not be. But ours
+    # for deformable attention, without which padding would be encoded.
+    with (
+        patch.object(frozen, "fuse", lambda network, side: network),
+        stock_modules(pretext.detector),
+        patch.object(linear, "prefers_onednn", lambda: False),
+    ):
+        deformable_attention.install(pretext.detector.model)
         with FlopCounterMode(display=False) as counted:
             features = pretext.frozen_features(inputs)
         found = {"backbone": counted.get_total_flops()}
