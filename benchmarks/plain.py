@@ -83,11 +83,13 @@ class PlainSiamese:
         detector, timer = self.detector, self.timer
         masks = inputs.pixel_mask.chunk(2)
         with timer("Transformer"):
-            sizes = inputs.sizes.unflatten(0, (2, -1))
-            queries = [self.queries(maps[v], inputs.query_boxes[v], sizes[v]) for v in range(2)]
+            known = inputs.sizes.tolist()
+            sides = known[: len(known) // 2], known[len(known) // 2 :]
+            queries = [self.queries(maps[v], inputs.query_boxes[v], sides[v]) for v in range(2)]
             memories = [detector.encode(maps[v], masks[v]) for v in range(2)]
             decoded = [detector.decode(memories[v], queries[1 - v]) for v in range(2)]
         with timer("heads, matching, losses"):
+            sizes = inputs.sizes.unflatten(0, (2, -1))
             terms: dict[str, Tensor] = {}
             for v in range(2):  # the memory of view v, the regions of the other one
                 for name, value in self.direction(decoded[v], inputs.boxes[v], sizes[v], crops[1 - v]).items():
@@ -106,8 +108,8 @@ class PlainSiamese:
         assert isinstance(total, Tensor)
         return total, logged
 
-    def queries(self, maps: list[Tensor], boxes: Tensor, sizes: Tensor) -> Tensor:
-        """Region queries (B, Q, D)."""
+    def queries(self, maps: list[Tensor], boxes: Tensor, sizes: list[list[int]]) -> Tensor:
+        """Region queries (B, Q, D) of images of these heights and widths."""
         pooled = []
         for level, stride in zip(maps, self.detector.strides, strict=True):
             regions = list(boxes.to(level.dtype))

@@ -254,10 +254,23 @@ def test_projections_of_a_sum_are_those_of_the_layers_without_the_sum_being_kept
 @pytest.mark.parametrize("kernel", [False, True])
 def test_a_kernel_that_was_asked_for_goes_before_ours(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deformable_attention, "runs_kernels", lambda tensor: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it does not know meta tensors
     gpu_sampling = pytest.importorskip("siamese_detr.detectors.gpu_sampling", reason="this system has no Triton")
     monkeypatch.setattr(gpu_sampling, "sample", lambda *arguments: "ours")
     layer = MultiScaleDeformableAttention()
     if kernel:
         layer.forward = lambda *arguments: "theirs"
     value = torch.zeros(1, 4, 1, 2, device="meta")
-    assert Sampling(layer)(value, None, [(2, 2)], None, value, None, 64) == ("theirs" if kernel else "ours")
+    assert Sampling(layer)(value, None, [(2, 2)], None, value, value, 64) == ("theirs" if kernel else "ours")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_elsewhere_places_keep_their_precision_if_the_stock_module_can(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: autocast)
+    value, points = (torch.zeros(1, device="meta", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    layer = torch.nn.Module()
+    layer.forward = lambda value, sizes, shapes, starts, locations, weights, step: (locations.dtype, weights.dtype)
+    precision = torch.float32 if autocast else torch.bfloat16
+    assert Sampling(layer)(value, None, [(1, 1)], None, points, points, 64) == (precision, precision)

@@ -195,6 +195,11 @@ def test_a_comparison_killed_and_started_again(labels: str, tmp_path: Path) -> N
     assert len((cell(1) / "sessions.jsonl").read_text().splitlines()) >= 2
 
     again = yaml.safe_load((cell(1) / "config.yaml").read_text())
-    whole = finetune(**again | {"out": str(tmp_path / "whole"), "resume": False, "progress": False})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = finetune(**again | {"out": str(tmp_path / "whole"), "resume": False, "progress": False})
+    finally:
+        torch.set_num_threads(threads)
     assert (cell(1) / "history.jsonl").read_text() == (whole.out / "history.jsonl").read_text(), f"seed {SEED}"
     assert logged(cell(1)) == logged(whole.out)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from siamese_detr.detectors import deformable_detr
+from siamese_detr.detectors import deformable_attention, deformable_detr
 from siamese_detr.detectors.cpu_sampling import sample
-from siamese_detr.detectors.packing import Packing, find_packing
+from siamese_detr.detectors.packing import find_packing
+from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
-from tiny_detectors import WIDTH, region_queries, tiny_batch, tiny_detector
+from tiny_detectors import region_queries, tiny_batch, tiny_detector
 
 DEFORMABLE = ("deformable-detr", "deformable-detr-one-scale", "deformable-detr-refined")
 
@@ -46,7 +49,7 @@ def test_what_is_inside_is_packed_and_put_back(case: tuple[list[Tensor], list[li
     x = torch.randn(*mask.shape, 3, requires_grad=True)
     packed = packing.pack(x)
     assert torch.equal(packed[0], x[mask])
-    back = packing.unpack(packed, x)
+    back = packing.unpack(packed)
     assert torch.equal(back, torch.where(mask[..., None], x, 0))
     (gradient,) = torch.autograd.grad(back.square().sum(), x)
     assert torch.equal(gradient, 2 * back.detach())
@@ -112,22 +115,32 @@ def test_packed_shapes_that_do_not_belong_together_are_refused(wrong: str) -> No
         sample(value, weights[..., None].repeat(1, 1, 1, 1, 1, 2), weights, images, torch.zeros(batch, queries, 2, 2))
 
 
+def test_nothing_is_packed_where_there_is_nothing() -> None:
+    assert find_packing([torch.zeros(2, 4, 5, dtype=torch.bool)]) is None
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects how many tokens each layer encodes."""
+    counts: list[int] = []
+    layer = deformable_detr.encoder_layer
+
+    def count(module: Any, tokens: Tensor, **own: Any) -> Tensor:
+        counts.append(tokens.shape[:2].numel())
+        return layer(module, tokens, **own)
+
+    monkeypatch.setattr(deformable_detr, "encoder_layer", count)
+    return counts
+
+
 @pytest.mark.parametrize("case", DEFORMABLE)
-def test_a_detector_learns_the_same_without_its_padding(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_detector_learns_the_same_without_its_padding(case: str, encoded: list[int]) -> None:
     detector = tiny_detector(case).double().train()
     images, mask = tiny_batch()
-    encoded: list[int] = []
-    layer = deformable_detr.encoder_layer
-    monkeypatch.setattr(
-        deformable_detr,
-        "encoder_layer",
-        lambda *args, **own: encoded.append(args[1].shape[:2].numel()) or layer(*args, **own),
-    )
 
     def learn(padding: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        detector.encodes_padding = padding
         detector.zero_grad()
-        memory = detector.encode(detector.features(images.double(), mask), mask)
+        memory = detector.encode(detector.features(images.double(), mask), mask, padding=padding)
         decoded = detector.decode(memory, region_queries().double())
         (decoded.states.square().sum() + decoded.boxes.sum() + memory.pooled().square().sum()).backward()
         gradients = {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
@@ -140,23 +153,26 @@ def test_a_detector_learns_the_same_without_its_padding(case: str, monkeypatch: 
     assert inside == len(ours[0])
 
 
-def test_padding_is_encoded_where_it_is_pooled_and_in_inference() -> None:
-    detector = tiny_detector("deformable-detr")
+@pytest.mark.parametrize("pools", [False, True])
+def test_padding_is_encoded_where_it_is_pooled(pools: bool) -> None:
+    pretext = SiamesePretext(tiny_detector("deformable-detr"), SiameseConfig(pool_padding=pools, discrimination="none"))
     images, mask = tiny_batch()
-
-    def padding_tokens() -> Tensor:
-        memory = detector.encode(detector.features(images, mask), mask)
-        return memory.tokens[~memory.mask]
-
-    for pools in (True, False):
-        SiamesePretext(detector, SiameseConfig(pool_padding=pools))
-        assert padding_tokens().any(-1).all() == pools
-    assert padding_tokens().shape[1] == WIDTH
-    detector.eval()
-    assert padding_tokens().any(-1).all()
+    images, mask = torch.cat((images, images)), torch.cat((mask, mask))
+    boxes = torch.tensor([4.0, 4, 60, 60]).repeat(2, 3, 2, 1)
+    sizes = torch.stack((mask.any(2).sum(1), mask.any(1).sum(1)), 1)
+    maps = pretext.detector.features(images, mask)
+    memory, _ = pretext.predict(FrozenFeatures(maps, mask, sizes, boxes, boxes))
+    assert memory.tokens[~memory.mask].any(-1).all() == pools
 
 
-def test_nothing_is_packed_where_nothing_is_padded() -> None:
-    assert find_packing([torch.ones(2, 4, 5, dtype=torch.bool)]) is None
-    packing = find_packing([torch.ones(2, 4, 5, dtype=torch.bool) & corner((4, 5), 4, 4)])
-    assert isinstance(packing, Packing)
+@pytest.mark.parametrize("where", ["inference", "compiled", "stock attention"])
+def test_padding_is_encoded_where_that_is_the_stock_way(where: str, encoded: list[int]) -> None:
+    detector = tiny_detector("deformable-detr-one-scale").train(where != "inference")
+    images, mask = tiny_batch()
+    maps = detector.features(images, mask)
+    if where == "stock attention":
+        deformable_attention.uninstall(detector.model)
+    encode = torch.compile(detector.encode, backend="eager") if where == "compiled" else detector.encode
+    memory = encode(maps, mask)
+    assert memory.tokens[~memory.mask].any(-1).all()
+    assert where == "compiled" or encoded == [mask.shape[0] * memory.mask.shape[1]] * 2

@@ -30,10 +30,6 @@ class DetectorAdapter(nn.Module):
         model: the stock model; its `config.auxiliary_loss` must be off (it changes the decoder's function).
         image_mean, image_std: normalisation of the backbone, for pixels in [0, 1].
         provenance: plain values recorded beside a saved model (family, backbone, origin).
-
-    Attributes:
-        encodes_padding: whether `encode` must give the padding's tokens, too, for a pretext that pools them. Off, they
-            are undefined: a family may leave them out.
     """
 
     family: ClassVar[str]
@@ -67,7 +63,6 @@ class DetectorAdapter(nn.Module):
         if self.square_side is not None:
             self.input_size = {"height": 20 * self.square_side, "width": 20 * self.square_side}
         self.load_report: Any = None
-        self.encodes_padding = False
         self.frozen_backbone = FrozenBackbone(self.backbone, self.square_side or 64)
         self.set_trainable(backbone=False, class_head=False)
 
@@ -110,12 +105,13 @@ class DetectorAdapter(nn.Module):
             maps = maps if isinstance(maps, list | tuple) else maps.feature_maps
         return list(maps)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
         """Projection and Transformer encoder.
 
         Args:
             maps: as `features` gives them (also cached ones).
             pixel_mask: (B, H, W) boolean, True = inside the image.
+            padding: whether what becomes of the padding is of use; else a family may give zeros for its tokens.
         """
         raise NotImplementedError
 

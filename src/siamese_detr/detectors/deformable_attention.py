@@ -62,8 +62,9 @@ class Sampling(nn.Module):
 
             return gpu_sampling.sample(value, locations, weights, spatial_shapes, level_start_index)
         if value.device.type != "cpu":
-            places = locations.to(value.dtype)  # it samples in one precision
-            return self.stock(value, spatial_shapes, shapes, level_start_index, places, weights, im2col_step)
+            if not torch.is_autocast_enabled(value.device.type):  # which brings them to one precision, not the lowest
+                locations, weights = locations.to(value.dtype), weights.to(value.dtype)
+            return self.stock(value, spatial_shapes, shapes, level_start_index, locations, weights, im2col_step)
         from . import cpu_sampling  # Numba takes a moment to import
 
         return cpu_sampling.sample(value, locations, weights, shapes)

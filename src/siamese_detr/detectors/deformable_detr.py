@@ -106,7 +106,7 @@ class DeformableDetrAdapter(DetectorAdapter):
         for head in self.class_heads:
             initialise.class_head(head)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
         detr = self.model.model
         sources = [projection(x) for projection, x in zip(detr.input_proj, maps, strict=False)]
         for level in range(len(maps), self.config.num_feature_levels):
@@ -116,32 +116,31 @@ class DeformableDetrAdapter(DetectorAdapter):
         position = torch.cat([x + detr.level_embed[i].view(1, 1, -1) for i, x in enumerate(positions)], 1)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
         mask = torch.cat([mask.flatten(1) for mask in masks], 1)
-        exact = torch.promote_types(tokens.dtype, torch.float32)  # half precision knows places to a fifth of a cell
+        exact = torch.promote_types(tokens.dtype, torch.float32)  # bfloat16 is off by a whole cell in large maps
         ratios = torch.stack([detr.get_valid_ratio(mask, dtype=exact) for mask in masks], 1)
         extra = level_arguments(shapes, tokens.device)
         reference = detr.encoder.get_reference_points(tuple(shapes), ratios, device=tokens.device)
         own = dict(attention_mask=mask, position_embeddings=position, reference_points=reference, **extra)
-        packing = find_packing(masks) if self._leaves_padding_out(tokens) else None
+        tokens = dropout(tokens, detr.encoder.dropout, self.training)
+        packing = find_packing(masks) if self._may_leave_out(tokens) and not padding else None
         if packing is not None:
-            padded, tokens = tokens, packing.pack(tokens)
+            tokens = packing.pack(tokens)
             own = dict(
                 position_embeddings=packing.pack(position),
                 reference_points=packing.pack(reference / ratios[:, None]),  # across the image, not the padded level
                 spatial_shapes_list=packing.shapes,
             )
-        tokens = dropout(tokens, detr.encoder.dropout, self.training)
         for layer in detr.encoder.layers:
             tokens = encoder_layer(layer, tokens, encoder_hidden_states=tokens, **own)
         if packing is not None:
-            tokens = packing.unpack(tokens, padded)
+            tokens = packing.unpack(tokens)
         return Memory(tokens, mask, shapes, position, {"valid_ratios": ratios, **extra})
 
-    def _leaves_padding_out(self, tokens: Tensor) -> bool:
-        """Whether to encode only what is inside the images, which reads nothing else. Not where a device would have to
-        be asked how much that is, nor where sizes are compiled for, nor in inference, which is the stock model's."""
+    def _may_leave_out(self, tokens: Tensor) -> bool:
+        """Whether padding, which no token inside an image reads, may be left out. Not where a device would have to be
+        asked how much it is, nor where sizes are compiled for, nor in inference, which is the stock model's."""
         fits = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        ours = isinstance(self.model.model.encoder.layers[0].self_attn, DeformableAttention)
-        return self.training and not self.encodes_padding and fits and ours
+        return self.training and fits and isinstance(self.model.model.encoder.layers[0].self_attn, DeformableAttention)
 
     def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
         detr = self.model.model

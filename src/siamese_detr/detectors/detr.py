@@ -55,7 +55,7 @@ class DetrAdapter(DetectorAdapter):
         initialise.box_head(self.model.bbox_predictor, zero_last=False)
         initialise.class_head(self.model.class_labels_classifier, focal=False)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
         detr, last = self.model.model, maps[-1]
         (mask,), shapes = self.level_masks([last], pixel_mask)
         positions = sine_positions(detr.position_embedding, last, mask).to(last.dtype)

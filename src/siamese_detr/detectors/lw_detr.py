@@ -141,7 +141,7 @@ class LwDetrAdapter(DetectorAdapter):
         """The projector: maps of the ViT's layers -> one map per level."""
         return self.model.model.backbone.projector(maps)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
         detr, pixel_mask = self.model.model, self.pad(pixel_mask)
         masks, _ = self.level_masks(maps, pixel_mask)
         # The projector knows no mask: at least there is nothing in the padding.

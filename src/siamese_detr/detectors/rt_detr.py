@@ -132,7 +132,7 @@ class RTDetrAdapter(DetectorAdapter):
     def features(self, pixel_values: Tensor, pixel_mask: Tensor, *, fast: bool = False) -> list[Tensor]:
         return super().features(pad_to_multiple(pixel_values), pad_to_multiple(pixel_mask), fast=fast)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
         detr, pixel_mask = self.model.model, pad_to_multiple(pixel_mask)
         masks, _ = self.level_masks(maps, pixel_mask)
         # There is no attention mask to keep the padding out with: at least there is nothing in it.

@@ -89,7 +89,6 @@ class SiamesePretext(Pretext):
         config = config or SiameseConfig()
         super().__init__(detector, config)
         self.config = config
-        detector.encodes_padding = config.pool_padding
         channels = sum(detector.channels)
         self.region_embedding = nn.Linear(channels, detector.hidden_size)
         self.region_head = heads.FeatureHead(detector.hidden_size, channels) if config.learns_regions else None
@@ -129,7 +128,7 @@ class SiamesePretext(Pretext):
 
     def predict(self, features: FrozenFeatures) -> tuple[Memory, Decoded]:
         """Decode on each view's memory the other view's regions."""
-        memory = self.detector.encode(features.maps, features.pixel_mask)
+        memory = self.detector.encode(features.maps, features.pixel_mask, padding=self.config.pool_padding)
         return memory, self.detector.decode(memory, self._other(self.queries(features)).flatten(0, 1))
 
     def queries(self, features: FrozenFeatures) -> Tensor:
