@@ -62,7 +62,7 @@ class Sampling(nn.Module):
 
             return gpu_sampling.sample(value, locations, weights, spatial_shapes, level_start_index)
         if value.device.type != "cpu":
-            if not torch.is_autocast_enabled(value.device.type):  # which brings them to one precision, not the lowest
+            if not torch.is_autocast_enabled(value.device.type):  # it takes the most precise of them
                 locations, weights = locations.to(value.dtype), weights.to(value.dtype)
             return self.stock(value, spatial_shapes, shapes, level_start_index, locations, weights, im2col_step)
         from . import cpu_sampling  # Numba takes a moment to import
