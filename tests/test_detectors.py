@@ -155,6 +155,19 @@ def test_half_precision_stays_close_in_large_images(case):
     assert (coarse_states - states).norm() <= 0.045 * states.norm()
 
 
+@pytest.mark.parametrize("case", ["deformable-detr", "lw-detr", "rf-detr"])
+def test_shares_inside_are_exact_in_half_precision(case):
+    detector = tiny_detector(case)
+    images, mask = tiny_batch(padded=False, side=3 * fitting_side(detector))
+    mask[:, mask.shape[1] // 3 :] = False
+    with torch.no_grad():
+        maps = detector.features(images, mask)
+        exact = detector.encode(maps, mask).extra["valid_ratios"]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(detector.encode(maps, mask).extra["valid_ratios"], exact)
+    assert_close(exact[0, 0], torch.tensor([1, 1 / 3]), rtol=0, atol=0.02)
+
+
 @every_detector
 def test_a_frozen_backbone_stays_as_it_is(case):
     detector = tiny_detector(case, dropout=0.1)

@@ -18,7 +18,14 @@ from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .deformable_attention import DeformableAttention
 from .dropout import dropout
-from .functional import additive_mask, at_least_float32, inverse_sigmoid, level_arguments, sine_positions
+from .functional import (
+    additive_mask,
+    at_least_float32,
+    inverse_sigmoid,
+    level_arguments,
+    sine_positions,
+    valid_ratios,
+)
 from .layers import decoder_layer, encoder_layer
 from .packing import find_packing
 
@@ -116,14 +123,14 @@ class DeformableDetrAdapter(DetectorAdapter):
         position = torch.cat([x + detr.level_embed[i].view(1, 1, -1) for i, x in enumerate(positions)], 1)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
         mask = torch.cat([mask.flatten(1) for mask in masks], 1)
-        exact = torch.promote_types(tokens.dtype, torch.float32)  # bfloat16 is off by a whole cell in large maps
-        ratios = torch.stack([detr.get_valid_ratio(mask, dtype=exact) for mask in masks], 1)
+        ratios = valid_ratios(detr, masks, tokens.dtype)
         extra = level_arguments(shapes, tokens.device)
         reference = detr.encoder.get_reference_points(tuple(shapes), ratios, device=tokens.device)
-        own = dict(attention_mask=mask, position_embeddings=position, reference_points=reference, **extra)
         tokens = dropout(tokens, detr.encoder.dropout, self.training)
         packing = find_packing(masks) if self._may_leave_out(tokens) and not padding else None
-        if packing is not None:
+        if packing is None:
+            own = dict(attention_mask=mask, position_embeddings=position, reference_points=reference, **extra)
+        else:
             tokens = packing.pack(tokens)
             own = dict(
                 position_embeddings=packing.pack(position),

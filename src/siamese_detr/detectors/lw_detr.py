@@ -29,7 +29,7 @@ from siamese_detr.errors import UserError
 from . import initialise
 from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from .backbones import Backbone
-from .functional import at_least_float32, level_arguments, spread_tokens
+from .functional import at_least_float32, level_arguments, spread_tokens, valid_ratios
 
 
 def refine(boxes: Tensor, deltas: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class LwDetrAdapter(DetectorAdapter):
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
         extra = dict(
             **level_arguments(shapes, tokens.device),
-            valid_ratios=torch.stack([detr.get_valid_ratio(mask, dtype=tokens.dtype) for mask in masks], 1),
+            valid_ratios=valid_ratios(detr, masks, tokens.dtype),
         )
         return Memory(tokens, torch.cat([mask.flatten(1) for mask in masks], 1), shapes, None, extra)
 
