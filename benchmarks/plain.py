@@ -83,13 +83,12 @@ class PlainSiamese:
         detector, timer = self.detector, self.timer
         masks = inputs.pixel_mask.chunk(2)
         with timer("Transformer"):
-            known = inputs.sizes.tolist()
-            sides = known[: len(known) // 2], known[len(known) // 2 :]
+            sizes = inputs.sizes.unflatten(0, (2, -1))
+            sides = sizes.tolist()
             queries = [self.queries(maps[v], inputs.query_boxes[v], sides[v]) for v in range(2)]
             memories = [detector.encode(maps[v], masks[v]) for v in range(2)]
             decoded = [detector.decode(memories[v], queries[1 - v]) for v in range(2)]
         with timer("heads, matching, losses"):
-            sizes = inputs.sizes.unflatten(0, (2, -1))
             terms: dict[str, Tensor] = {}
             for v in range(2):  # the memory of view v, the regions of the other one
                 for name, value in self.direction(decoded[v], inputs.boxes[v], sizes[v], crops[1 - v]).items():
