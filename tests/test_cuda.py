@@ -21,7 +21,7 @@ from conftest import slow
 from pretext_cases import random_features, randomise, small_detector
 from runs import TINY, logged
 from siamese_detr.detectors import build_detector
-from siamese_detr.detectors.frozen import FrozenBackbone, run
+from siamese_detr.detectors.frozen import FrozenBackbone, is_norm, run
 from siamese_detr.detectors.fused import CudnnConv2d
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import build_pretext
@@ -98,6 +98,30 @@ def test_the_frozen_backbone_is_fused(precision: torch.dtype) -> None:
     assert kinds.count(CudnnConv2d) == 49  # all of 53 but the shortcuts
     for got, want in zip(found, expected, strict=True):
         assert (got - want).abs().max() <= (1e-4 if precision == torch.float32 else 0.05) * want.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:.*random")
+def test_a_backbone_in_which_rounding_adds_up_is_fused() -> None:
+    network = build_detector("conditional-detr", "random:resnet50", hidden_size=32, decoder_layers=2).backbone.cuda()
+
+    def settle(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        variance, mean = torch.var_mean(inputs[0], (0, 2, 3))
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.weight.masked_fill_(norm.weight == 0, 1)
+
+    for module in filter(is_norm, network.modules()):
+        module.register_forward_pre_hook(settle)
+    images = torch.randn(2, 3, 128, 160, device="cuda")
+    with torch.no_grad():
+        expected = run(network, images)[-1]
+    for module in network.modules():
+        module._forward_pre_hooks.clear()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        rounded = run(network, images)[-1]
+    assert (rounded - expected).abs().max() > 0.1 * expected.abs().max()
+    kinds = [type(module) for module in FrozenBackbone(network).network(torch.bfloat16).modules()]
+    assert kinds.count(CudnnConv2d) == 49
 
 
 def test_augmentation_is_that_of_a_cpu(photos: Path) -> None:

@@ -282,16 +282,17 @@ def test_what_cannot_be_traced_stays_as_it_is() -> None:
 
 @pytest.fixture
 def _cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cuDNN has in one operation each, spelled out. It takes no single numbers for sizes."""
+    """What cuDNN has in one operation each, spelled out; rounded once. It takes no single numbers for sizes."""
 
     def plain(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> torch.Tensor:
         assert all(len(size) == 2 for size in (stride, padding, dilation))
-        return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        bias = None if bias is None else bias.float()
+        return torch.nn.functional.conv2d(x.float(), weight.float(), bias, stride, padding, dilation, groups)
 
     def added(x: Any, weight: Any, other: Any, alpha: float, *rest: Any) -> torch.Tensor:
-        return (plain(x, weight, *rest) + alpha * other).relu()
+        return (plain(x, weight, *rest) + alpha * other.float()).relu().to(x.dtype)
 
-    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda *arguments: plain(*arguments).relu())
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda x, *rest: plain(x, *rest).relu().to(x.dtype))
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", added)
     monkeypatch.setattr(frozen, "convolution_of", lambda weight: CudnnConv2d)
 
@@ -324,6 +325,27 @@ def test_any_network_rewritten_for_cudnn_computes_the_same(network: torch.nn.Mod
     assert any(isinstance(module, CudnnConv2d) for module in fused.modules())
     for got, want in zip(run(fused, images), run(network, images), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_cudnn")
+def test_a_network_that_rounds_coarsely_is_fused_in_half_precision_too() -> None:
+    class Cancelling(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.act = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 1, bias=False), torch.nn.ReLU()
+            self.b.weight.data = (2**-8 - 1) * torch.eye(8)[:, :, None, None]
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            y = self.act(self.a(x))
+            return [self.act(self.b(y) + y)]
+
+    network = Cancelling().to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)
+    fused, images = fuse(network), torch.randn(2, 3, 32, 48, dtype=torch.bfloat16)
+    assert sum(isinstance(module, CudnnConv2d) for module in fused.modules()) == 2
+    exact = run(network.float(), images.float())[0]
+    found = run(fused, images)[0]
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).abs().max() <= 0.05 * exact.abs().max()
 
 
 @pytest.mark.usefixtures("_cudnn")

@@ -8,6 +8,7 @@ in which folding would change anything else is left as it is.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -173,40 +174,64 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
     CPU, whose first layers run in smaller chunks than the late ones.
 
     Only where oneDNN or cuDNN computes in its precision, its graph can be traced, and the result is the same; else
-    ``network`` itself.
+    ``network`` itself. In half precision, what is rounded otherwise can add up to anything: whether the result is the
+    same is looked at in single precision.
     """
     weight = next(network.parameters())
     fused_kind = convolution_of(weight)
     if fused_kind is None:
         return network
-    images = probe(weight, side).contiguous(memory_format=torch.channels_last)
-    expected = run(network, images)
-    fused: Any = copy.deepcopy(network)
-    wrapped = hasattr(fused, "_backbone")  # by Transformers
-    inner = fused._backbone if wrapped else fused
+    single = network if weight.dtype == torch.float32 else copy.deepcopy(network).float()
+    images = probe(next(single.parameters()), side).contiguous(memory_format=torch.channels_last)
     try:
-        traced = fx.GraphModule(inner, ConvolutionTracer().trace(inner))
-        drop_identities(traced)
-        fuse_convolutions(traced, fused_kind)
-        if fused_kind is FusedConv2d:
-            traced = in_stages(traced, images)
-        elif runs_kernels(weight):
-            from .gpu_stem import replace_pools
-
-            replace_pools(traced)
-        if wrapped:
-            fused._backbone = traced
-        else:
-            fused = traced
-        found = run(fused, images)
-        for module in traced.modules():
-            if isinstance(module, FusedConv2d):
-                module.forget_shapes()  # the probe's will not come again
+        fused = rewritten(single, fused_kind, images)
+        with exact_convolutions():
+            same = close(run(fused, images), run(single, images), 1e-3)
+        if not same:
+            log.debug("the frozen backbone stays as it is: fused, it would compute something else")
+            return network
+        if single is not network:
+            images = images.to(weight.dtype)
+            fused = rewritten(network, fused_kind, images)
+            run(fused, images)
     except Exception as error:  # tracing calls the network's own code with what are no tensors: anything may come of it
         log.debug("the frozen backbone stays as it is: %s", error)
         return network
-    single = 1e-4 if weight.device.type == "cpu" else 1e-2  # TF32
-    return fused if close(found, expected, single if weight.dtype == torch.float32 else 0.1) else network
+    for module in fused.modules():
+        if isinstance(module, FusedConv2d):
+            module.forget_shapes()  # the probe's will not come again
+    return fused
+
+
+def rewritten(network: nn.Module, kind: type[FusedConv2d] | type[CudnnConv2d], images: Tensor) -> nn.Module:
+    """A copy of ``network`` with convolutions of ``kind``, staged on a CPU, and with kernels of ours on a GPU."""
+    copied: Any = copy.deepcopy(network)
+    wrapped = hasattr(copied, "_backbone")  # by Transformers
+    inner = copied._backbone if wrapped else copied
+    traced = fx.GraphModule(inner, ConvolutionTracer().trace(inner))
+    drop_identities(traced)
+    fuse_convolutions(traced, kind)
+    if kind is FusedConv2d:
+        traced = in_stages(traced, images)
+    elif runs_kernels(images):
+        from .gpu_stem import replace_pools
+
+        replace_pools(traced)
+    if not wrapped:
+        return traced
+    copied._backbone = traced
+    return copied
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """No TF32 on a GPU while this is entered."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def convolution_of(weight: Tensor) -> type[FusedConv2d] | type[CudnnConv2d] | None:
