@@ -39,9 +39,19 @@ def stock_modules(detector: DetectorAdapter) -> Iterator[None]:
             stock.callback(part.install, detector.model)
         for module in (detr, deformable_detr):
             stock.enter_context(patch.object(module, "dropout", nn.functional.dropout))
-        stock.enter_context(patch.object(layers, "residual", lambda x, *branch: x + nn.functional.dropout(*branch)))
-        stock.enter_context(patch.object(layers, "add_feed_forward", lambda block, x: x + block(x)))
+        stock.enter_context(patch.object(layers, "add_norm", plain_add_norm))
+        stock.enter_context(patch.object(layers, "feed_forward", plain_feed_forward))
         yield
+
+
+def plain_add_norm(norm: nn.Module, x: Tensor, branch: Tensor, probability: float) -> Tensor:
+    """The norm of the sum of tokens and a branch, by PyTorch's operations."""
+    return norm(x + F.dropout(branch, probability, norm.training))
+
+
+def plain_feed_forward(block: Any, x: Tensor) -> Tensor:
+    """A feed-forward block without its last dropout, by PyTorch's operations."""
+    return block.fc2(F.dropout(block.activation_fn(block.fc1(x)), block.activation_dropout, block.training))
 
 
 class PlainSiamese:

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from siamese_detr.detectors import gpu_sampling, gpu_stem
+from siamese_detr.detectors import gpu_layers, gpu_sampling, gpu_stem
 from siamese_detr.pretext import hungarian
 from siamese_detr.views import gpu_photometric
 
@@ -54,6 +54,31 @@ def main() -> None:
             maps |= dict.fromkeys(("tall", "wide", "height", "width"), size)
             build(gpu_stem._arrange, colours=size, first="i32", CHANNELS=16, **maps)
             build(gpu_stem._pool, channels=size, KERNEL=3, STRIDE=2, PADDING=1, **maps)
+        drawn = {"seed": "i64", "probability": "fp32", "factor": "fp32"}
+        for kind, precise in (("*bf16", tl.float32), ("*fp32", tl.float32), ("*fp64", tl.float64)):
+            build(
+                gpu_layers._relu_dropout,
+                x=kind,
+                count=size,
+                GROUP=gpu_layers.GROUP,
+                DROPS=True,
+                PRECISE=precise,
+                **drawn,
+            )
+            build(
+                gpu_layers._relu_dropout_backward, gradient=kind, hidden=kind,
+                sums="*fp64" if precise is tl.float64 else "*fp32", rows=size, size=size, factor="fp32",
+                PART=gpu_layers.ROWS, TALL=gpu_layers.TILE[0], WIDE=gpu_layers.TILE[1], PRECISE=precise,
+            )  # fmt: skip
+        for branch, drops, width in (("*bf16", True, 256), ("*fp32", False, 4), ("*fp32", True, 1024)):
+            tokens = {"total": "*fp32", "weight": "*fp32", "rows": size, "size": size, "eps": "fp32"} | drawn
+            warps = max(1, width // gpu_layers.SHARE)
+            tokens |= {"TOKENS": gpu_layers.TOKENS, "WIDTH": width, "DROPS": drops}
+            build(gpu_layers._add_norm, x="*fp32", branch=branch, bias="*fp32", out="*fp32", warps=warps, **tokens)
+            build(
+                gpu_layers._add_norm_backward, warps=warps, gradient="*fp32", to_x="*fp32", to_branch=branch,
+                to_weight="*fp32", to_bias="*fp32", APART=drops or branch != "*fp32", **tokens,
+            )  # fmt: skip
         for rows in (False, True):
             blurred = {"images": "*fp32", "between": "*fp32", "which": "*fp32", "count": size}
             build(gpu_photometric._blur_lines, ROWS=rows, **blurred, **extent)

@@ -15,18 +15,13 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 from siamese_detr.detectors import feed_forward as module
 from siamese_detr.detectors import linear
 from siamese_detr.detectors.dropout import LEVELS
-from siamese_detr.detectors.feed_forward import add_feed_forward
+from siamese_detr.detectors.feed_forward import feed_forward
 
 
 def stock_block(seed: int = 0, activation_dropout: float = 0.0, activation: str = "relu") -> Any:
     torch.manual_seed(seed)
     config = DeformableDetrConfig(activation_function=activation, activation_dropout=activation_dropout, dropout=0.0)
     return DeformableDetrMLP(config, 6, 11).double().train()
-
-
-def added(block: nn.Module) -> Any:
-    """The stock block, in its place in a layer."""
-    return lambda x: x + block(x)
 
 
 def outputs_and_gradients(function: Any, block: nn.Module, x: Tensor) -> list[Tensor]:
@@ -43,8 +38,8 @@ def test_values_and_gradients_are_the_stock_ones(images: int, tokens: int, rows:
     x = torch.randn(images, tokens, 6, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ROWS", rows)
-        ours = outputs_and_gradients(lambda x: add_feed_forward(block, x), block, x)
-    for got, want in zip(ours, outputs_and_gradients(added(block), block, x), strict=True):
+        ours = outputs_and_gradients(lambda x: feed_forward(block, x), block, x)
+    for got, want in zip(ours, outputs_and_gradients(block, block, x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -59,12 +54,12 @@ def test_what_is_dropped_is_dropped_in_both_directions(monkeypatch: pytest.Monke
         return drawn[-1]
 
     monkeypatch.setattr(module, "draw_kept", remembered)
-    ours = outputs_and_gradients(lambda x: add_feed_forward(block, x), block, x)
+    ours = outputs_and_gradients(lambda x: feed_forward(block, x), block, x)
     kept = torch.cat(drawn).view(2, 5, 11).double() * LEVELS / (LEVELS - round(0.3 * LEVELS))
     assert 0 < int((kept == 0).sum()) < kept.numel()
 
     def slowly(x: Tensor) -> Tensor:
-        return x + block.fc2(block.fc1(x).relu() * kept)
+        return block.fc2(block.fc1(x).relu() * kept)
 
     for got, want in zip(ours, outputs_and_gradients(slowly, block, x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -87,17 +82,17 @@ def test_hidden_activations_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> No
 
     hidden = 500 * 11 * x.element_size() + module.ROOM
     weights = sum(weight.nbytes for weight in block.parameters())
-    assert kept(added(block)) > 2 * hidden
-    assert kept(lambda x: add_feed_forward(block, x)) <= hidden + x.nbytes + weights
+    assert kept(block) > 2 * hidden
+    assert kept(lambda x: feed_forward(block, x)) <= hidden + x.nbytes + weights
 
 
 def test_half_precision_is_as_exact_as_the_stock_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS", 8)  # 500 parts, which summed in half precision would lose most digits
     block, x = stock_block().float(), torch.randn(1, 4000, 6)
-    exact = outputs_and_gradients(added(block), block, x)
+    exact = outputs_and_gradients(block, block, x)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = outputs_and_gradients(lambda x: add_feed_forward(block, x), block, x)
-        theirs = outputs_and_gradients(added(block), block, x)
+        ours = outputs_and_gradients(lambda x: feed_forward(block, x), block, x)
+        theirs = outputs_and_gradients(block, block, x)
     for got, other, want in zip(ours, theirs, exact, strict=True):
         assert got.dtype == other.dtype
         assert (got.float() - want).norm() <= 1.5 * (other.float() - want).norm()
@@ -109,16 +104,16 @@ def test_what_is_no_number_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = stock_block(activation_dropout=0.3).float(), torch.randn(2, 5, 6)
     with torch.no_grad():
         block.fc1.weight[3, 2] = float("nan")
-    assert add_feed_forward(block, x).isnan().all()
+    assert feed_forward(block, x).isnan().all()
 
 
 def test_other_activations_keep_their_gradients() -> None:
     block, x = stock_block(activation="prelu"), torch.randn(2, 5, 6, dtype=torch.float64)
-    ours = outputs_and_gradients(lambda x: add_feed_forward(block, x), block, x)
-    for got, want in zip(ours, outputs_and_gradients(added(block), block, x), strict=True):
+    ours = outputs_and_gradients(lambda x: feed_forward(block, x), block, x)
+    for got, want in zip(ours, outputs_and_gradients(block, block, x), strict=True):
         torch.testing.assert_close(got, want)
 
 
 def test_evaluation_is_the_stock_one() -> None:
     block, x = stock_block(activation_dropout=0.3).eval(), torch.randn(2, 5, 6, dtype=torch.float64)
-    assert torch.equal(add_feed_forward(block, x), x + block(x))
+    assert torch.equal(feed_forward(block, x), block(x))

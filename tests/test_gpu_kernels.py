@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 pytest.importorskip("triton", reason="this system has no Triton")
 
 from conftest import textured
-from siamese_detr.detectors import gpu_sampling, gpu_stem
+from siamese_detr.detectors import gpu_layers, gpu_sampling, gpu_stem
 from siamese_detr.detectors.fused import Blocks
 from siamese_detr.pretext import hungarian
 from siamese_detr.pretext.matching import assign
@@ -165,3 +165,102 @@ def test_the_kernels_compile(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py")]
     subprocess.run(command, check=True, env=environment, timeout=300)
+
+
+def gradients(function: Any, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """What a function gives, and the gradients of its inputs for a random one of that."""
+    inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    out = function(*inputs)
+    above = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, inputs, above.to(out.device))]
+
+
+def block_inputs(rows: int, size: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(rows)
+    shapes = [(2, rows, size), (hidden, size), (hidden,), (size, hidden), (size,)]
+    return [torch.randn(shape, generator=random, dtype=dtype).to(DEVICE) for shape in shapes]
+
+
+@pytest.mark.parametrize(("rows", "size", "hidden"), [(1, 3, 5), (9, 6, 140), (150, 8, 33), (0, 4, 7)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_feed_forward_blocks_are_the_stock_ones(
+    rows: int, size: int, hidden: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    def stock(x: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> torch.Tensor:
+        return (x @ w1.t() + b1).relu() @ w2.t() + b2
+
+    inputs = block_inputs(rows, size, hidden, dtype)
+    found = gradients(lambda *x: gpu_layers.relu_block(*x, 0.0), *inputs)
+    for got, want in zip(found, gradients(stock, *inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_hidden_values_dropped_have_no_gradient_either() -> None:
+    x, w1, b1, w2, b2 = block_inputs(150, 8, 33)
+    shown = torch.cat((torch.eye(33, dtype=x.dtype), torch.zeros(8, 33, dtype=x.dtype))).to(DEVICE)
+    torch.manual_seed(3)
+    kept = gpu_layers.relu_block(x, w1, b1 + 100, shown, shown.new_zeros(41), 0.3)[..., :33] != 0
+    assert abs(kept.double().mean() - 0.7) < 0.02
+    assert kept.double().mean((0, 1)).std() < 0.05  # no column or row is spared
+    assert kept.double().mean(2).std() < 0.1
+
+    def stock(x: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> torch.Tensor:
+        return (x @ w1.t() + b1).relu() * kept / 0.7 @ w2.t() + b2
+
+    torch.manual_seed(3)
+    found = gradients(lambda *x: gpu_layers.relu_block(*x, 0.3), x, w1, b1, w2, b2)
+    for got, want in zip(found, gradients(stock, x, w1, b1, w2, b2), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # the factor is in single precision
+
+
+def test_hidden_values_that_are_no_numbers_stay_so() -> None:
+    x, *weights = block_inputs(9, 6, 140)
+    x[0, 3, 2] = float("nan")
+    assert gpu_layers.relu_block(x, *weights, 0.0)[0, 3].isnan().all()
+
+
+def norm_inputs(rows: int, size: int, half: bool) -> tuple[torch.Tensor, ...]:
+    random = torch.Generator().manual_seed(rows)
+    x, branch = (5 + torch.randn(2, rows, size, generator=random).to(DEVICE) for _ in range(2))
+    weight, bias = (torch.randn(size, generator=random).to(DEVICE) for _ in range(2))
+    return x, branch.bfloat16() if half else branch, weight, bias
+
+
+def summed_norm(x: Any, branch: Any, weight: Any, bias: Any, probability: float = 0.0) -> torch.Tensor:
+    norm = torch.nn.LayerNorm(x.shape[-1])
+    assert gpu_layers.suits(norm.to(DEVICE), x, branch)
+    norm._parameters.update(weight=weight, bias=bias)
+    return gpu_layers.add_norm(norm, x, branch, probability)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 3), (9, 6), (70, 32), (5, 300), (0, 4)])
+@pytest.mark.parametrize("half", [False, True])
+def test_norms_of_sums_are_the_stock_ones(rows: int, size: int, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stock(x: Any, branch: Any, weight: Any, bias: Any) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x + branch, x.shape[-1:], weight, bias)
+
+    monkeypatch.setattr(gpu_layers, "PROGRAMS", 7)
+    inputs = norm_inputs(rows, size, half)
+    for got, want in zip(gradients(summed_norm, *inputs), gradients(stock, *inputs), strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_dropped_of_a_branch_has_no_gradient_either(half: bool) -> None:
+    x, branch, weight, bias = norm_inputs(70, 32, half)
+    torch.manual_seed(3)
+    found = gradients(lambda *inputs: summed_norm(*inputs, 0.3), x, branch, weight, bias)
+    kept = found[2] != 0
+    assert abs(kept.double().mean() - 0.7) < 0.02
+    assert kept.double().mean((0, 1)).std() < 0.08
+    assert kept.double().mean(2).std() < 0.12
+
+    def stock(x: Any, branch: Any, weight: Any, bias: Any) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x + branch.float() * kept / 0.7, x.shape[-1:], weight, bias)
+
+    for got, want in zip(found, gradients(stock, x, branch, weight, bias), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+    assert not torch.equal(summed_norm(x, branch, weight, bias, 0.3), found[0])
+    torch.manual_seed(3)
+    assert torch.equal(summed_norm(x, branch, weight, bias, 0.3), found[0])

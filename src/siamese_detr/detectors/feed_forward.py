@@ -1,4 +1,5 @@
-"""The feed-forward block of a layer, for training on a CPU: in parts that stay in its caches.
+"""The feed-forward block of a layer, for training on a CPU: in parts that stay in its caches. (On a GPU, see
+:mod:`.gpu_layers`.)
 
 The hidden activations are a detector's largest tensors: thousands of tokens, four to eight times as wide as the tokens.
 Here a few hundred tokens pass through the whole block at a time, and what the backward pass needs is kept once: the
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dropout import LEVELS, bits, draw_kept, dropout, residual, scale
+from siamese_detr.gpu import runs_kernels
+
+from .dropout import LEVELS, bits, draw_kept, dropout, scale
 from .functional import at_least_float32, product_dtype
 from .linear import product
 
@@ -24,22 +27,26 @@ ROOM = 512
 of their size: glibc loses up to 128 bytes a tensor by aligning it, and only three would fit."""
 
 
-def add_feed_forward(block: Any, x: Tensor) -> Tensor:
-    """``x + block(x)`` for a stock feed-forward block of DETR's relatives, through its own sub-modules.
+def feed_forward(block: Any, x: Tensor) -> Tensor:
+    """A stock feed-forward block of DETR's relatives, through its own sub-modules, without its last dropout.
 
     Args:
-        block: has ``fc1``, ``activation_fn``, ``activation_dropout``, ``fc2`` and ``dropout``.
+        block: has ``fc1``, ``activation_fn``, ``activation_dropout`` and ``fc2``.
         x: (..., D).
     """
     dropped = round(block.activation_dropout * LEVELS)
     fits = type(block.activation_fn) is nn.ReLU and dropped < LEVELS
-    if block.training and fits and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        tensors = (x, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias)
-        projected = relu_block(*(tensor.to(product_dtype(x)) for tensor in tensors), dropped)
-    else:
-        hidden = block.activation_fn(block.fc1(x))
-        projected = block.fc2(dropout(hidden, block.activation_dropout, block.training))
-    return residual(x, projected, block.dropout, block.training)
+    if block.training and fits and not torch.compiler.is_compiling() and (x.device.type == "cpu" or runs_kernels(x)):
+        dtype = product_dtype(x)
+        w1, b1, w2, b2 = (
+            parameter.to(dtype) for layer in (block.fc1, block.fc2) for parameter in (layer.weight, layer.bias)
+        )
+        if x.device.type == "cpu":
+            return relu_block(x.to(dtype), w1, b1, w2, b2, dropped)
+        from . import gpu_layers
+
+        return gpu_layers.relu_block(x.to(dtype), w1, b1, w2, b2, block.activation_dropout)
+    return block.fc2(dropout(block.activation_fn(block.fc1(x)), block.activation_dropout, block.training))
 
 
 @torch.compiler.disable

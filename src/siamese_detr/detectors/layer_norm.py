@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from siamese_detr.gpu import runs_kernels
+
+from .dropout import residual
 from .functional import retype
 
 SMALLEST = 2.0**-10
@@ -62,6 +65,16 @@ class _LayerNorm(torch.autograd.Function):
             gradient, normal, weight.shape, *moments, weight, bias, ctx.needs_input_grad[:3]
         )
         return None if to_x is None else to_x.mul_(per_deviation), *others, None
+
+
+def add_norm(norm: Any, x: Tensor, branch: Tensor, probability: float) -> Tensor:
+    """``norm(x + dropout(branch))``, of one shape; nothing is dropped but in training."""
+    if norm.training and runs_kernels(x) and not torch.compiler.is_compiling():
+        from . import gpu_layers
+
+        if gpu_layers.suits(norm, x, branch) and probability < 1:
+            return gpu_layers.add_norm(norm, x, branch, probability)
+    return norm(residual(x, branch, probability, norm.training))
 
 
 def install(model: nn.Module) -> None:

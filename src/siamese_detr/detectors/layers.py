@@ -1,8 +1,8 @@
 """The Transformer layers of DETR, Conditional DETR and Deformable DETR, through their own sub-modules.
 
 Equal to calling the layers, but without their finiteness test, which in training costs a device synchronisation per
-layer, and with dropout and feed-forward blocks that are fast on a CPU. Gradient checkpointing, where enabled in the
-model, is honoured.
+layer, and with dropout, feed-forward blocks and norms that are fast on a CPU and on a GPU. Gradient checkpointing,
+where enabled in the model, is honoured.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .dropout import residual
-from .feed_forward import add_feed_forward
+from .feed_forward import feed_forward
+from .layer_norm import add_norm
 
 
 def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
@@ -28,8 +28,8 @@ def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
 
     def run(tokens: Tensor) -> Tensor:
         attended, _ = layer.self_attn(hidden_states=tokens, **attention)
-        tokens = layer.self_attn_layer_norm(residual(tokens, attended, layer.dropout, layer.training))
-        return layer.final_layer_norm(add_feed_forward(layer.mlp, tokens))
+        tokens = add_norm(layer.self_attn_layer_norm, tokens, attended, layer.dropout)
+        return add_norm(layer.final_layer_norm, tokens, feed_forward(layer.mlp, tokens), layer.mlp.dropout)
 
     return _checkpointed(layer, run, tokens)
 
@@ -47,10 +47,10 @@ def decoder_layer(
 
     def run(queries: Tensor) -> Tensor:
         attended, _ = layer.self_attn(hidden_states=queries, **self_attention)
-        queries = layer.self_attn_layer_norm(residual(queries, attended, layer.dropout, layer.training))
+        queries = add_norm(layer.self_attn_layer_norm, queries, attended, layer.dropout)
         attended, _ = layer.encoder_attn(hidden_states=queries, **cross_attention)
-        queries = layer.encoder_attn_layer_norm(residual(queries, attended, layer.dropout, layer.training))
-        return layer.final_layer_norm(add_feed_forward(layer.mlp, queries))
+        queries = add_norm(layer.encoder_attn_layer_norm, queries, attended, layer.dropout)
+        return add_norm(layer.final_layer_norm, queries, feed_forward(layer.mlp, queries), layer.mlp.dropout)
 
     return _checkpointed(layer, run, queries)
 
