@@ -24,6 +24,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -82,12 +83,23 @@ def machine(device: torch.device, quick: bool) -> dict[str, float]:
 
 
 class Waits:
-    """Where the host waits for the device while this is entered: PyTorch warns of it, (file, line) -> times."""
+    """Where the host waits for the device while this is entered, (file, line) -> times: PyTorch warns of it, but where
+    an event is waited for.
+    """
 
     def __enter__(self) -> Waits:
         self._warnings = warnings.catch_warnings(record=True)
         self._record = self._warnings.__enter__()
         warnings.simplefilter("always")
+        stock, self._places = torch.cuda.Event.synchronize, Counter[str]()
+
+        def counted(event: torch.cuda.Event) -> None:
+            caller = sys._getframe(1)
+            self._places[f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}"] += 1
+            stock(event)
+
+        self._events = patch.object(torch.cuda.Event, "synchronize", counted)
+        self._events.start()
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("warn")
         return self
@@ -95,9 +107,10 @@ class Waits:
     def __exit__(self, *args: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("default")
+        self._events.stop()
         self._warnings.__exit__(*args)
         found = [w for w in self._record or () if "synchronizing CUDA operation" in str(w.message)]
-        self.places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
+        self.places = self._places + Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
 
 
 def resident_step(case: str, variant: str, scale: Scale, device: torch.device) -> Callable[[], Any]:
@@ -153,8 +166,8 @@ class Meter(TrainerCallback):
                 self.busy.append(torch.cuda.utilization())
                 time.sleep(0.1)
 
-    def waiting(self, batches: Iterable[Any], *arguments: Any) -> Iterator[Any]:
-        """In the place of ``copied_ahead``: times how long the next batch is waited for."""
+    def waiting(self, batches: Iterable[Any], *arguments: Any) -> ahead.CopiedAhead:
+        """In the place of ``CopiedAhead``: times how long the next batch is waited for."""
 
         def timed() -> Iterator[Any]:
             iterator = iter(batches)
@@ -169,7 +182,7 @@ class Meter(TrainerCallback):
 
         return self.stock(timed(), *arguments)
 
-    stock = staticmethod(ahead.copied_ahead)
+    stock = ahead.CopiedAhead
 
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         if state.global_step == self.first:
@@ -200,7 +213,7 @@ def measure_run(case: str, photos: Path, options: argparse.Namespace, device: to
     with (
         tempfile.TemporaryDirectory() as out,
         patch.object(BaseTrainer, "__init__", metered),
-        patch.object(ahead, "copied_ahead", meter.waiting),
+        patch.object(ahead, "CopiedAhead", meter.waiting),
     ):
         pretrain(
             PretrainConfig(

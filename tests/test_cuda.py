@@ -24,7 +24,7 @@ from siamese_detr.detectors import build_detector
 from siamese_detr.detectors.frozen import FrozenBackbone, is_norm, run
 from siamese_detr.detectors.fused import CudnnConv2d
 from siamese_detr.errors import UserError
-from siamese_detr.pretext import build_pretext
+from siamese_detr.pretext import Pretext, build_pretext
 from siamese_detr.pretext.matching import assign
 from siamese_detr.training.ahead import AheadLoader
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
@@ -148,7 +148,28 @@ def test_batches_arrive_as_they_were() -> None:
         assert batch["x"].is_cuda
         assert batch["x"].tolist() == [n, n + 1, n + 2, n + 3]
         assert batch["name"] == str(n)
+        assert batch.get("noted") == (n or None)  # in what was the next batch
+        following = loader.peek()
+        assert (following is None) == (n == 6)
+        if following is not None:
+            assert following["x"].tolist() == [n + 1, n + 2, n + 3, n + 4]
+            following["noted"] = n + 1
     assert n == 6
+
+
+def test_the_next_batch_is_frozen_before_the_update(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def noted(owner: Any, name: str) -> None:
+        stock = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **options: (order.append(name), stock(*given, **options))[1])
+
+    noted(Pretext, "frozen_features")
+    noted(torch.optim.AdamW, "step")
+    pretrain(PretrainConfig(images=str(photos), out=str(tmp_path / "run"), **TINY | {"device": "auto", "steps": 3}))
+    assert order == ["frozen_features", *2 * ["frozen_features", "step"], "step"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -159,9 +180,16 @@ def test_a_step_waits_for_the_device_once(photos: Path, tmp_path: Path, precisio
 
 
 def waits(photos: Path, out: Path, steps: int, precision: str) -> Counter[str]:
-    """Where the host waited for the device in a run."""
+    """Where the host waited for the device in a run: PyTorch warns of it, but where an event is waited for."""
+    stock, events = torch.cuda.Event.synchronize, Counter[str]()
+
+    def counted(event: torch.cuda.Event) -> None:
+        events["event"] += 1
+        stock(event)
+
     options = TINY | {"device": "auto", "precision": precision, "steps": steps, "save_every": 100, "log_every": 100}
-    with warnings.catch_warnings(record=True) as record:
+    with warnings.catch_warnings(record=True) as record, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda.Event, "synchronize", counted)
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -169,7 +197,7 @@ def waits(photos: Path, out: Path, steps: int, precision: str) -> Counter[str]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     found = (w for w in record if "synchronizing CUDA operation" in str(w.message))
-    return Counter(f"{w.filename}:{w.lineno}" for w in found)
+    return events + Counter(f"{w.filename}:{w.lineno}" for w in found)
 
 
 @pytest.mark.parametrize(

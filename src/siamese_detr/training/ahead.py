@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,24 +26,47 @@ class AheadLoader(DataLoader):
         cuda = device.type == "cuda"
         super().__init__(dataset, pin_memory=cuda, **options)
         self.ahead_on = device if cuda else None  # elsewhere batches stay on the host, and the Trainer moves them
+        self.copied: CopiedAhead | None = None
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
-        return batches if self.ahead_on is None else copied_ahead(batches, self.ahead_on)
+        if self.ahead_on is None:
+            return batches
+        self.copied = CopiedAhead(batches, self.ahead_on)
+        return self.copied
+
+    def peek(self) -> Any:
+        """The batch that comes next, if it is on the device already: its very object, for what else belongs to it."""
+        return None if self.copied is None else self.copied.peek()
 
 
-def copied_ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+class CopiedAhead:
     """Each batch on ``device``, a CUDA device, while the next one is being copied."""
-    copying = torch.cuda.Stream(device)
-    waiting: list[tuple[Any, torch.cuda.Event]] = []
-    for batch in batches:
-        with torch.cuda.stream(copying):
-            moved = send_to_device(batch, device, non_blocking=True)
-            waiting.append((moved, copying.record_event()))
-        if len(waiting) > 1:
-            yield _received(*waiting.pop(0))
-    for moved, copied in waiting:
-        yield _received(moved, copied)
+
+    def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
+        self.batches, self.device = iter(batches), device
+        self.copying = torch.cuda.Stream(device)
+        self.waiting: deque[tuple[Any, torch.cuda.Event]] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        for batch in itertools.islice(self.batches, 2 - len(self.waiting)):
+            with torch.cuda.stream(self.copying):
+                moved = send_to_device(batch, self.device, non_blocking=True)
+                self.waiting.append((moved, self.copying.record_event()))
+        if not self.waiting:
+            raise StopIteration
+        return _received(*self.waiting.popleft())
+
+    def peek(self) -> Any:
+        """The next batch; None after the last."""
+        if not self.waiting:
+            return None
+        moved, copied = self.waiting[0]
+        torch.cuda.current_stream().wait_event(copied)
+        return moved
 
 
 def _received(batch: Any, copied: torch.cuda.Event) -> Any:

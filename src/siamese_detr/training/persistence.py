@@ -6,6 +6,7 @@ overrides write the module's own state through :mod:`.checkpoint` and restore it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,16 @@ class PersistentTrainer(transformers.Trainer):
     def saved(self, checkpoint: Path) -> None:
         """Called on the main process after each checkpoint."""
 
-    def _across(self, values: Tensor) -> list[float]:
-        """Sums over all processes, as numbers (one sync)."""
+    def _across(self, values: Tensor, meanwhile: Callable[[], None] | None = None) -> list[float]:
+        """Sums over all processes, as numbers (one sync). ``meanwhile`` gives a CUDA device work before that."""
         values = values.to(self.args.device)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(values)
+        if meanwhile is not None and values.is_cuda:
+            values = values.to("cpu", non_blocking=True)
+            copied = torch.cuda.current_stream().record_event()
+            meanwhile()
+            copied.synchronize()
         return values.tolist()
 
     def create_scheduler(

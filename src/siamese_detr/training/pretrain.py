@@ -85,13 +85,16 @@ class PretextTrainer(BaseTrainer):
         super().__init__(model, *args, **options)
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        features = self.freeze(batch)
+        features = batch.pop("frozen", None) or self.freeze(batch)
         if self.settings.compile and not self.one_size:
             sizes_vary(features.maps, features.pixel_mask)
         output: PretextOutput = model(features)
         if "padded" not in batch:  # stored features do not tell
             return output.loss, output.terms
         return output.loss, {**output.terms, "padded_regions": batch["padded"].float().mean()}
+
+    def prepare_ahead(self, batch: dict[str, Any]) -> None:
+        batch["frozen"] = self.freeze(batch)
 
     def saved(self, checkpoint: Path) -> None:
         self.save_detector(self.state.global_step)

@@ -110,6 +110,11 @@ class BaseTrainer(PersistentTrainer):
         """The loss of one micro-batch (a mean over it) and its named terms to log. ``model`` may be wrapped."""
         raise NotImplementedError
 
+    def prepare_ahead(self, batch: dict[str, Any]) -> None:
+        """Put into the next batch what can be computed of it before the current update: a CUDA device then does so
+        while the host learns whether there is to be one. Called only if images of the batch could be read.
+        """
+
     # ---- the run
 
     def fit(self, resume: bool = False) -> None:
@@ -227,7 +232,7 @@ class BaseTrainer(PersistentTrainer):
     def get_train_dataloader(self) -> DataLoader:
         assert self.train_dataset is not None
         workers = self.settings.workers
-        return AheadLoader(
+        self._loader = AheadLoader(
             self.train_dataset,
             self.args.device,
             batch_sampler=RankBatches(self.batches, self.args.process_index, self.args.world_size, self._start),
@@ -236,6 +241,12 @@ class BaseTrainer(PersistentTrainer):
             worker_init_fn=begin_worker,
             prefetch_factor=2 if workers else None,
         )
+        return self._loader
+
+    def _look_ahead(self) -> None:
+        batch = self._loader.peek()
+        if batch is not None and _readable(batch):
+            self.prepare_ahead(batch)
 
     # ---- a step
 
@@ -268,7 +279,7 @@ class BaseTrainer(PersistentTrainer):
     def _note_skipped(self, inputs: dict[str, Any]) -> int:
         """List the images of a micro-batch that could not be read, each once in a run; how many could be."""
         skipped = {str(path): str(reason) for path, reason in inputs.pop("skipped", None) or ()}
-        readable = max((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), default=0)
+        readable = _readable(inputs)
         self._unreadable += len(skipped)
         self._readable += readable
         if not self.replaying and skipped.keys() - self._listed.keys():
@@ -343,7 +354,7 @@ class BaseTrainer(PersistentTrainer):
         local = torch.tensor([self.stop.requested is not None, *counts], dtype=torch.float32)
         flags = torch.stack([(~losses.isfinite()).any().float(), (~norm.isfinite()).float()])
         bad_loss, bad_norm, stop, found, unreadable, readable = self._across(
-            torch.cat([flags, local.to(flags, non_blocking=True)])
+            torch.cat([flags, local.to(flags, non_blocking=True)]), self._look_ahead
         )
         overflow = bad_norm and not bad_loss and self._scaler_can_lower()
         if (bad_loss or bad_norm) and not overflow:
@@ -437,6 +448,11 @@ class BaseTrainer(PersistentTrainer):
             seconds = time.monotonic() - self._began
             self.journal.log(self.state.global_step, {**logs, "seconds": round(seconds, 3)})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+
+def _readable(batch: dict[str, Any]) -> int:
+    """How many images of a batch could be read."""
+    return max((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), default=0)
 
 
 class _ReplayDone(Exception):
