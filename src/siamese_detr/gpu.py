@@ -1,4 +1,4 @@
-"""Whether this project's own kernels, written in Triton, can run."""
+"""Whether this project's own kernels, written in Triton, can run; how tensors get to a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from torch import Tensor
 def runs_kernels(x: Tensor) -> bool:
     """Whether they can on the device of ``x``; if not, there is always another way."""
     return x.is_cuda and _supported(x.device.index or 0)
+
+
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on ``device``; the host does not wait for what a CUDA device has yet to do.
+
+    From memory that is not pinned, CUDA may copy only then, though it is asked not to block.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 @torch.compiler.assume_constant_result

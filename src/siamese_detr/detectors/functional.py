@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from siamese_detr.gpu import send
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x`, or its float32 copy if it is of lower precision: boxes are never computed in half precision."""
@@ -89,7 +91,7 @@ def retype(model: nn.Module, kind: type[nn.Module], other: Any) -> None:
 
 def constant(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A small tensor of numbers that the host knows; unlike with ``torch.tensor``, it waits for no accelerator."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return send(torch.tensor(values, dtype=dtype), device)
 
 
 def level_arguments(shapes: list[tuple[int, int]], device: torch.device) -> dict[str, Any]:

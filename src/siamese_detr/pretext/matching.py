@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from siamese_detr.errors import UserError
-from siamese_detr.gpu import runs_kernels
+from siamese_detr.gpu import runs_kernels, send
 from siamese_detr.pretext.losses import OBJECT, box_corners, full_precision, generalized_iou
 
 
@@ -133,10 +133,7 @@ def _assign_on_host(cost: Tensor, valid: Tensor | None) -> Tensor:
         else:
             rows = np.flatnonzero(mask[place])
             chosen[place][rows] = linear_sum_assignment(table[place][rows])[1]
-    result = torch.from_numpy(chosen)
-    if cost.device.type == "cuda":
-        return result.pin_memory().to(cost.device, non_blocking=True)
-    return result.to(cost.device)
+    return send(torch.from_numpy(chosen), cost.device)
 
 
 def match(

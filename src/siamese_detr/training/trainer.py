@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from siamese_detr.detectors.kernels import use_kernels
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json
+from siamese_detr.gpu import send
 from siamese_detr.pretext.matching import NonFiniteError
 from siamese_detr.randomness import seed_torch
 from siamese_detr.training import checkpoint as checkpoints
@@ -354,7 +355,7 @@ class BaseTrainer(PersistentTrainer):
         local = torch.tensor([self.stop.requested is not None, *counts], dtype=torch.float32)
         flags = torch.stack([(~losses.isfinite()).any().float(), (~norm.isfinite()).float()])
         bad_loss, bad_norm, stop, found, unreadable, readable = self._across(
-            torch.cat([flags, local.to(flags, non_blocking=True)]), self._look_ahead
+            torch.cat([flags, send(local, flags.device)]), self._look_ahead
         )
         overflow = bad_norm and not bad_loss and self._scaler_can_lower()
         if (bad_loss or bad_norm) and not overflow:

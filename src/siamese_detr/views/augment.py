@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from siamese_detr.gpu import runs_kernels
+from siamese_detr.gpu import runs_kernels, send
 from siamese_detr.views.batch import ViewBatch, ViewInputs
 from siamese_detr.views.photometric import augment, processing_order
 from siamese_detr.views.photometric_cpu import augment_picture, normalise_into
@@ -91,8 +91,7 @@ class _Normalise:
     def apply(self, pixels: Tensor) -> Tensor:
         """Images (n, 3, H, W), in place."""
         scale, shift = (
-            torch.from_numpy(x).to(pixels.device, non_blocking=True).view(3, 1, 1)
-            for x in (1 / self.std, -self.mean / self.std)
+            send(torch.from_numpy(x), pixels.device).view(3, 1, 1) for x in (1 / self.std, -self.mean / self.std)
         )
         return torch.addcmul(shift, pixels, scale, out=pixels)
 
@@ -145,7 +144,7 @@ def _views(images: Tensor, sizes: Tensor, mask: Tensor, parameters: NDArray[np.f
     if len(parameters) == 0:
         return torch.zeros(images.flatten(0, 1).shape, device=images.device)
     order = processing_order(parameters)
-    where = torch.from_numpy(order).to(images.device, non_blocking=True)
+    where = send(torch.from_numpy(order), images.device)
     pixels = _to_float(images.flatten(0, 1)[where]).mul_(mask[where].unsqueeze(1))
     augment(pixels, parameters[order], sizes[where])
     out = torch.empty_like(pixels)
@@ -160,7 +159,7 @@ def _crops(
     if len(parameters) == 0:
         return torch.zeros((0, 3, size, size), device=images.device)
     order = processing_order(parameters)
-    where = torch.from_numpy(order).to(images.device, non_blocking=True)
+    where = send(torch.from_numpy(order), images.device)
     cut = _cut(images, sizes, boxes, where, size)
     augment(cut, parameters[order], sizes.new_full((len(cut), 2), size))
     out = torch.empty_like(cut)

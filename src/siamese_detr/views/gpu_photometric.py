@@ -14,6 +14,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from siamese_detr.gpu import send
 from siamese_detr.views.photometric import CONTRAST, GRAY, HUE, LUMA, ORDER, ORDERS, SATURATION, SIGMA, blur_radius
 
 PIXELS = 1024
@@ -72,10 +73,7 @@ def _table(parameters: NDArray[np.float32], device: torch.device) -> Tensor:
     table[:, :4] = np.where(order[:, None] < 0, NONE, operations)
     table[:, 4:8] = np.take_along_axis(parameters, operations, 1)
     table[:, 8] = parameters[:, GRAY]
-    host = torch.from_numpy(table)
-    if device.type == "cuda":  # else CUDA may wait for the device before it copies more than 64 KB
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    return send(torch.from_numpy(table), device)
 
 
 @triton.jit
@@ -192,7 +190,7 @@ def _blur(images: Tensor, sigmas: NDArray[np.float32], sizes: Tensor) -> None:
     host = np.stack([chosen, [blur_radius(float(sigma)) for sigma in sigmas[chosen]], sigmas[chosen]]).astype(
         np.float32
     )
-    which = torch.from_numpy(host).to(images.device, non_blocking=True)
+    which = send(torch.from_numpy(host), images.device)
     _, channels, height, width = images.shape
     between = torch.empty(len(chosen), height, width, channels, device=images.device)
     blocks = triton.cdiv(height * width * channels, PIXELS)

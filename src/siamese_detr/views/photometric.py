@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from siamese_detr.gpu import send
 from siamese_detr.views.batch import PHOTOMETRIC
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA = range(len(PHOTOMETRIC))
@@ -71,7 +72,7 @@ def _augment_alike(pixels: Tensor, parameters: NDArray[np.float32], sizes: Tenso
                 _blend(pixels, operations, factors, sizes)
     gray = np.flatnonzero(parameters[:, GRAY] > 0)
     if len(gray):
-        where = torch.from_numpy(gray).to(pixels.device, non_blocking=True)
+        where = send(torch.from_numpy(gray), pixels.device)
         pixels[where] = luma(pixels[where]).unsqueeze(1).expand(-1, 3, -1, -1)
     sigmas = parameters[:, SIGMA]
     if sigmas.any():
@@ -81,8 +82,7 @@ def _augment_alike(pixels: Tensor, parameters: NDArray[np.float32], sizes: Tenso
 
 def _each(values: NDArray, like: Tensor) -> Tensor:
     """Numbers (n,) of the host as (n, 1, 1, 1) on the device of ``like``."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values, np.float32))
-    return tensor.to(like.device, non_blocking=True).view(-1, 1, 1, 1)
+    return send(torch.from_numpy(np.ascontiguousarray(values, np.float32)), like.device).view(-1, 1, 1, 1)
 
 
 def luma(pixels: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def blur(pixels: Tensor, sigmas: NDArray[np.float32], sizes: Tensor) -> None:
     steps = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * (steps / sigmas[:, None]) ** 2) * (np.abs(steps) <= np.ceil(3 * sigmas)[:, None])
     weights /= weights.sum(1, keepdims=True)
-    kernel = torch.from_numpy(weights.astype(np.float32)).to(pixels.device, non_blocking=True)
+    kernel = send(torch.from_numpy(weights.astype(np.float32)), pixels.device)
     count, channels = pixels.shape[:2]
     kernel = kernel.repeat_interleave(channels, 0)[:, None, None]
     for axis in (3, 2):
