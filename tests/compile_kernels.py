@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from siamese_detr.detectors import gpu_layers, gpu_sampling, gpu_stem
+from siamese_detr.detectors import gpu_layers, gpu_linear, gpu_sampling, gpu_stem
 from siamese_detr.pretext import hungarian
 from siamese_detr.views import gpu_photometric
 
@@ -70,6 +70,9 @@ def main() -> None:
                 sums="*fp64" if precise is tl.float64 else "*fp32", rows=size, size=size, factor="fp32",
                 PART=gpu_layers.ROWS, TALL=gpu_layers.TILE[0], WIDE=gpu_layers.TILE[1], PRECISE=precise,
             )  # fmt: skip
+            if precise is tl.float32:
+                tile = {"PART": gpu_linear.ROWS, "TALL": gpu_linear.TALL, "WIDE": gpu_linear.WIDE}
+                build(gpu_linear._sum_rows, x=kind, sums="*fp32", rows=size, size=size, **tile)
         for branch, drops, width in (("*bf16", True, 256), ("*fp32", False, 4), ("*fp32", True, 1024)):
             tokens = {"total": "*fp32", "weight": "*fp32", "rows": size, "size": size, "eps": "fp32"} | drawn
             warps = max(1, width // gpu_layers.SHARE)

@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 pytest.importorskip("triton", reason="this system has no Triton")
 
 from conftest import textured
-from siamese_detr.detectors import gpu_layers, gpu_sampling, gpu_stem
+from siamese_detr.detectors import gpu_layers, gpu_linear, gpu_sampling, gpu_stem
 from siamese_detr.detectors.fused import Blocks
 from siamese_detr.pretext import hungarian
 from siamese_detr.pretext.matching import assign
@@ -190,7 +190,7 @@ def test_feed_forward_blocks_are_the_stock_ones(
         return (x @ w1.t() + b1).relu() @ w2.t() + b2
 
     inputs = block_inputs(rows, size, hidden, dtype)
-    found = gradients(lambda *x: gpu_layers.relu_block(*x, 0.0), *inputs)
+    found = gradients(lambda *x: gpu_layers.relu_block(*x, 0.0, dtype), *inputs)
     for got, want in zip(found, gradients(stock, *inputs), strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
@@ -199,7 +199,7 @@ def test_hidden_values_dropped_have_no_gradient_either() -> None:
     x, w1, b1, w2, b2 = block_inputs(150, 8, 33)
     shown = torch.cat((torch.eye(33, dtype=x.dtype), torch.zeros(8, 33, dtype=x.dtype))).to(DEVICE)
     torch.manual_seed(3)
-    kept = gpu_layers.relu_block(x, w1, b1 + 100, shown, shown.new_zeros(41), 0.3)[..., :33] != 0
+    kept = gpu_layers.relu_block(x, w1, b1 + 100, shown, shown.new_zeros(41), 0.3, x.dtype)[..., :33] != 0
     assert abs(kept.double().mean() - 0.7) < 0.02
     assert kept.double().mean((0, 1)).std() < 0.05  # no column or row is spared
     assert kept.double().mean(2).std() < 0.1
@@ -208,7 +208,7 @@ def test_hidden_values_dropped_have_no_gradient_either() -> None:
         return (x @ w1.t() + b1).relu() * kept / 0.7 @ w2.t() + b2
 
     torch.manual_seed(3)
-    found = gradients(lambda *x: gpu_layers.relu_block(*x, 0.3), x, w1, b1, w2, b2)
+    found = gradients(lambda *given: gpu_layers.relu_block(*given, 0.3, x.dtype), x, w1, b1, w2, b2)
     for got, want in zip(found, gradients(stock, x, w1, b1, w2, b2), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # the factor is in single precision
 
@@ -216,7 +216,7 @@ def test_hidden_values_dropped_have_no_gradient_either() -> None:
 def test_hidden_values_that_are_no_numbers_stay_so() -> None:
     x, *weights = block_inputs(9, 6, 140)
     x[0, 3, 2] = float("nan")
-    assert gpu_layers.relu_block(x, *weights, 0.0)[0, 3].isnan().all()
+    assert gpu_layers.relu_block(x, *weights, 0.0, x.dtype)[0, 3].isnan().all()
 
 
 def norm_inputs(rows: int, size: int, half: bool) -> tuple[torch.Tensor, ...]:
@@ -264,3 +264,38 @@ def test_what_is_dropped_of_a_branch_has_no_gradient_either(half: bool) -> None:
     assert not torch.equal(summed_norm(x, branch, weight, bias, 0.3), found[0])
     torch.manual_seed(3)
     assert torch.equal(summed_norm(x, branch, weight, bias, 0.3), found[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_linear_layers_are_the_stock_ones_and_more_exact(
+    bias: bool, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_linear, "MANY", 0)
+    x, weight, shift, *_ = block_inputs(300, 24, 140, torch.float32)
+    inputs = (x.to(kind), weight, *([shift] if bias else []))
+
+    def ours(x: Any, weight: Any, bias: Any = None) -> torch.Tensor:
+        assert gpu_linear.suits(x, weight, torch.bfloat16)
+        return gpu_linear.linear(x, weight, bias, torch.bfloat16)
+
+    def stock(x: Any, weight: Any, bias: Any = None) -> torch.Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return torch.nn.functional.linear(x, weight, bias)
+
+    def exact(x: Any, weight: Any, bias: Any = None) -> torch.Tensor:
+        return torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+    runs = (gradients(function, *inputs) for function in (ours, stock, exact))
+    for got, other, want in zip(*runs, strict=True):
+        assert got.dtype == other.dtype
+        assert (got - want).norm() <= 1.02 * (other - want).norm() + 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (300, 5), (513, 140), (0, 3)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_rows_are_summed(shape: tuple[int, int], kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_linear, "MANY", 0)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, kind)
+    found = gpu_linear.sum_rows(x, torch.float32)
+    torch.testing.assert_close(found.double(), x.double().sum(0), rtol=1e-5, atol=1e-4)

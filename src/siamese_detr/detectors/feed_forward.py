@@ -36,16 +36,15 @@ def feed_forward(block: Any, x: Tensor) -> Tensor:
     """
     dropped = round(block.activation_dropout * LEVELS)
     fits = type(block.activation_fn) is nn.ReLU and dropped < LEVELS
-    if block.training and fits and not torch.compiler.is_compiling() and (x.device.type == "cpu" or runs_kernels(x)):
+    if block.training and fits and not torch.compiler.is_compiling():
+        tensors = (x, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias)
         dtype = product_dtype(x)
-        w1, b1, w2, b2 = (
-            parameter.to(dtype) for layer in (block.fc1, block.fc2) for parameter in (layer.weight, layer.bias)
-        )
         if x.device.type == "cpu":
-            return relu_block(x.to(dtype), w1, b1, w2, b2, dropped)
-        from . import gpu_layers
+            return relu_block(*(tensor.to(dtype) for tensor in tensors), dropped)
+        if runs_kernels(x):
+            from . import gpu_layers
 
-        return gpu_layers.relu_block(x.to(dtype), w1, b1, w2, b2, block.activation_dropout)
+            return gpu_layers.relu_block(*tensors, block.activation_dropout, dtype)
     return block.fc2(dropout(block.activation_fn(block.fc1(x)), block.activation_dropout, block.training))
 
 

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from .gpu_linear import product, sum_rows
+
 GROUP = 512
 """A quarter of the hidden values of a program: one draw gives four numbers."""
 TILE = (16, 128)
@@ -31,16 +33,19 @@ WIDEST = 1024
 """Channels of a token up to which a norm is ours: a program holds all of them."""
 
 
-def relu_block(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, probability: float) -> Tensor:
-    """``dropout(relu(x @ w1.T + b1)) @ w2.T + b2``, all tensors of one precision.
+def relu_block(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, probability: float, dtype: torch.dtype
+) -> Tensor:
+    """``dropout(relu(x @ w1.T + b1)) @ w2.T + b2``, computed and given in ``dtype``.
 
     Args:
-        x: (..., D).
+        x: (..., D), like the weights of ``dtype`` or in single precision.
         w1, b1: (H, D) and (H,).
         w2, b2: (D, H) and (D,).
         probability: of a hidden value to be dropped, below 1.
+        dtype: theirs, or one of half precision.
     """
-    return _ReluBlock.apply(x, w1, b1, w2, b2, probability)
+    return _ReluBlock.apply(x, w1, b1, w2, b2, probability, dtype)
 
 
 def add_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor, probability: float) -> Tensor:
@@ -78,9 +83,13 @@ def _precise(x: Tensor) -> Any:
 
 class _ReluBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, probability: float) -> Tensor:
-        hidden = torch.addmm(b1, x.flatten(0, -2), w1.t())
+    def forward(ctx: Any, x: Tensor, *parameters: Any) -> Tensor:
+        *weights, probability, dtype = parameters
+        w1, b1, w2, b2 = (weight.to(dtype) for weight in weights)
+        tokens = x.to(dtype).reshape(-1, x.shape[-1])
+        hidden = torch.addmm(b1, tokens, w1.t())
         ctx.factor = 1 / (1 - probability)
+        ctx.dtypes = x.dtype, weights[0].dtype
         if hidden.numel():
             grid = (triton.cdiv(hidden.numel(), 4 * GROUP),)
             with torch.cuda.device_of(hidden):
@@ -88,15 +97,17 @@ class _ReluBlock(torch.autograd.Function):
                     hidden, hidden.numel(), _draw_seed(probability), probability, ctx.factor,
                     GROUP, probability > 0, _precise(hidden),
                 )  # fmt: skip
-        ctx.save_for_backward(x, w1, w2, hidden)
+        ctx.save_for_backward(tokens, w1, w2, hidden)
         return torch.addmm(b2, hidden, w2.t()).view(*x.shape[:-1], len(w2))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, w2, hidden = ctx.saved_tensors
-        tokens, above = x.flatten(0, -2), gradient.flatten(0, -2)
-        to_hidden, to_w2 = above @ w2, above.t() @ hidden
+        tokens, w1, w2, hidden = ctx.saved_tensors
+        above = gradient.reshape(-1, gradient.shape[-1])
+        to_hidden = above @ w2
+        x_dtype, dtype = ctx.dtypes
+        to_w2 = product(above.t(), hidden, dtype)
         rows, size = hidden.shape
         sums = hidden.new_empty(triton.cdiv(rows, ROWS), size, dtype=torch.promote_types(hidden.dtype, torch.float32))
         if hidden.numel():
@@ -104,8 +115,9 @@ class _ReluBlock(torch.autograd.Function):
                 _relu_dropout_backward[(triton.cdiv(size, TILE[1]), len(sums))](
                     to_hidden, hidden, sums, rows, size, ctx.factor, ROWS, *TILE, _precise(hidden)
                 )
-        to_b1 = sums.sum(0).to(x.dtype)
-        return (to_hidden @ w1).view(x.shape), to_hidden.t() @ tokens, to_b1, to_w2, above.sum(0), None
+        to_x = product(to_hidden, w1, x_dtype).view(*gradient.shape[:-1], w1.shape[1])
+        to_w1 = product(to_hidden.t(), tokens, dtype)
+        return to_x, to_w1, sums.sum(0, dtype=dtype), to_w2, sum_rows(above, dtype), None, None
 
 
 class _AddNorm(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""Linear layers trained on an AMD processor with AVX-512: computed by oneDNN, which there is faster than MKL.
+"""Linear layers trained on an AMD processor with AVX-512: computed by oneDNN, which there is faster than MKL. (In half
+precision on a GPU, see :mod:`.gpu_linear`.)
 
 MKL, with which PyTorch multiplies matrices of single precision, is Intel's. Its products reach three fifths to four
 fifths of such a processor's rate, oneDNN's nine tenths, in the forward pass and for the gradient of the input.
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from siamese_detr.gpu import runs_kernels
 from siamese_detr.hardware import prefers_onednn
 
-from .functional import retype
+from .functional import product_dtype, retype
 
 SMALLEST = 1 << 25
 """Multiplications of a product from which on oneDNN saves more time than calling it takes."""
@@ -38,10 +40,16 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., H)."""
-        plain = not self.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if plain or not _pays(input, self.weight):
+        if not self.training or torch.compiler.is_compiling():
             return super().forward(input)
-        return _Linear.apply(input, self.weight, self.bias)
+        if runs_kernels(input):
+            from . import gpu_linear
+
+            if gpu_linear.suits(input, self.weight, dtype := product_dtype(input)):
+                return gpu_linear.linear(input, self.weight, self.bias, dtype)
+        elif not torch.is_autocast_enabled("cpu") and _pays(input, self.weight):
+            return _Linear.apply(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 class _Linear(torch.autograd.Function):
