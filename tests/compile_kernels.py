@@ -33,13 +33,14 @@ def main() -> None:
             highest="fp32", ROWS=16, COLUMNS=128,
         )  # fmt: skip
         for value, sums, width in (("*bf16", "*fp32", 32), ("*fp64", "*fp64", 8)):
-            inputs = {"value": value, "locations": sums, "weights": sums, "sizes": "*i64", "starts": "*i64"}
+            inputs = {"value": value, "reference": sums, "weights": sums, "sizes": "*i64", "starts": "*i64"}
+            inputs |= {"locations": value, "AROUND": width == 32}
             inputs |= dict.fromkeys(("tokens", "queries", "heads", "channels", "levels", "points"), size)
             precise = tl.float32 if sums == "*fp32" else tl.float64
             inputs |= {"QUERIES": gpu_sampling.QUERIES, "WIDTH": width, "PRECISE": precise}
             build(gpu_sampling._sum, warps=gpu_sampling.WARPS, out=value, **inputs)
             build(
-                gpu_sampling._spread, warps=gpu_sampling.WARPS, gradient=value, to_value=sums, to_locations=sums,
+                gpu_sampling._spread, warps=gpu_sampling.WARPS, gradient=value, to_value=sums, to_locations=value,
                 to_weights=sums, **inputs,
             )  # fmt: skip
         extent = {"sizes": "*i64", "height": size, "width": size, "PIXELS": gpu_photometric.PIXELS}

@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 pytest.importorskip("triton", reason="this system has no Triton")
 
 from conftest import textured
-from siamese_detr.detectors import gpu_layers, gpu_linear, gpu_sampling, gpu_stem
+from siamese_detr.detectors import cpu_sampling, gpu_layers, gpu_linear, gpu_sampling, gpu_stem
 from siamese_detr.detectors.fused import Blocks
 from siamese_detr.pretext import hungarian
 from siamese_detr.pretext.matching import assign
@@ -81,6 +81,27 @@ def test_sampling_is_the_stock_one(
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_offsets_around_references_and_hidden_values_are_those_of_a_cpu(shapes: list[tuple[int, int]]) -> None:
+    value, offsets, weights = random_inputs(shapes, 3, reach=8.0)
+    random = torch.Generator().manual_seed(3)
+    reference = torch.rand(2, 7, len(shapes), 2, dtype=torch.float64, generator=random)
+    shown = torch.rand(value.shape[:2], generator=random) > 0.3
+    value[~shown] = float("nan")
+    sizes = torch.tensor(shapes, device=DEVICE)
+    starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+
+    def there(value: Any, offsets: Any, weights: Any, reference: Any) -> torch.Tensor:
+        return gpu_sampling.sample(value, offsets, weights, sizes, starts, reference, shown.to(DEVICE))
+
+    def here(value: Any, offsets: Any, weights: Any, reference: Any) -> torch.Tensor:
+        return cpu_sampling.sample(value, offsets, weights, shapes, reference, shown)
+
+    inputs = value, offsets, weights, reference
+    for got, want in zip(gradients(there, *(x.to(DEVICE) for x in inputs)), gradients(here, *inputs), strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("kernel", "padding"), [(7, 3), (3, 1), (2, 0), (4, 1)])
 @pytest.mark.parametrize("size", [(32, 48), (33, 47), (9, 10)])
 def test_pixels_are_arranged_as_without_a_kernel(kernel: int, padding: int, size: tuple[int, int]) -> None:
@@ -142,6 +163,8 @@ def test_no_batch_is_too_large_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> No
         (gpu_sampling, ("_sum", "_spread")),
         (gpu_photometric, ("_brightness", "_augment", "_blur_lines")),
         (gpu_stem, ("_arrange", "_pool")),
+        (gpu_layers, ("_relu_dropout", "_relu_dropout_backward", "_add_norm", "_add_norm_backward")),
+        (gpu_linear, ("_sum_rows",)),
     ):
         for name in kernels:
             monkeypatch.setattr(module, name, launches)
@@ -155,7 +178,11 @@ def test_no_batch_is_too_large_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> No
     )
     gpu_stem.arrange(torch.zeros(many, 1, 1, 1), 0, (1, 1), 8)
     gpu_stem.pool(torch.zeros(many, 1, 1, 1), 1, 1, 0)
-    assert len(launches.grids) == 8
+    tokens = torch.zeros(gpu_layers.ROWS * many, 1, requires_grad=True)
+    weights = (torch.zeros(shape) for shape in ((1, 1), (1,), (1, 1), (1,)))
+    branch = gpu_layers.relu_block(tokens, *weights, 0.0, torch.float32)
+    gpu_layers.add_norm(torch.nn.LayerNorm(1), tokens, branch, 0.0).sum().backward()
+    assert len(launches.grids) == 13
     assert all(size <= 65_535 for grid in launches.grids for size in grid[1:]), launches.grids
 
 

@@ -71,7 +71,7 @@ class Sampling(nn.Module):
 
 
 class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
-    """Transformers' module, which it is again elsewhere, on a CPU around reference points (not boxes).
+    """Transformers' module, which it is again elsewhere, around reference points (not boxes) on a CPU or a CUDA device.
 
     There it adds offsets in cells to positions in cells, where the stock one scales both to the levels' sizes and back.
     """
@@ -90,7 +90,9 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         """See the stock module."""
-        if hidden_states.device.type != "cpu" or reference_points.shape[-1] != 2:
+        sampling: Any = self.attn
+        on_gpu = runs_kernels(hidden_states) and not has_kernel(sampling.stock)
+        if not (on_gpu or hidden_states.device.type == "cpu") or reference_points.shape[-1] != 2:
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -108,9 +110,16 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
         offsets = offsets.view(*points, 2)
         weights = scores.view(*points[:3], -1).softmax(-1).view(points)
         value = self.value_proj(encoder_hidden_states).unflatten(-1, (self.n_heads, -1))
-        from . import cpu_sampling  # Numba takes a moment to import
+        if on_gpu:
+            from . import gpu_sampling
 
-        sampled = cpu_sampling.sample(value, offsets, weights, spatial_shapes_list, reference_points, attention_mask)
+            levels = spatial_shapes, level_start_index
+            sampled = gpu_sampling.sample(value, offsets, weights, *levels, reference_points, attention_mask)
+        else:
+            from . import cpu_sampling  # Numba takes a moment to import
+
+            levels = spatial_shapes_list
+            sampled = cpu_sampling.sample(value, offsets, weights, levels, reference_points, attention_mask)
         return self.output_proj(sampled), weights
 
 
@@ -125,7 +134,7 @@ def project_sum(x: Tensor, position: Tensor | None, *layers: nn.Linear) -> tuple
     Returns:
         (..., H) of each.
     """
-    if position is None or not layers[0].training or torch.compiler.is_compiling():
+    if position is None or x.device.type != "cpu" or not layers[0].training or torch.compiler.is_compiling():
         queries = x if position is None else x + position
         return tuple(layer(queries) for layer in layers)
     parameters = [value.to(product_dtype(x)) for layer in layers for value in (layer.weight, layer.bias)]

@@ -112,7 +112,7 @@ class _ReluBlock(torch.autograd.Function):
         sums = hidden.new_empty(triton.cdiv(rows, ROWS), size, dtype=torch.promote_types(hidden.dtype, torch.float32))
         if hidden.numel():
             with torch.cuda.device_of(hidden):
-                _relu_dropout_backward[(triton.cdiv(size, TILE[1]), len(sums))](
+                _relu_dropout_backward[(len(sums), triton.cdiv(size, TILE[1]))](
                     to_hidden, hidden, sums, rows, size, ctx.factor, ROWS, *TILE, _precise(hidden)
                 )
         to_x = product(to_hidden, w1, x_dtype).view(*gradient.shape[:-1], w1.shape[1])
@@ -195,17 +195,17 @@ def _relu_dropout_backward(
     PART: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """In place; what is zero in ``hidden`` was negative or dropped. The sums are of ``PART`` rows each."""
-    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    column = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     total = tl.zeros((TALL, WIDE), PRECISE)
     for start in range(0, PART, TALL):
-        row = tl.program_id(1) * PART + start + tl.arange(0, TALL)
+        row = tl.program_id(0) * PART + start + tl.arange(0, TALL)
         known = (row < rows)[:, None] & (column < size)[None, :]
         places = row.to(tl.int64)[:, None] * size + column[None, :]
         value = tl.load(gradient + places, mask=known, other=0.0).to(PRECISE) * factor
         value = tl.where(tl.load(hidden + places, mask=known, other=0.0) <= 0, 0.0, value)
         tl.store(gradient + places, value.to(gradient.dtype.element_ty), mask=known)
         total += value
-    tl.store(sums + tl.program_id(1) * size + column, tl.sum(total, 0), mask=column < size)
+    tl.store(sums + tl.program_id(0) * size + column, tl.sum(total, 0), mask=column < size)
 
 
 @triton.jit

@@ -57,7 +57,7 @@ def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.sum(0, dtype=dtype)
     sums = x.new_empty(triton.cdiv(rows, ROWS), size, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _sum_rows[(triton.cdiv(size, WIDE), len(sums))](x, sums, rows, size, ROWS, TALL, WIDE)
+        _sum_rows[(len(sums), triton.cdiv(size, WIDE))](x, sums, rows, size, ROWS, TALL, WIDE)
     return sums.sum(0, dtype=dtype)
 
 
@@ -86,10 +86,10 @@ class _Linear(torch.autograd.Function):
 
 @triton.jit
 def _sum_rows(x, sums, rows, size, PART: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
-    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    column = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     total = tl.zeros((TALL, WIDE), tl.float32)
     for start in range(0, PART, TALL):
-        row = tl.program_id(1) * PART + start + tl.arange(0, TALL)
+        row = tl.program_id(0) * PART + start + tl.arange(0, TALL)
         known = (row < rows)[:, None] & (column < size)[None, :]
         total += tl.load(x + row.to(tl.int64)[:, None] * size + column[None, :], mask=known, other=0.0).to(tl.float32)
-    tl.store(sums + tl.program_id(1) * size + column, tl.sum(total, 0), mask=column < size)
+    tl.store(sums + tl.program_id(0) * size + column, tl.sum(total, 0), mask=column < size)

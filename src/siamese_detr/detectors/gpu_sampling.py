@@ -18,55 +18,86 @@ QUERIES, WARPS = 16, 2
 
 
 @torch.compiler.disable
-def sample(value: Tensor, locations: Tensor, weights: Tensor, sizes: Tensor, starts: Tensor) -> Tensor:
+def sample(
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    sizes: Tensor,
+    starts: Tensor,
+    reference: Tensor | None = None,
+    shown: Tensor | None = None,
+) -> Tensor:
     """Weighted samples of every query.
 
     Args:
         value: (B, S, heads, C), the levels one after the other.
-        locations: (B, Q, heads, levels, points, 2) as (x, y), 0 to 1 across each level; zeros are read outside.
+        locations: (B, Q, heads, levels, points, 2) as (x, y), 0 to 1 across each level; zeros are read outside. With
+            ``reference``, their distances from it in cells of their level.
         weights: (B, Q, heads, levels, points).
         sizes: int64 (levels, 2), (h, w) of each level.
         starts: int64 (levels,), index of its first token.
+        reference: (B, Q, levels, 2), 0 to 1 across each level.
+        shown: (B, S), False where zeros are to be read for the values.
 
     Returns:
-        (B, Q, heads * C), in the precision of ``value``.
+        (B, Q, heads * C), in the precision of ``value``; computed in single precision at least.
     """
-    return _Sample.apply(value, locations, weights, sizes, starts)
+    return _Sample.apply(value, locations, weights, sizes, starts, reference, shown)
 
 
 class _Sample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, sizes: Tensor, starts: Tensor) -> Tensor:
-        inputs = [x.contiguous() for x in (value, locations, weights, sizes, starts)]
-        ctx.save_for_backward(*inputs)
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        locations: Tensor,
+        weights: Tensor,
+        sizes: Tensor,
+        starts: Tensor,
+        reference: Tensor | None,
+        shown: Tensor | None,
+    ) -> Tensor:
+        if shown is not None:
+            value = value.masked_fill(~shown.bool()[:, :, None, None], 0)
+        given = (value, locations, weights, sizes, starts, reference)
+        inputs = [None if x is None else x.contiguous() for x in given]
+        ctx.save_for_backward(*inputs, shown)
         batch, queries, heads = locations.shape[:3]
         out = value.new_empty(batch, queries, heads * value.shape[3])
-        _launch(_sum, *inputs, out)
+        _launch(_sum, inputs, out)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        value, locations, weights, *levels = ctx.saved_tensors
+        *inputs, shown = ctx.saved_tensors
+        value, locations, weights, sizes, _, reference = inputs
         to_value = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
         to_locations, to_weights = torch.empty_like(locations), torch.empty_like(weights)
-        results = gradient.contiguous(), to_value, to_locations, to_weights
-        _launch(_spread, value, locations, weights, *levels, *results)
-        return to_value.to(value.dtype), to_locations, to_weights, None, None
+        _launch(_spread, inputs, gradient.contiguous(), to_value, to_locations, to_weights)
+        to_value = to_value.to(value.dtype)
+        if shown is not None:
+            to_value.masked_fill_(~shown.bool()[:, :, None, None], 0)
+        to_reference = None
+        if ctx.needs_input_grad[5]:
+            to_reference = to_locations.sum((2, 4), dtype=reference.dtype) * sizes.flip(-1)
+        return to_value, to_locations, to_weights, None, None, to_reference, None
 
 
-def _launch(kernel: Any, value: Tensor, locations: Tensor, weights: Tensor, *others: Tensor) -> None:
+def _launch(kernel: Any, inputs: list[Any], *results: Tensor) -> None:
+    value, locations, weights, sizes, starts, reference = inputs
     batch, queries, heads, levels, points = weights.shape
     tokens, channels = value.shape[1], value.shape[3]
     if not weights.numel():
         return
     precise = tl.float64 if value.dtype == torch.float64 else tl.float32
     width = triton.next_power_of_2(channels)
+    around = reference is not None
     with torch.cuda.device_of(value):
         kernel[(triton.cdiv(queries, QUERIES) * batch * heads,)](
-            *(value, locations, weights, *others),
+            *(value, locations, reference if around else locations, weights, sizes, starts, *results),
             *(tokens, queries, heads, channels, levels, points),
-            *(QUERIES, width, precise),
+            *(around, QUERIES, width, precise),
             num_warps=WARPS,
         )
 
@@ -88,11 +119,19 @@ def _level(level, sizes, starts, image, head, tokens, heads, channels):
 
 
 @triton.jit
-def _point(weights, locations, at, inside, width, height, PRECISE: tl.constexpr):
+def _point(weights, locations, reference, at, near, inside, width, height, AROUND: tl.constexpr, PRECISE: tl.constexpr):
     """A point of each query: its weight, the cell to its upper left, and how far right and down of that it lies."""
     weight = tl.load(weights + at, mask=inside, other=0.0).to(PRECISE)
-    x = tl.load(locations + 2 * at, mask=inside, other=0.0).to(PRECISE) * width - 0.5
-    y = tl.load(locations + 2 * at + 1, mask=inside, other=0.0).to(PRECISE) * height - 0.5
+    x = tl.load(locations + 2 * at, mask=inside, other=0.0).to(PRECISE)
+    y = tl.load(locations + 2 * at + 1, mask=inside, other=0.0).to(PRECISE)
+    if AROUND:
+        x += tl.load(reference + 2 * near, mask=inside, other=0.0).to(PRECISE) * width
+        y += tl.load(reference + 2 * near + 1, mask=inside, other=0.0).to(PRECISE) * height
+    else:
+        x *= width
+        y *= height
+    x -= 0.5
+    y -= 0.5
     left, top = tl.floor(x), tl.floor(y)
     return weight, left.to(tl.int32), top.to(tl.int32), x - left, y - top
 
@@ -111,19 +150,22 @@ def _corner(
 
 @triton.jit
 def _sum(
-    value, locations, weights, sizes, starts, out, tokens, queries, heads, channels, levels, points,
-    QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISE: tl.constexpr,
+    value, locations, reference, weights, sizes, starts, out, tokens, queries, heads, channels, levels, points,
+    AROUND: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     image, head, query = _part(queries, heads, QUERIES)
     channel = tl.arange(0, WIDTH)
     inside, real = query < queries, channel < channels
-    owner = (image.to(tl.int64) * queries + query) * heads + head
+    asked = image.to(tl.int64) * queries + query
+    owner = asked * heads + head
     total = tl.zeros((QUERIES, WIDTH), PRECISE)
     for level in range(levels):
         table, height, width = _level(level, sizes, starts, image, head, tokens, heads, channels)
         for point in range(points):
             at = (owner * levels + level) * points + point
-            weight, columns, rows, right, down = _point(weights, locations, at, inside, width, height, PRECISE)
+            weight, columns, rows, right, down = _point(
+                weights, locations, reference, at, asked * levels + level, inside, width, height, AROUND, PRECISE
+            )
             for corner in tl.static_range(4):
                 places, exists, share = _corner(
                     table, columns, rows, right, down, corner % 2, corner // 2,
@@ -137,21 +179,24 @@ def _sum(
 
 @triton.jit
 def _spread(
-    value, locations, weights, sizes, starts, gradient, to_value, to_locations, to_weights,
+    value, locations, reference, weights, sizes, starts, gradient, to_value, to_locations, to_weights,
     tokens, queries, heads, channels, levels, points,
-    QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISE: tl.constexpr,
+    AROUND: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     image, head, query = _part(queries, heads, QUERIES)
     channel = tl.arange(0, WIDTH)
     inside, real = query < queries, channel < channels
-    owner = (image.to(tl.int64) * queries + query) * heads + head
+    asked = image.to(tl.int64) * queries + query
+    owner = asked * heads + head
     gradient += owner[:, None] * channels + channel[None, :]
     above = tl.load(gradient, mask=inside[:, None] & real[None, :], other=0.0).to(PRECISE)
     for level in range(levels):
         table, height, width = _level(level, sizes, starts, image, head, tokens, heads, channels)
         for point in range(points):
             at = (owner * levels + level) * points + point
-            weight, columns, rows, right, down = _point(weights, locations, at, inside, width, height, PRECISE)
+            weight, columns, rows, right, down = _point(
+                weights, locations, reference, at, asked * levels + level, inside, width, height, AROUND, PRECISE
+            )
             to_x, to_y, to_weight = tl.zeros_like(right), tl.zeros_like(right), tl.zeros_like(right)
             for corner in tl.static_range(4):
                 places, exists, share = _corner(
@@ -166,6 +211,7 @@ def _spread(
                 to_y += agreement * (right if corner % 2 else 1 - right) * (1 if corner // 2 else -1)
                 tl.atomic_add(to_value + places, (weight * share)[:, None] * above, mask=known, sem="relaxed")
             tl.store(to_weights + at, to_weight.to(to_weights.dtype.element_ty), mask=inside)
-            kind = to_locations.dtype.element_ty
-            tl.store(to_locations + 2 * at, (to_x * weight * width).to(kind), mask=inside)
-            tl.store(to_locations + 2 * at + 1, (to_y * weight * height).to(kind), mask=inside)
+            to_x *= weight if AROUND else weight * width
+            to_y *= weight if AROUND else weight * height
+            tl.store(to_locations + 2 * at, to_x.to(to_locations.dtype.element_ty), mask=inside)
+            tl.store(to_locations + 2 * at + 1, to_y.to(to_locations.dtype.element_ty), mask=inside)
