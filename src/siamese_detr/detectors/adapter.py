@@ -86,18 +86,20 @@ class DetectorAdapter(nn.Module):
         """Initialise everything but the backbone as the family's paper does."""
         raise NotImplementedError
 
-    def features(self, pixel_values: Tensor, pixel_mask: Tensor, *, fast: bool = False) -> list[Tensor]:
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None, *, fast: bool = False) -> list[Tensor]:
         """Backbone maps the detector consumes, finest first.
 
         Args:
             pixel_values: (B, 3, H, W), normalised.
-            pixel_mask: (B, H, W) boolean, True = inside the image. What lies outside is set to zero first.
+            pixel_mask: (B, H, W) boolean, True = inside the image; None: everywhere. What lies outside is set to zero
+                first.
             fast: run a frozen backbone through :class:`FrozenBackbone`: equal up to rounding, several times faster.
 
         Returns:
             One (B, C, h, w) per level; without gradient while the backbone is frozen.
         """
-        pixel_values = pixel_values * pixel_mask[:, None].to(pixel_values.dtype)
+        if pixel_mask is not None:
+            pixel_values = pixel_values * pixel_mask[:, None].to(pixel_values.dtype)
         if fast and not self.backbone_trainable:
             return self.frozen_backbone(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone_trainable):

@@ -134,8 +134,9 @@ class LwDetrAdapter(DetectorAdapter):
         height, width = x.shape[-2:]
         return nn.functional.pad(x, (0, -width % self.block, 0, -height % self.block))
 
-    def features(self, pixel_values: Tensor, pixel_mask: Tensor, *, fast: bool = False) -> list[Tensor]:
-        return super().features(self.pad(pixel_values), self.pad(pixel_mask), fast=fast)
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None, *, fast: bool = False) -> list[Tensor]:
+        mask = None if pixel_mask is None else self.pad(pixel_mask)
+        return super().features(self.pad(pixel_values), mask, fast=fast)
 
     def project(self, maps: list[Tensor]) -> list[Tensor]:
         """The projector: maps of the ViT's layers -> one map per level."""

@@ -129,8 +129,9 @@ class RTDetrAdapter(DetectorAdapter):
         for head in self.class_heads:
             initialise.class_head(head)
 
-    def features(self, pixel_values: Tensor, pixel_mask: Tensor, *, fast: bool = False) -> list[Tensor]:
-        return super().features(pad_to_multiple(pixel_values), pad_to_multiple(pixel_mask), fast=fast)
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None, *, fast: bool = False) -> list[Tensor]:
+        mask = None if pixel_mask is None else pad_to_multiple(pixel_mask)
+        return super().features(pad_to_multiple(pixel_values), mask, fast=fast)
 
     def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
         detr, pixel_mask = self.model.model, pad_to_multiple(pixel_mask)

@@ -85,8 +85,7 @@ def freeze(detector: DetectorAdapter, inputs: ViewInputs, crops: bool) -> Frozen
     if crops:
         if inputs.crops is None:
             raise UserError("this pretext task needs the regions' crops: prepare the batch with crops")
-        everything = inputs.pixel_mask.new_ones(len(inputs.crops), *inputs.crops.shape[-2:])
-        levels = detector.features(inputs.crops, everything, fast=True)
+        levels = detector.features(inputs.crops, None, fast=True)
         pooled = torch.cat([full_precision(level).mean((2, 3)) for level in levels], dim=-1)
         crop_features = pooled.unflatten(0, inputs.boxes.shape[:3])
     return FrozenFeatures(
