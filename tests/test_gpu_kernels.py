@@ -273,6 +273,17 @@ def test_norms_of_sums_are_the_stock_ones(rows: int, size: int, half: bool, monk
         torch.testing.assert_close(got, want, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "size"), [(1, 3), (70, 32), (0, 4)])
+def test_norms_alone_are_the_stock_ones(rows: int, size: int) -> None:
+    def stock(x: Any, weight: Any, bias: Any) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias)
+
+    x, _, *parameters = norm_inputs(rows, size, half=False)
+    found = gradients(lambda x, *parameters: summed_norm(x, None, *parameters), x, *parameters)
+    for got, want in zip(found, gradients(stock, x, *parameters), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_what_is_dropped_of_a_branch_has_no_gradient_either(half: bool) -> None:
     x, branch, weight, bias = norm_inputs(70, 32, half)

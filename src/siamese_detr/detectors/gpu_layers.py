@@ -48,8 +48,8 @@ def relu_block(
     return _ReluBlock.apply(x, w1, b1, w2, b2, probability, dtype)
 
 
-def add_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor, probability: float) -> Tensor:
-    """``norm(x + dropout(branch))``.
+def add_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None = None, probability: float = 0.0) -> Tensor:
+    """``norm(x + dropout(branch))``, or ``norm(x)``.
 
     Args:
         norm: see :func:`suits`.
@@ -60,14 +60,14 @@ def add_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor, probability: float) 
     return _AddNorm.apply(x, branch, norm.weight, norm.bias, norm.eps, probability)
 
 
-def suits(norm: nn.Module, x: Tensor, branch: Tensor) -> bool:
+def suits(norm: nn.Module, x: Tensor, branch: Tensor | None = None) -> bool:
     """Whether :func:`add_norm` computes it."""
     return (
         isinstance(norm, nn.LayerNorm)
         and norm.bias is not None  # so there are weights, too
         and norm.weight.dtype == norm.bias.dtype == x.dtype == torch.float32
-        and branch.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and x.shape == branch.shape
+        and (branch is None or branch.dtype in (torch.float32, torch.float16, torch.bfloat16))
+        and (branch is None or branch.shape == x.shape)
         and x.shape[-1:] == norm.weight.shape
         and x.shape[-1] <= WIDEST
     )
@@ -123,18 +123,19 @@ class _ReluBlock(torch.autograd.Function):
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, probability: float
+        ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, probability: float
     ) -> Tensor:
-        x, branch = x.contiguous(), branch.contiguous()
-        total, out = torch.empty_like(x), torch.empty_like(x)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        total = x if branch is None else torch.empty_like(x)
         ctx.drawn = _draw_seed(probability), probability, 1 / (1 - probability)
-        ctx.eps, ctx.branch_dtype = eps, branch.dtype
+        ctx.eps, ctx.branch_dtype = eps, None if branch is None else branch.dtype
         if x.numel():
             rows = x.numel() // x.shape[-1]
             with torch.cuda.device_of(x):
                 _add_norm[(triton.cdiv(rows, TOKENS),)](
-                    x, branch, weight, bias, total, out, rows, x.shape[-1], eps, *ctx.drawn,
-                    TOKENS, _width(x), probability > 0, num_warps=_warps(x),
+                    x, x if branch is None else branch.contiguous(), weight, bias, total, out, rows, x.shape[-1], eps,
+                    *ctx.drawn, TOKENS, _width(x), branch is not None, probability > 0, num_warps=_warps(x),
                 )  # fmt: skip
         ctx.save_for_backward(total, weight)
         return out
@@ -145,7 +146,7 @@ class _AddNorm(torch.autograd.Function):
         total, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
         to_x = torch.empty_like(total)
-        apart = ctx.drawn[1] > 0 or ctx.branch_dtype != total.dtype
+        apart = ctx.branch_dtype is not None and (ctx.drawn[1] > 0 or ctx.branch_dtype != total.dtype)
         to_branch = torch.empty_like(total, dtype=ctx.branch_dtype) if apart else to_x
         size = total.shape[-1]
         rows = total.numel() // size
@@ -157,7 +158,7 @@ class _AddNorm(torch.autograd.Function):
                     TOKENS, _width(total), ctx.drawn[1] > 0, apart, num_warps=_warps(total),
                 )  # fmt: skip
         to_weight, to_bias = sums.sum(1)
-        return to_x, to_branch, to_weight, to_bias, None, None
+        return to_x, None if ctx.branch_dtype is None else to_branch, to_weight, to_bias, None, None
 
 
 def _width(x: Tensor) -> int:
@@ -227,16 +228,18 @@ def _normal(total, known, size, eps):
 @triton.jit(do_not_specialize=["seed"])
 def _add_norm(
     x, branch, weight, bias, total, out, rows, size, eps, seed, probability, factor,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, DROPS: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, ADDS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, WIDTH)
     known = (row < rows)[:, None] & (column < size)[None, :]
     places = row.to(tl.int64)[:, None] * size + column[None, :]
-    added = tl.load(branch + places, mask=known, other=0.0).to(tl.float32)
-    if DROPS:
-        added = tl.where(_kept(seed, row, probability, TOKENS, WIDTH), added * factor, 0.0)
-    value = tl.load(x + places, mask=known, other=0.0) + added
-    tl.store(total + places, value, mask=known)
+    value = tl.load(x + places, mask=known, other=0.0)
+    if ADDS:
+        added = tl.load(branch + places, mask=known, other=0.0).to(tl.float32)
+        if DROPS:
+            added = tl.where(_kept(seed, row, probability, TOKENS, WIDTH), added * factor, 0.0)
+        value += added
+        tl.store(total + places, value, mask=known)
     normal, _ = _normal(value, known, size, eps)
     scales = tl.load(weight + column, mask=column < size, other=0.0)[None, :]
     shifts = tl.load(bias + column, mask=column < size, other=0.0)[None, :]

@@ -1,8 +1,8 @@
 """Layer norms trained on a CPU: what they give is kept for the backward pass, and not what they were given.
 
 The next layer keeps it anyway, while nothing else keeps the sum of tokens and a branch, of which DETR's relatives take
-the norm. Its normalised values are ``(out - bias) / weight``. On other devices, under autocast, compiled, and with
-weights near zero, everything is PyTorch's own.
+the norm. Its normalised values are ``(out - bias) / weight``. Under autocast, compiled, and with weights near zero,
+everything is PyTorch's own. (On a GPU, see :mod:`.gpu_layers`.)
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        plain = not self.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if plain or not torch.is_grad_enabled() or not self._reversible(input):
+        if not self.training or torch.compiler.is_compiling():
             return super().forward(input)
-        return _LayerNorm.apply(input, self.weight, self.bias, self.eps)
+        if runs_kernels(input):
+            from . import gpu_layers
+
+            if gpu_layers.suits(self, input):
+                return gpu_layers.add_norm(self, input)
+        elif torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and self._reversible(input):
+            return _LayerNorm.apply(input, self.weight, self.bias, self.eps)
+        return super().forward(input)
 
     def _reversible(self, x: Tensor) -> bool:
         weight, bias = self.weight, self.bias
