@@ -85,7 +85,7 @@ def main() -> None:
                 bias="*fp32",
                 out="*fp32",
                 warps=warps,
-                ADDS=True,
+                ADDS=drops,
                 **tokens,
             )
             build(
