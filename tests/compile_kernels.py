@@ -79,15 +79,9 @@ def main() -> None:
             warps = max(1, width // gpu_layers.SHARE)
             tokens |= {"TOKENS": gpu_layers.TOKENS, "WIDTH": width, "DROPS": drops}
             build(
-                gpu_layers._add_norm,
-                x="*fp32",
-                branch=branch,
-                bias="*fp32",
-                out="*fp32",
-                warps=warps,
-                ADDS=drops,
+                gpu_layers._add_norm, warps=warps, x="*fp32", branch=branch, bias="*fp32", out="*fp32", ADDS=drops,
                 **tokens,
-            )
+            )  # fmt: skip
             build(
                 gpu_layers._add_norm_backward, warps=warps, gradient="*fp32", to_x="*fp32", to_branch=branch,
                 to_weight="*fp32", to_bias="*fp32", APART=drops or branch != "*fp32", **tokens,
