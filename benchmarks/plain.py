@@ -44,9 +44,9 @@ def stock_modules(detector: DetectorAdapter) -> Iterator[None]:
         yield
 
 
-def plain_add_norm(norm: nn.Module, x: Tensor, branch: Tensor, probability: float) -> Tensor:
+def plain_add_norm(norm: nn.Module, x: Tensor, branch: Tensor, probability: float, training: bool) -> Tensor:
     """The norm of the sum of tokens and a branch, by PyTorch's operations."""
-    return norm(x + F.dropout(branch, probability, norm.training))
+    return norm(x + F.dropout(branch, probability, training))
 
 
 def plain_feed_forward(block: Any, x: Tensor) -> Tensor:

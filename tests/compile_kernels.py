@@ -56,7 +56,13 @@ def main() -> None:
             build(gpu_stem._arrange, colours=size, first="i32", CHANNELS=16, **maps)
             build(gpu_stem._pool, channels=size, KERNEL=3, STRIDE=2, PADDING=1, **maps)
         drawn = {"seed": "i64", "probability": "fp32", "factor": "fp32"}
-        for kind, precise in (("*bf16", tl.float32), ("*fp32", tl.float32), ("*fp64", tl.float64)):
+        tile = {"PART": gpu_linear.ROWS, "TALL": gpu_linear.TALL, "WIDE": gpu_linear.WIDE}
+        for kind, precise in (
+            ("*bf16", tl.float32),
+            ("*fp16", tl.float32),
+            ("*fp32", tl.float32),
+            ("*fp64", tl.float64),
+        ):
             build(
                 gpu_layers._relu_dropout,
                 x=kind,
@@ -69,12 +75,16 @@ def main() -> None:
             build(
                 gpu_layers._relu_dropout_backward, gradient=kind, hidden=kind,
                 sums="*fp64" if precise is tl.float64 else "*fp32", rows=size, size=size, factor="fp32",
-                PART=gpu_layers.ROWS, TALL=gpu_layers.TILE[0], WIDE=gpu_layers.TILE[1], PRECISE=precise,
+                PRECISE=precise, **tile,
             )  # fmt: skip
             if precise is tl.float32:
-                tile = {"PART": gpu_linear.ROWS, "TALL": gpu_linear.TALL, "WIDE": gpu_linear.WIDE}
                 build(gpu_linear._sum_rows, x=kind, sums="*fp32", rows=size, size=size, **tile)
-        for branch, drops, width in (("*bf16", True, 256), ("*fp32", False, 4), ("*fp32", True, 1024)):
+        for branch, drops, width in (
+            ("*bf16", True, 256),
+            ("*fp32", False, 4),
+            ("*fp16", True, 4),
+            ("*fp32", True, 1024),
+        ):
             tokens = {"total": "*fp32", "weight": "*fp32", "rows": size, "size": size, "eps": "fp32"} | drawn
             warps = max(1, width // gpu_layers.SHARE)
             tokens |= {"TOKENS": gpu_layers.TOKENS, "WIDTH": width, "DROPS": drops}

@@ -16,6 +16,7 @@ from siamese_detr.detectors import feed_forward as module
 from siamese_detr.detectors import linear
 from siamese_detr.detectors.dropout import LEVELS
 from siamese_detr.detectors.feed_forward import feed_forward
+from siamese_detr.training.diagnose import watch
 
 
 def stock_block(seed: int = 0, activation_dropout: float = 0.0, activation: str = "relu") -> Any:
@@ -117,3 +118,12 @@ def test_other_activations_keep_their_gradients() -> None:
 def test_evaluation_is_the_stock_one() -> None:
     block, x = stock_block(activation_dropout=0.3).eval(), torch.randn(2, 5, 6, dtype=torch.float64)
     assert torch.equal(feed_forward(block, x), block(x))
+
+
+def test_a_block_that_makes_what_is_no_number_is_named() -> None:
+    block = stock_block()
+    with torch.no_grad():
+        block.fc2.weight[3, 2] = float("nan")
+    with watch(block) as found:
+        feed_forward(block, torch.randn(2, 5, 6, dtype=torch.float64))
+    assert found == ["the whole model (DeformableDetrMLP, from finite inputs)"]

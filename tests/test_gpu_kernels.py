@@ -198,8 +198,9 @@ def gradients(function: Any, *inputs: torch.Tensor) -> list[torch.Tensor]:
     """What a function gives, and the gradients of its inputs for a random one of that."""
     inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
     out = function(*inputs)
-    above = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, inputs, above.to(out.device))]
+    above = torch.randn((*out.shape, 2), generator=torch.Generator().manual_seed(9), dtype=out.dtype).to(out.device)
+    above = above[..., 0]  # with gaps
+    return [out.detach(), *torch.autograd.grad(out, inputs, above)]
 
 
 def block_inputs(rows: int, size: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -240,10 +241,54 @@ def test_hidden_values_dropped_have_no_gradient_either() -> None:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # the factor is in single precision
 
 
-def test_hidden_values_that_are_no_numbers_stay_so() -> None:
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+def test_what_is_no_number_stays_so(probability: float) -> None:
     x, *weights = block_inputs(9, 6, 140)
     x[0, 3, 2] = float("nan")
-    assert gpu_layers.relu_block(x, *weights, 0.0, x.dtype)[0, 3].isnan().all()
+    assert gpu_layers.relu_block(x, *weights, probability, x.dtype)[0, 3].isnan().all()
+    branch, x = x.float(), torch.randn(2, 9, 6, device=DEVICE)
+    branch[0, 3] = float("nan")
+    norm = torch.nn.LayerNorm(6).to(DEVICE)
+    assert gpu_layers.add_norm(norm, x, branch, probability)[0, 3].isnan().all()
+
+
+def test_what_is_dropped_here_says_nothing_of_what_is_dropped_elsewhere() -> None:
+    rows, size = 64, 1024
+    ones = torch.ones(rows, size, device=DEVICE)
+    eye, zeros = torch.eye(size, device=DEVICE), torch.zeros(size, device=DEVICE)
+    norm = torch.nn.LayerNorm(size).to(DEVICE)
+
+    def of_block() -> torch.Tensor:
+        return gpu_layers.relu_block(ones, eye, zeros, eye, zeros, 0.5, torch.float32)
+
+    def of_sum() -> torch.Tensor:
+        return gpu_layers.add_norm(norm, 0 * ones, ones, 0.5)
+
+    for draw in (of_block, of_sum):
+        kept, other = ((draw() > 0).flatten().float() - 0.5 for _ in range(2))
+        assert abs((kept * other).mean()) < 0.004
+        for lag in (1, 2, 3, 4, 128, 256, 512, 1024, 2048, 4096, 2 * rows):
+            assert abs((kept[lag:] * kept[:-lag]).mean()) < 0.004, lag  # 4 standard deviations
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_feed_forward_blocks_in_half_precision_are_as_exact_as_pytorchs(kind: torch.dtype) -> None:
+    inputs = [x / 3 for x in block_inputs(300, 24, 140, torch.float32)]
+
+    def ours(*inputs: Any) -> torch.Tensor:
+        return gpu_layers.relu_block(*inputs, 0.0, kind)
+
+    def stock(x: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> torch.Tensor:
+        with torch.autocast(DEVICE, kind):
+            linear = torch.nn.functional.linear
+            return linear(linear(x, w1, b1).relu(), w2, b2)
+
+    def exact(x: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> torch.Tensor:
+        return (x.double() @ w1.double().t() + b1).relu() @ w2.double().t() + b2
+
+    for got, other, want in zip(*(gradients(function, *inputs) for function in (ours, stock, exact)), strict=True):
+        assert got.dtype == other.dtype
+        assert (got - want).norm() <= 1.02 * (other - want).norm() + 1e-4 * want.norm()
 
 
 def norm_inputs(rows: int, size: int, half: bool) -> tuple[torch.Tensor, ...]:
@@ -279,6 +324,7 @@ def test_norms_alone_are_the_stock_ones(rows: int, size: int) -> None:
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias)
 
     x, _, *parameters = norm_inputs(rows, size, half=False)
+    x = 1e-3 * x.transpose(0, 1)  # a variance that is small beside epsilon
     found = gradients(lambda x, *parameters: summed_norm(x, None, *parameters), x, *parameters)
     for got, want in zip(found, gradients(stock, x, *parameters), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -304,17 +350,37 @@ def test_what_is_dropped_of_a_branch_has_no_gradient_either(half: bool) -> None:
     assert torch.equal(summed_norm(x, branch, weight, bias, 0.3), found[0])
 
 
+def test_what_kernels_do_not_compute_is_refused() -> None:
+    norm, wide = torch.nn.LayerNorm(8), torch.nn.LayerNorm(gpu_layers.WIDEST + 1)
+    x = torch.zeros(2, 3, 8)
+    assert gpu_layers.suits(norm, x, x.half())
+    refused = [(norm, x.double()), (norm, x, x.double()), (norm, x, x[:1]), (norm, x.half()), (norm, x[..., :1])]
+    refused += [(wide, x.new_zeros(2, gpu_layers.WIDEST + 1)), (torch.nn.LayerNorm(8, bias=False), x)]
+    refused += [(torch.nn.LayerNorm(8).half(), x)]
+    assert not any(gpu_layers.suits(*given) for given in refused)
+    weight, bias = torch.zeros(4, 8), torch.zeros(4)
+    for half in (torch.float16, torch.bfloat16):
+        assert gpu_linear.suits(x, weight, bias, half)
+        assert gpu_linear.suits(x.to(half), weight, None, half)
+    others = [(x, weight, bias, torch.float32), (x.double(), weight, bias, torch.float16), (x[:0], weight, bias, half)]
+    others += [(x, weight.half(), bias, torch.float16), (x, weight, bias.half(), torch.float16)]
+    others += [(x.bfloat16(), weight, bias, torch.float16)]
+    assert not any(gpu_linear.suits(*given) for given in others)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_linear_layers_are_the_stock_ones_and_more_exact(
-    bias: bool, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: torch.dtype, bias: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_linear, "MANY", 0)
     x, weight, shift, *_ = block_inputs(300, 24, 140, torch.float32)
+    x = x.transpose(0, 1) if transposed else x
     inputs = (x.to(kind), weight, *([shift] if bias else []))
 
     def ours(x: Any, weight: Any, bias: Any = None) -> torch.Tensor:
-        assert gpu_linear.suits(x, weight, torch.bfloat16)
+        assert gpu_linear.suits(x, weight, bias, torch.bfloat16)
         return gpu_linear.linear(x, weight, bias, torch.bfloat16)
 
     def stock(x: Any, weight: Any, bias: Any = None) -> torch.Tensor:

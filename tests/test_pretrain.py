@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import json
 import shlex
 import shutil
@@ -24,8 +26,10 @@ from siamese_detr.errors import UserError
 from siamese_detr.pretext import PRETEXTS, SiamesePretext
 from siamese_detr.proposals.propose import propose
 from siamese_detr.proposals.store import ProposalStore
+from siamese_detr.training import ahead
 from siamese_detr.training import pretrain as module
 from siamese_detr.training.feature_bank import FeatureBank
+from siamese_detr.training.persistence import PersistentTrainer
 from siamese_detr.training.pretrain import pretrain
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.processes import machine_explained
@@ -50,12 +54,87 @@ def saved(out: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(out / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
 
 
+class CopiedHere(ahead.CopiedAhead):
+    """Batches that stay on a CPU."""
+
+    def __init__(self, batches: Any, device: torch.device) -> None:
+        self.batches, self.waiting = iter(batches), collections.deque()
+
+    def __next__(self) -> Any:
+        self.waiting.extend(itertools.islice(self.batches, 2 - len(self.waiting)))
+        if not self.waiting:
+            raise StopIteration
+        return self.waiting.popleft()
+
+    def peek(self) -> Any:
+        return self.waiting[0] if self.waiting else None
+
+
+@pytest.fixture
+def _looking_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done on a CUDA device: the next batch is looked at while an update's numbers are waited for."""
+    set_up, across = ahead.AheadLoader.__init__, PersistentTrainer._across
+
+    def set_up_ahead(loader: Any, *arguments: Any, **options: Any) -> None:
+        set_up(loader, *arguments, **options)
+        loader.ahead_on = torch.device("cpu")
+
+    def looking(trainer: Any, values: torch.Tensor, meanwhile: Any = None) -> list[float]:
+        if meanwhile is not None:
+            meanwhile()
+        return across(trainer, values)
+
+    monkeypatch.setattr(ahead, "CopiedAhead", CopiedHere)
+    monkeypatch.setattr(ahead.AheadLoader, "__init__", set_up_ahead)
+    monkeypatch.setattr(PersistentTrainer, "_across", looking)
+
+
 def with_photos(base: dict[str, Any], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A copy of the photos with proposals of its own, which a test may damage, and the options of a run on it."""
     photos, store = tmp_path / "photos", str(tmp_path / "store")
     shutil.copytree(base["images"], photos)
     propose(images=str(photos), out=store, method="random", workers=1)
     return photos, {**base, "images": str(photos), "proposals": store}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_looking_ahead_changes_nothing(
+    base: dict[str, Any], tmp_path: Path, accumulate: int, request: pytest.FixtureRequest, monkeypatch: Any
+) -> None:
+    photos, options = with_photos(base, tmp_path)
+    for n in (1, 3, 4, 6):  # of batches of two, some have nothing that can be read
+        (photos / f"{n:02}.jpg").write_bytes(b"no image")
+    options |= {"batch_size": 2 * accumulate, "accumulate": accumulate, "max_bad_share": 1.0, "steps": 8}
+    order: list[str] = []
+
+    def noted(owner: Any, name: str) -> None:
+        stock = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: (order.append(name), stock(*given, **named))[1])
+
+    noted(SiamesePretext, "frozen_features")
+    noted(torch.optim.AdamW, "step")
+    pretrain(**options, out=str(tmp_path / "plain"))
+    before = order.copy()
+    order.clear()
+    request.getfixturevalue("_looking_ahead")
+    pretrain(**options, out=str(tmp_path / "ahead"))
+    assert order != before
+    assert sorted(order) == sorted(before)
+    for plain, found in zip(logged(tmp_path / "plain"), logged(tmp_path / "ahead"), strict=True):
+        assert plain.get("loss") == found.get("loss")  # there is none of an update without images
+
+
+def test_a_loader_does_not_keep_what_data_processes_end_with() -> None:
+    rows = [{"x": torch.arange(2) + n} for n in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "CopiedAhead", CopiedHere)
+        loader = ahead.AheadLoader(rows, torch.device("cpu"), batch_size=None)  # type: ignore[arg-type]
+        loader.ahead_on = torch.device("cpu")
+        batches = iter(loader)
+        next(batches)
+        assert loader.peek()["x"].tolist() == [1, 2]
+        del batches
+        assert loader.peek() is None
 
 
 def test_a_run_leaves_what_it_promises(base: dict[str, Any], tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ def runs_kernels(x: Tensor) -> bool:
 
 
 def send(host: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on ``device``; the host does not wait for what a CUDA device has yet to do.
-
-    From memory that is not pinned, CUDA may copy only then, though it is asked not to block.
+    """A host's tensor on ``device``, without waiting for what a CUDA device has yet to do. For that it is copied from
+    pinned memory: from other memory, CUDA may wait although it is asked not to.
     """
     if device.type == "cuda" and not torch.compiler.is_compiling():
         host = host.pin_memory()

@@ -71,9 +71,11 @@ class Sampling(nn.Module):
 
 
 class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
-    """Transformers' module, which it is again elsewhere, around reference points (not boxes) on a CPU or a CUDA device.
+    """Transformers' module, which it still is on other devices than a CPU and a GPU, and around boxes instead of
+    reference points.
 
-    There it adds offsets in cells to positions in cells, where the stock one scales both to the levels' sizes and back.
+    Where it is not, offsets in cells are added to positions in cells; the stock one scales both to the levels' sizes
+    and back.
     """
 
     def forward(

@@ -3,7 +3,7 @@
 There, PyTorch draws one floating-point number per element to be dropped, which takes longer than an attention itself.
 Here 16 random bits decide on an element: the probability is that asked for, rounded to a multiple of 2⁻¹⁶ (0.1 becomes
 0.100006), and the kept ones are scaled by what was rounded to, so the mean is exact. One bit of each is stored for the
-backward pass. On other devices, and compiled, everything is PyTorch's own.
+backward pass. Compiled, everything is PyTorch's own. (On a GPU, see :mod:`.gpu_layers`.)
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from siamese_detr.gpu import runs_kernels
 
 from .dropout import LEVELS, bits, draw_kept, dropout, scale
-from .functional import at_least_float32, product_dtype
+from .functional import at_least_float32, observed, product_dtype
 from .linear import product
 
 ROWS = 1024
@@ -40,11 +40,11 @@ def feed_forward(block: Any, x: Tensor) -> Tensor:
         tensors = (x, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias)
         dtype = product_dtype(x)
         if x.device.type == "cpu":
-            return relu_block(*(tensor.to(dtype) for tensor in tensors), dropped)
+            return observed(block, (x,), relu_block(*(tensor.to(dtype) for tensor in tensors), dropped))
         if runs_kernels(x):
             from . import gpu_layers
 
-            return gpu_layers.relu_block(*tensors, block.activation_dropout, dtype)
+            return observed(block, (x,), gpu_layers.relu_block(*tensors, block.activation_dropout, dtype))
     return block.fc2(dropout(block.activation_fn(block.fc1(x)), block.activation_dropout, block.training))
 
 

@@ -82,6 +82,13 @@ def valid_ratios(model: Any, masks: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack([model.get_valid_ratio(mask, dtype=dtype) for mask in masks], 1)
 
 
+def observed(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """``output``, of which a module's forward hooks are told though it was computed in the module's place."""
+    for hook in module._forward_hooks.values():
+        hook(module, inputs, output)
+    return output
+
+
 def retype(model: nn.Module, kind: type[nn.Module], other: Any) -> None:
     """Make every module of exactly the class ``kind`` one of the class ``other``, which holds the same."""
     for module in model.modules():

@@ -15,14 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from .gpu_linear import product, sum_rows
+from .gpu_linear import ROWS, TALL, WIDE, multiply, sum_rows
 
 GROUP = 512
 """A quarter of the hidden values of a program: one draw gives four numbers."""
-TILE = (16, 128)
-"""Rows and columns of hidden gradients at a time."""
-ROWS = 256
-"""Of hidden gradients that a program goes through; their sums, the bias's gradient, are summed once more."""
 TOKENS = 2
 """Tokens that a program normalises at a time."""
 SHARE = 256
@@ -52,7 +48,7 @@ def add_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None = None, probab
     """``norm(x + dropout(branch))``, or ``norm(x)``.
 
     Args:
-        norm: see :func:`suits`.
+        norm: a stock one, see :func:`suits`.
         x: (..., D), float32.
         branch: of the same shape, in float32 or half precision.
         probability: of a value of the branch to be dropped, below 1.
@@ -60,11 +56,10 @@ def add_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None = None, probab
     return _AddNorm.apply(x, branch, norm.weight, norm.bias, norm.eps, probability)
 
 
-def suits(norm: nn.Module, x: Tensor, branch: Tensor | None = None) -> bool:
+def suits(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None = None) -> bool:
     """Whether :func:`add_norm` computes it."""
     return (
-        isinstance(norm, nn.LayerNorm)
-        and norm.bias is not None  # so there are weights, too
+        norm.bias is not None  # so there are weights, too
         and norm.weight.dtype == norm.bias.dtype == x.dtype == torch.float32
         and (branch is None or branch.dtype in (torch.float32, torch.float16, torch.bfloat16))
         and (branch is None or branch.shape == x.shape)
@@ -107,16 +102,16 @@ class _ReluBlock(torch.autograd.Function):
         above = gradient.reshape(-1, gradient.shape[-1])
         to_hidden = above @ w2
         x_dtype, dtype = ctx.dtypes
-        to_w2 = product(above.t(), hidden, dtype)
+        to_w2 = multiply(above.t(), hidden, dtype)
         rows, size = hidden.shape
         sums = hidden.new_empty(triton.cdiv(rows, ROWS), size, dtype=torch.promote_types(hidden.dtype, torch.float32))
         if hidden.numel():
             with torch.cuda.device_of(hidden):
-                _relu_dropout_backward[(len(sums), triton.cdiv(size, TILE[1]))](
-                    to_hidden, hidden, sums, rows, size, ctx.factor, ROWS, *TILE, _precise(hidden)
+                _relu_dropout_backward[(len(sums), triton.cdiv(size, WIDE))](
+                    to_hidden, hidden, sums, rows, size, ctx.factor, ROWS, TALL, WIDE, _precise(hidden)
                 )
-        to_x = product(to_hidden, w1, x_dtype).view(*gradient.shape[:-1], w1.shape[1])
-        to_w1 = product(to_hidden.t(), tokens, dtype)
+        to_x = multiply(to_hidden, w1, x_dtype).view(*gradient.shape[:-1], w1.shape[1])
+        to_w1 = multiply(to_hidden.t(), tokens, dtype)
         return to_x, to_w1, sums.sum(0, dtype=dtype), to_w2, sum_rows(above, dtype), None, None
 
 
@@ -174,7 +169,7 @@ def _relu_part(x, here, count, number, probability, factor, DROPS: tl.constexpr,
     value = tl.load(x + here, mask=here < count, other=0.0).to(PRECISE)
     value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if DROPS:
-        value = tl.where(number < probability, 0.0, value * factor)
+        value *= tl.where(number < probability, 0.0, factor)  # so that what is no number stays so
     tl.store(x + here, value.to(x.dtype.element_ty), mask=here < count)
 
 
@@ -237,7 +232,7 @@ def _add_norm(
     if ADDS:
         added = tl.load(branch + places, mask=known, other=0.0).to(tl.float32)
         if DROPS:
-            added = tl.where(_kept(seed, row, probability, TOKENS, WIDTH), added * factor, 0.0)
+            added *= tl.where(_kept(seed, row, probability, TOKENS, WIDTH), factor, 0.0)
         value += added
         tl.store(total + places, value, mask=known)
     normal, _ = _normal(value, known, size, eps)
@@ -268,7 +263,7 @@ def _add_norm_backward(
         tl.store(to_x + places, value, mask=known)
         if APART:
             if DROPS:
-                value = tl.where(_kept(seed, row, probability, TOKENS, WIDTH), value * factor, 0.0)
+                value *= tl.where(_kept(seed, row, probability, TOKENS, WIDTH), factor, 0.0)
             tl.store(to_branch + places, value.to(to_branch.dtype.element_ty), mask=known)
     tl.store(to_weight + tl.program_id(0) * size + column, tl.sum(weights, 0), mask=column < size)
     tl.store(to_bias + tl.program_id(0) * size + column, tl.sum(biases, 0), mask=column < size)

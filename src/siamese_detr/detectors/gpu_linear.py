@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TALL, WIDE = 32, 128
+TALL, WIDE = 16, 128
 """Rows and columns that are added up at a time."""
 ROWS = 256
 """That a program goes through; what the programs find is summed once more."""
@@ -33,21 +33,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
     return _Linear.apply(x, weight, bias, dtype)
 
 
-def suits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+def suits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether :func:`linear` computes it."""
     return (
         dtype in (torch.float16, torch.bfloat16)
         and x.dtype in (torch.float32, dtype)
         and weight.dtype == torch.float32
+        and (bias is None or bias.dtype == torch.float32)
         and x.numel() > 0
     )
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` of matrices, given in ``dtype``: theirs, or single precision."""
-    if dtype == a.dtype or not a.is_cuda:
-        return (a @ b).to(dtype)
-    return torch.mm(a, b, out_dtype=dtype)
+def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` of matrices, given in ``dtype``."""
+    half = a.dtype in (torch.float16, torch.bfloat16)
+    if half and dtype == torch.float32 and a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,8 +79,8 @@ class _Linear(torch.autograd.Function):
         above = gradient.reshape(-1, gradient.shape[-1])
         to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
         return (
-            product(above, weight, ctx.x_dtype).view(*gradient.shape[:-1], weight.shape[1]) if to_x else None,
-            product(above.t(), tokens, torch.float32) if to_weight else None,
+            multiply(above, weight, ctx.x_dtype).view(*gradient.shape[:-1], weight.shape[1]) if to_x else None,
+            multiply(above.t(), tokens, torch.float32) if to_weight else None,
             sum_rows(above, torch.float32) if to_bias else None,
             None,
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from siamese_detr.gpu import runs_kernels
 
 from .dropout import residual
-from .functional import retype
+from .functional import observed, retype
 
 SMALLEST = 2.0**-10
 """Weights with smaller ones among them, or so much smaller than a bias, are not divided by: rounding would show."""
@@ -73,14 +73,14 @@ class _LayerNorm(torch.autograd.Function):
         return None if to_x is None else to_x.mul_(per_deviation), *others, None
 
 
-def add_norm(norm: Any, x: Tensor, branch: Tensor, probability: float) -> Tensor:
+def add_norm(norm: nn.Module, x: Tensor, branch: Tensor, probability: float, training: bool) -> Tensor:
     """``norm(x + dropout(branch))``, of one shape; nothing is dropped but in training."""
-    if norm.training and runs_kernels(x) and not torch.compiler.is_compiling():
+    if isinstance(norm, LayerNorm) and training and runs_kernels(x) and not torch.compiler.is_compiling():
         from . import gpu_layers
 
         if gpu_layers.suits(norm, x, branch) and probability < 1:
-            return gpu_layers.add_norm(norm, x, branch, probability)
-    return norm(residual(x, branch, probability, norm.training))
+            return observed(norm, (x, branch), gpu_layers.add_norm(norm, x, branch, probability))
+    return norm(residual(x, branch, probability, training))
 
 
 def install(model: nn.Module) -> None:

@@ -28,8 +28,8 @@ def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
 
     def run(tokens: Tensor) -> Tensor:
         attended, _ = layer.self_attn(hidden_states=tokens, **attention)
-        tokens = add_norm(layer.self_attn_layer_norm, tokens, attended, layer.dropout)
-        return add_norm(layer.final_layer_norm, tokens, feed_forward(layer.mlp, tokens), layer.mlp.dropout)
+        tokens = add_norm(layer.self_attn_layer_norm, tokens, attended, layer.dropout, layer.training)
+        return _feed_forward(layer, tokens)
 
     return _checkpointed(layer, run, tokens)
 
@@ -47,12 +47,17 @@ def decoder_layer(
 
     def run(queries: Tensor) -> Tensor:
         attended, _ = layer.self_attn(hidden_states=queries, **self_attention)
-        queries = add_norm(layer.self_attn_layer_norm, queries, attended, layer.dropout)
+        queries = add_norm(layer.self_attn_layer_norm, queries, attended, layer.dropout, layer.training)
         attended, _ = layer.encoder_attn(hidden_states=queries, **cross_attention)
-        queries = add_norm(layer.encoder_attn_layer_norm, queries, attended, layer.dropout)
-        return add_norm(layer.final_layer_norm, queries, feed_forward(layer.mlp, queries), layer.mlp.dropout)
+        queries = add_norm(layer.encoder_attn_layer_norm, queries, attended, layer.dropout, layer.training)
+        return _feed_forward(layer, queries)
 
     return _checkpointed(layer, run, queries)
+
+
+def _feed_forward(layer: Any, x: Tensor) -> Tensor:
+    block = layer.mlp
+    return add_norm(layer.final_layer_norm, x, feed_forward(block, x), block.dropout, block.training)
 
 
 def _checkpointed(layer: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ class Linear(nn.Linear):
         if runs_kernels(input):
             from . import gpu_linear
 
-            if gpu_linear.suits(input, self.weight, dtype := product_dtype(input)):
+            half = torch.is_autocast_enabled("cuda")
+            if half and gpu_linear.suits(input, self.weight, self.bias, dtype := product_dtype(input)):
                 return gpu_linear.linear(input, self.weight, self.bias, dtype)
         elif not torch.is_autocast_enabled("cpu") and _pays(input, self.weight):
             return _Linear.apply(input, self.weight, self.bias)

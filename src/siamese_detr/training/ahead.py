@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,18 +27,20 @@ class AheadLoader(DataLoader):
         cuda = device.type == "cuda"
         super().__init__(dataset, pin_memory=cuda, **options)
         self.ahead_on = device if cuda else None  # elsewhere batches stay on the host, and the Trainer moves them
-        self.copied: CopiedAhead | None = None
+        self._copied: Any = lambda: None
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
         if self.ahead_on is None:
             return batches
-        self.copied = CopiedAhead(batches, self.ahead_on)
-        return self.copied
+        copied = CopiedAhead(batches, self.ahead_on)
+        self._copied = weakref.ref(copied)  # data processes end with their iterator, when a run does
+        return copied
 
     def peek(self) -> Any:
         """The batch that comes next, if it is on the device already: its very object, for what else belongs to it."""
-        return None if self.copied is None else self.copied.peek()
+        copied = self._copied()
+        return None if copied is None else copied.peek()
 
 
 class CopiedAhead:

@@ -82,10 +82,12 @@ class PretextTrainer(BaseTrainer):
     ) -> None:
         self.freeze, self.one_size = freeze, one_size
         self.save_detector = save_detector
+        self._ahead: FrozenFeatures | None = None  # of the next batch
         super().__init__(model, *args, **options)
 
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        features = batch.pop("frozen", None) or self.freeze(batch)
+        frozen, self._ahead = self._ahead, None
+        features = frozen if frozen is not None and batch.pop("ahead", False) else self.freeze(batch)
         if self.settings.compile and not self.one_size:
             sizes_vary(features.maps, features.pixel_mask)
         output: PretextOutput = model(features)
@@ -94,7 +96,8 @@ class PretextTrainer(BaseTrainer):
         return output.loss, {**output.terms, "padded_regions": batch["padded"].float().mean()}
 
     def prepare_ahead(self, batch: dict[str, Any]) -> None:
-        batch["frozen"] = self.freeze(batch)
+        self._ahead = self.freeze(batch)  # not in the batch, which Trainer keeps to the end of an update
+        batch["ahead"] = True
 
     def saved(self, checkpoint: Path) -> None:
         self.save_detector(self.state.global_step)

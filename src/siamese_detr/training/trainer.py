@@ -88,6 +88,7 @@ class BaseTrainer(PersistentTrainer):
         self._found = self._found_before = self._seen = 0
         self._start = 0
         self.replaying = False
+        self._loader: AheadLoader | None = None
         self._began = time.monotonic()
         super().__init__(model, settings, optimizer, data_collator=collate, train_dataset=dataset, **options)
         self._hosts: Any = torch.distributed.new_group(backend="gloo") if self.args.world_size > 1 else None
@@ -112,8 +113,8 @@ class BaseTrainer(PersistentTrainer):
         raise NotImplementedError
 
     def prepare_ahead(self, batch: dict[str, Any]) -> None:
-        """Put into the next batch what can be computed of it before the current update: a CUDA device then does so
-        while the host learns whether there is to be one. Called only if images of the batch could be read.
+        """Compute what can be computed of the next batch before the current update: a CUDA device then does so while
+        the host learns whether there is to be one. Called only if images of the batch could be read.
         """
 
     # ---- the run
@@ -245,7 +246,7 @@ class BaseTrainer(PersistentTrainer):
         return self._loader
 
     def _look_ahead(self) -> None:
-        batch = self._loader.peek()
+        batch = None if self._loader is None else self._loader.peek()
         if batch is not None and _readable(batch):
             self.prepare_ahead(batch)
 
