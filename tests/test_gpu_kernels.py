@@ -16,9 +16,20 @@ from scipy.optimize import linear_sum_assignment
 pytest.importorskip("triton", reason="this system has no Triton")
 
 from conftest import textured
-from siamese_detr.detectors import cpu_sampling, gpu_layers, gpu_linear, gpu_sampling, gpu_stem
+from pretext_cases import random_features, randomise, small_detector
+from siamese_detr.detectors import (
+    cpu_sampling,
+    deformable_attention,
+    feed_forward,
+    gpu_layers,
+    gpu_linear,
+    gpu_sampling,
+    gpu_stem,
+    layer_norm,
+    linear,
+)
 from siamese_detr.detectors.fused import Blocks
-from siamese_detr.pretext import hungarian
+from siamese_detr.pretext import build_pretext, hungarian
 from siamese_detr.pretext.matching import assign
 from siamese_detr.views import ViewConfig, gpu_photometric
 from siamese_detr.views.photometric import augment, processing_order
@@ -403,3 +414,33 @@ def test_rows_are_summed(shape: tuple[int, int], kind: torch.dtype, monkeypatch:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, kind)
     found = gpu_linear.sum_rows(x, torch.float32)
     torch.testing.assert_close(found.double(), x.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["conditional-detr", "deformable-detr"])
+def test_detectors_learn_by_kernels_what_they_learn_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"num_feature_levels": 1} if family == "deformable-detr" else {}
+    detector = small_detector(family, queries=4, encoder_layers=1, **sizes)
+    detector = randomise(build_pretext("detreg", detector)).float().to(DEVICE).detector
+    features = random_features(views=1, batch=1, detector=detector).to(DEVICE)
+    maps = [x.float() for x in features.maps]
+
+    def gradients(kernels: bool, half: bool) -> dict[str, torch.Tensor]:
+        for module in (deformable_attention, feed_forward, layer_norm, linear):
+            monkeypatch.setattr(module, "runs_kernels", lambda tensor: kernels)
+        detector.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+            states = detector.decode(detector.encode(maps, features.pixel_mask, padding=True), None).states
+        above = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+        (states * above.to(states)).sum().backward()
+        return {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        assert found.keys() == exact.keys()
+        return float(sum((found[name] - value).square().sum() for name, value in exact.items()) / size) ** 0.5
+
+    exact = gradients(kernels=False, half=False)
+    size = sum(value.square().sum() for value in exact.values())
+    assert 0 < error(gradients(kernels=True, half=False)) < 1e-5
+    without, by_kernels = (error(gradients(kernels, half=True)) for kernels in (False, True))
+    assert 0 < by_kernels < 0.25
+    assert by_kernels != without < 0.25  # so coarse is half precision

@@ -46,9 +46,8 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) ->
 
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a @ b`` of matrices, given in ``dtype``."""
-    half = a.dtype in (torch.float16, torch.bfloat16)
-    if half and dtype == torch.float32 and a.is_cuda and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=dtype)
+    if a.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32 and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
     return (a @ b).to(dtype)
 
 

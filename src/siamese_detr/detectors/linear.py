@@ -45,7 +45,7 @@ class Linear(nn.Linear):
         if runs_kernels(input):
             from . import gpu_linear
 
-            half = torch.is_autocast_enabled("cuda")
+            half = torch.is_autocast_enabled(input.device.type)
             if half and gpu_linear.suits(input, self.weight, self.bias, dtype := product_dtype(input)):
                 return gpu_linear.linear(input, self.weight, self.bias, dtype)
         elif not torch.is_autocast_enabled("cpu") and _pays(input, self.weight):
