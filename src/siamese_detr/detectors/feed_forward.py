@@ -40,10 +40,11 @@ def feed_forward(block: Any, x: Tensor) -> Tensor:
         tensors = (x, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias)
         dtype = product_dtype(x)
         if runs_kernels(x):
-            from . import gpu_layers
+            from . import gpu_layers, gpu_linear
 
-            return observed(block, (x,), gpu_layers.relu_block(*tensors, block.activation_dropout, dtype))
-        if x.device.type == "cpu":
+            if gpu_linear.is_large(x):
+                return observed(block, (x,), gpu_layers.relu_block(*tensors, block.activation_dropout, dtype))
+        elif x.device.type == "cpu":
             return observed(block, (x,), relu_block(*(tensor.to(dtype) for tensor in tensors), dropped))
     return block.fc2(dropout(block.activation_fn(block.fc1(x)), block.activation_dropout, block.training))
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from .gpu_linear import ROWS, TALL, WIDE, multiply, sum_rows
+from .gpu_linear import ROWS, TALL, WIDE, is_large, multiply, sum_rows
 
 GROUP = 512
 """A quarter of the hidden values of a program: one draw gives four numbers."""
@@ -35,7 +35,7 @@ def relu_block(
     """``dropout(relu(x @ w1.T + b1)) @ w2.T + b2``, computed and given in ``dtype``.
 
     Args:
-        x: (..., D), like the weights of ``dtype`` or in single precision.
+        x: (..., D), not empty, like the weights of ``dtype`` or in single precision.
         w1, b1: (H, D) and (H,).
         w2, b2: (D, H) and (D,).
         probability: of a hidden value to be dropped, below 1.
@@ -65,6 +65,7 @@ def suits(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None = None) -> bool:
         and (branch is None or branch.shape == x.shape)
         and x.shape[-1:] == norm.weight.shape
         and x.shape[-1] <= WIDEST
+        and is_large(x)
     )
 
 
@@ -85,13 +86,11 @@ class _ReluBlock(torch.autograd.Function):
         hidden = torch.addmm(b1, tokens, w1.t())
         ctx.factor = 1 / (1 - probability)
         ctx.dtypes = x.dtype, weights[0].dtype
-        if hidden.numel():
-            grid = (triton.cdiv(hidden.numel(), 4 * GROUP),)
-            with torch.cuda.device_of(hidden):
-                _relu_dropout[grid](
-                    hidden, hidden.numel(), _draw_seed(probability), probability, ctx.factor,
-                    GROUP, probability > 0, _precise(hidden),
-                )  # fmt: skip
+        with torch.cuda.device_of(hidden):
+            _relu_dropout[(triton.cdiv(hidden.numel(), 4 * GROUP),)](
+                hidden, hidden.numel(), _draw_seed(probability), probability, ctx.factor,
+                GROUP, probability > 0, _precise(hidden),
+            )  # fmt: skip
         ctx.save_for_backward(tokens, w1, w2, hidden)
         return torch.addmm(b2, hidden, w2.t()).view(*x.shape[:-1], len(w2))
 
@@ -105,11 +104,10 @@ class _ReluBlock(torch.autograd.Function):
         to_w2 = multiply(above.t(), hidden, dtype)
         rows, size = hidden.shape
         sums = hidden.new_empty(triton.cdiv(rows, ROWS), size, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        if hidden.numel():
-            with torch.cuda.device_of(hidden):
-                _relu_dropout_backward[(len(sums), triton.cdiv(size, WIDE))](
-                    to_hidden, hidden, sums, rows, size, ctx.factor, ROWS, TALL, WIDE, _precise(hidden)
-                )
+        with torch.cuda.device_of(hidden):
+            _relu_dropout_backward[(len(sums), triton.cdiv(size, WIDE))](
+                to_hidden, hidden, sums, rows, size, ctx.factor, ROWS, TALL, WIDE, _precise(hidden)
+            )
         to_x = multiply(to_hidden, w1, x_dtype).view(*gradient.shape[:-1], w1.shape[1])
         to_w1 = multiply(to_hidden.t(), tokens, dtype)
         return to_x, to_w1, sums.sum(0, dtype=dtype), to_w2, sum_rows(above, dtype), None, None
@@ -125,13 +123,12 @@ class _AddNorm(torch.autograd.Function):
         total = x if branch is None else torch.empty_like(x)
         ctx.drawn = _draw_seed(probability), probability, 1 / (1 - probability)
         ctx.eps, ctx.branch_dtype = eps, None if branch is None else branch.dtype
-        if x.numel():
-            rows = x.numel() // x.shape[-1]
-            with torch.cuda.device_of(x):
-                _add_norm[(triton.cdiv(rows, TOKENS),)](
-                    x, x if branch is None else branch.contiguous(), weight, bias, total, out, rows, x.shape[-1], eps,
-                    *ctx.drawn, TOKENS, _width(x), branch is not None, probability > 0, num_warps=_warps(x),
-                )  # fmt: skip
+        rows = x.numel() // x.shape[-1]
+        with torch.cuda.device_of(x):
+            _add_norm[(triton.cdiv(rows, TOKENS),)](
+                x, x if branch is None else branch.contiguous(), weight, bias, total, out, rows, x.shape[-1], eps,
+                *ctx.drawn, TOKENS, _width(x), branch is not None, probability > 0, num_warps=_warps(x),
+            )  # fmt: skip
         ctx.save_for_backward(total, weight)
         return out
 
@@ -146,12 +143,11 @@ class _AddNorm(torch.autograd.Function):
         size = total.shape[-1]
         rows = total.numel() // size
         sums = total.new_zeros(2, min(PROGRAMS, triton.cdiv(rows, TOKENS)), size)
-        if total.numel():
-            with torch.cuda.device_of(total):
-                _add_norm_backward[(sums.shape[1],)](
-                    gradient, total, weight, to_x, to_branch, *sums, rows, size, ctx.eps, *ctx.drawn,
-                    TOKENS, _width(total), ctx.drawn[1] > 0, apart, num_warps=_warps(total),
-                )  # fmt: skip
+        with torch.cuda.device_of(total):
+            _add_norm_backward[(sums.shape[1],)](
+                gradient, total, weight, to_x, to_branch, *sums, rows, size, ctx.eps, *ctx.drawn,
+                TOKENS, _width(total), ctx.drawn[1] > 0, apart, num_warps=_warps(total),
+            )  # fmt: skip
         to_weight, to_bias = sums.sum(1)
         return to_x, None if ctx.branch_dtype is None else to_branch, to_weight, to_bias, None, None
 

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LARGE = 1 << 23
+"""Values of the tokens from which on fewer passes over memory save more than the detour through Python costs. With
+fewer, a GPU waits for its host anyway."""
 TALL, WIDE = 16, 128
 """Rows and columns that are added up at a time."""
 ROWS = 256
@@ -40,8 +43,13 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) ->
         and x.dtype in (torch.float32, dtype)
         and weight.dtype == torch.float32
         and (bias is None or bias.dtype == torch.float32)
-        and x.numel() > 0
+        and is_large(x)
     )
+
+
+def is_large(x: Tensor) -> bool:
+    """Whether these tokens, of a batch that is not empty, are worth kernels of our own."""
+    return x.numel() >= max(1, LARGE)
 
 
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
