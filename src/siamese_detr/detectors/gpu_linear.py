@@ -1,7 +1,7 @@
 """Linear layers trained in half precision on a GPU, with few launches and passes over memory.
 
 Gradients leave the products in the parameters' precision, where PyTorch rounds them to half precision and converts
-them back; and the bias's, a sum over all tokens, is one of many programs.
+them back; the bias's, a sum over all tokens, is computed by many programs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def is_large(x: Tensor) -> bool:
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a @ b`` of matrices, given in ``dtype``."""
     if a.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32 and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+        return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)  # where it is interpreted
     return (a @ b).to(dtype)
 
 

@@ -38,7 +38,7 @@ class AheadLoader(DataLoader):
         return copied
 
     def peek(self) -> Any:
-        """The batch that comes next, if it is on the device already: its very object, for what else belongs to it."""
+        """The batch that comes next, if it is on the device already: its very object, which may be marked."""
         copied = self._copied()
         return None if copied is None else copied.peek()
 

@@ -54,7 +54,8 @@ class PersistentTrainer(transformers.Trainer):
 
     def _across(self, values: Tensor, meanwhile: Callable[[], None] | None = None) -> list[float]:
         """Sums over all processes, as numbers (one sync). ``meanwhile``, called for a CUDA device only, gives it work
-        to do while the host waits."""
+        to do while the host waits.
+        """
         values = values.to(self.args.device)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(values)
