@@ -64,14 +64,9 @@ def main() -> None:
             ("*fp64", tl.float64),
         ):
             build(
-                gpu_layers._relu_dropout,
-                x=kind,
-                count=size,
-                GROUP=gpu_layers.GROUP,
-                DROPS=True,
-                PRECISE=precise,
-                **drawn,
-            )
+                gpu_layers._relu_dropout, x=kind, count=size, GROUP=gpu_layers.GROUP, DROPS=kind != "*fp32",
+                PRECISE=precise, **drawn,
+            )  # fmt: skip
             build(
                 gpu_layers._relu_dropout_backward, gradient=kind, hidden=kind,
                 sums="*fp64" if precise is tl.float64 else "*fp32", rows=size, size=size, factor="fp32",

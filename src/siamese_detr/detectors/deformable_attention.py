@@ -112,16 +112,15 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
         offsets = offsets.view(*points, 2)
         weights = scores.view(*points[:3], -1).softmax(-1).view(points)
         value = self.value_proj(encoder_hidden_states).unflatten(-1, (self.n_heads, -1))
+        inputs, around = (value, offsets, weights), (reference_points, attention_mask)
         if on_gpu:
             from . import gpu_sampling
 
-            levels = spatial_shapes, level_start_index
-            sampled = gpu_sampling.sample(value, offsets, weights, *levels, reference_points, attention_mask)
+            sampled = gpu_sampling.sample(*inputs, spatial_shapes, level_start_index, *around)
         else:
             from . import cpu_sampling  # Numba takes a moment to import
 
-            levels = spatial_shapes_list
-            sampled = cpu_sampling.sample(value, offsets, weights, levels, reference_points, attention_mask)
+            sampled = cpu_sampling.sample(*inputs, spatial_shapes_list, *around)
         return self.output_proj(sampled), weights
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from .dropout import draw_seed
 from .gpu_linear import ROWS, TALL, WIDE, is_large, multiply, sum_rows
 
 GROUP = 512
@@ -59,18 +60,14 @@ def add_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None = None, probab
 def suits(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None = None) -> bool:
     """Whether :func:`add_norm` computes it."""
     return (
-        norm.bias is not None  # so there are weights, too
+        is_large(x)
+        and norm.bias is not None  # so there are weights, too
         and norm.weight.dtype == norm.bias.dtype == x.dtype == torch.float32
         and (branch is None or branch.dtype in (torch.float32, torch.float16, torch.bfloat16))
         and (branch is None or branch.shape == x.shape)
         and x.shape[-1:] == norm.weight.shape
         and x.shape[-1] <= WIDEST
-        and is_large(x)
     )
-
-
-def _draw_seed(probability: float) -> int:
-    return int(torch.empty((), dtype=torch.int64).random_()) if probability else 0
 
 
 def _precise(x: Tensor) -> Any:
@@ -88,7 +85,7 @@ class _ReluBlock(torch.autograd.Function):
         ctx.dtypes = x.dtype, weights[0].dtype
         with torch.cuda.device_of(hidden):
             _relu_dropout[(triton.cdiv(hidden.numel(), 4 * GROUP),)](
-                hidden, hidden.numel(), _draw_seed(probability), probability, ctx.factor,
+                hidden, hidden.numel(), draw_seed() if probability else 0, probability, ctx.factor,
                 GROUP, probability > 0, _precise(hidden),
             )  # fmt: skip
         ctx.save_for_backward(tokens, w1, w2, hidden)
@@ -121,7 +118,7 @@ class _AddNorm(torch.autograd.Function):
         x = x.contiguous()
         out = torch.empty_like(x)
         total = x if branch is None else torch.empty_like(x)
-        ctx.drawn = _draw_seed(probability), probability, 1 / (1 - probability)
+        ctx.drawn = draw_seed() if probability else 0, probability, 1 / (1 - probability)
         ctx.eps, ctx.branch_dtype = eps, None if branch is None else branch.dtype
         rows = x.numel() // x.shape[-1]
         with torch.cuda.device_of(x):

@@ -39,11 +39,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
 def suits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether :func:`linear` computes it."""
     return (
-        dtype in (torch.float16, torch.bfloat16)
+        is_large(x)
+        and dtype in (torch.float16, torch.bfloat16)
         and x.dtype in (torch.float32, dtype)
         and weight.dtype == torch.float32
         and (bias is None or bias.dtype == torch.float32)
-        and is_large(x)
     )
 
 
@@ -54,8 +54,9 @@ def is_large(x: Tensor) -> bool:
 
 def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a @ b`` of matrices, given in ``dtype``."""
-    if a.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32 and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)  # where it is interpreted
+    half = a.dtype in (torch.float16, torch.bfloat16)
+    if half and dtype == torch.float32 and a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
 
 
