@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import siamese_detr
 from conftest import slow
 from pretext_cases import random_features, randomise, small_detector
-from runs import TINY, logged
+from runs import TINY, logged, note_calls
 from siamese_detr.detectors import build_detector
 from siamese_detr.detectors.frozen import FrozenBackbone, is_norm, run
 from siamese_detr.detectors.fused import CudnnConv2d
@@ -167,13 +167,7 @@ def test_the_next_batch_is_frozen_before_the_update(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-
-    def noted(owner: Any, name: str) -> None:
-        stock = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given, **options: (order.append(name), stock(*given, **options))[1])
-
-    noted(Pretext, "frozen_features")
-    noted(torch.optim.AdamW, "step")
+    note_calls(monkeypatch, order, (Pretext, "frozen_features"), (torch.optim.AdamW, "step"))
     pretrain(PretrainConfig(images=str(photos), out=str(tmp_path / "run"), **TINY | {"device": "auto", "steps": 3}))
     assert order == ["frozen_features", *2 * ["frozen_features", "step"], "step"]
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection, TrainingArguments
 
 from conftest import slow, textured
-from runs import TINY, logged
+from runs import TINY, logged, note_calls
 from siamese_detr import cli
 from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.errors import UserError
@@ -106,13 +106,7 @@ def test_looking_ahead_changes_nothing(
         (photos / f"{n:02}.jpg").write_bytes(b"no image")
     options |= {"batch_size": 2 * accumulate, "accumulate": accumulate, "max_bad_share": 1.0, "steps": 8}
     order: list[str] = []
-
-    def noted(owner: Any, name: str) -> None:
-        stock = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given, **named: (order.append(name), stock(*given, **named))[1])
-
-    noted(SiamesePretext, "frozen_features")
-    noted(torch.optim.AdamW, "step")
+    note_calls(monkeypatch, order, (SiamesePretext, "frozen_features"), (torch.optim.AdamW, "step"))
     pretrain(**options, out=str(tmp_path / "plain"))
     before = order.copy()
     order.clear()
