@@ -152,7 +152,7 @@ def test_half_precision_stays_close_in_large_images(case):
             coarse = detector.encode(maps, mask)
             coarse_states = detector.decode(memory, region_queries(1)).states
     assert (coarse.tokens - memory.tokens).norm() <= 0.06 * memory.tokens.norm()
-    assert (coarse_states - states).norm() <= 0.045 * states.norm()
+    assert (coarse_states - states).norm() <= 0.04 * states.norm()
 
 
 @pytest.mark.parametrize("case", ["deformable-detr", "lw-detr", "rf-detr"])
