@@ -3,8 +3,6 @@ feature is that content; the anchors stay learned."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import DabDetrConfig, DabDetrForObjectDetection, PretrainedConfig
@@ -22,24 +20,13 @@ class DabDetrAdapter(DetectorAdapter):
 
     @classmethod
     def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:
-        values: dict[str, Any] = dict(
+        return DabDetrConfig(
             backbone_config=backbone,
-            num_queries=size.num_queries,
             hidden_size=size.hidden_size,
-            encoder_layers=size.encoder_layers,
-            decoder_layers=size.decoder_layers,
-            encoder_attention_heads=size.heads,
-            decoder_attention_heads=size.heads,
-            encoder_ffn_dim=size.ffn_size,
-            decoder_ffn_dim=size.ffn_size,
-            dropout=size.dropout,
-            attention_dropout=size.attention_dropout,
-            activation_dropout=size.activation_dropout,
             dilation=size.dilation,
             auxiliary_loss=False,
-            num_labels=size.num_labels,
+            **size.values(),
         )
-        return DabDetrConfig(**values)
 
     @property
     def hidden_size(self) -> int:

@@ -62,28 +62,17 @@ class DeformableDetrAdapter(DetectorAdapter):
             raise UserError(f"hidden_size {size.hidden_size} must be a multiple of 32 in Deformable DETR (group norm)")
         if size.decoder_layers < 2:
             raise UserError("Deformable DETR needs at least two decoder layers in Transformers; raise decoder_layers")
-        values: dict[str, Any] = dict(
+        return DeformableDetrConfig(
             backbone_config=backbone,
-            num_queries=size.num_queries,
             d_model=size.hidden_size,
-            encoder_layers=size.encoder_layers,
-            decoder_layers=size.decoder_layers,
-            encoder_attention_heads=size.heads,
-            decoder_attention_heads=size.heads,
-            encoder_ffn_dim=size.ffn_size,
-            decoder_ffn_dim=size.ffn_size,
             encoder_n_points=points,
             decoder_n_points=points,
             num_feature_levels=num_feature_levels,
             with_box_refine=with_box_refine,
-            dropout=size.dropout,
-            attention_dropout=size.attention_dropout,
-            activation_dropout=size.activation_dropout,
             dilation=size.dilation,
             auxiliary_loss=False,
-            num_labels=size.num_labels,
+            **size.values(),
         )
-        return DeformableDetrConfig(**values)
 
     @property
     def class_heads(self) -> nn.ModuleList:

@@ -26,20 +26,10 @@ class DetrAdapter(DetectorAdapter):
     def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:
         values: dict[str, Any] = dict(
             backbone_config=backbone,
-            num_queries=size.num_queries,
             d_model=size.hidden_size,
-            encoder_layers=size.encoder_layers,
-            decoder_layers=size.decoder_layers,
-            encoder_attention_heads=size.heads,
-            decoder_attention_heads=size.heads,
-            encoder_ffn_dim=size.ffn_size,
-            decoder_ffn_dim=size.ffn_size,
-            dropout=size.dropout,
-            attention_dropout=size.attention_dropout,
-            activation_dropout=size.activation_dropout,
             dilation=size.dilation,
             auxiliary_loss=False,
-            num_labels=size.num_labels,
+            **size.values(),
         )
         return cls.config_class(**values)
 

@@ -69,21 +69,11 @@ class RTDetrAdapter(DetectorAdapter):
             freeze_backbone_batch_norms=True,
             encoder_hidden_dim=size.hidden_size,
             encoder_in_channels=backbone_channels(backbone),
-            encoder_layers=size.encoder_layers,
-            encoder_ffn_dim=size.ffn_size,
-            encoder_attention_heads=size.heads,
             d_model=size.hidden_size,
-            num_queries=size.num_queries,
             decoder_in_channels=[size.hidden_size] * 3,
-            decoder_layers=size.decoder_layers,
-            decoder_ffn_dim=size.ffn_size,
-            decoder_attention_heads=size.heads,
             decoder_n_points=points,
             num_denoising=0,
-            dropout=size.dropout,
-            attention_dropout=size.attention_dropout,
-            activation_dropout=size.activation_dropout,
-            num_labels=size.num_labels,
+            **size.values(),
         )
         return cls.config_class(**values)
 

@@ -36,6 +36,22 @@ class DetectorSize:
     activation_dropout: float = 0.1
     dilation: bool = False
 
+    def values(self) -> dict[str, Any]:
+        """What most configurations of Transformers call by the same names."""
+        return dict(
+            num_queries=self.num_queries,
+            encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers,
+            encoder_attention_heads=self.heads,
+            decoder_attention_heads=self.heads,
+            encoder_ffn_dim=self.ffn_size,
+            decoder_ffn_dim=self.ffn_size,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            activation_dropout=self.activation_dropout,
+            num_labels=self.num_labels,
+        )
+
 
 @dataclass
 class Memory:
