@@ -10,7 +10,6 @@ since Numba's cache consists of pickles.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -20,8 +19,10 @@ import torch
 from numba import int32, uint64
 from torch import Tensor
 
-FEWEST_POINTS = 300_000
-"""From which on it pays to start threads: PyTorch's own ones keep their cores busy for milliseconds after its work."""
+from .threads import on_all_threads
+
+FEWEST_POINTS = 30_000
+"""From which on several threads pay."""
 
 Shapes = list[tuple[int, int]] | list[list[tuple[int, int]]]
 """(h, w) of each level, the same of all images, or of each image's own."""
@@ -147,17 +148,13 @@ def _run(kernel: Callable[..., None], shapes: Shapes, absolute: bool, tensors: l
     batch, _, heads, *_ = (weights := tensors[3]).shape
     images = [(rows, np.array(levels)) for rows, levels in _images(shapes, batch)]
 
-    def run(image: int, head: int) -> None:
+    def run(part: tuple[int, int]) -> None:
+        image, head = part
         rows, sizes = images[image]
         kernel(head, sizes, absolute, *(x[rows] for x in arrays))
 
     parts = [(image, head) for image in range(len(images)) for head in range(heads)]
-    if weights.numel() < FEWEST_POINTS or torch.get_num_threads() == 1:
-        for part in parts:
-            run(*part)
-    else:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(run, *zip(*parts, strict=True)))
+    on_all_threads(run, parts, 1 if weights.numel() < FEWEST_POINTS else None)
 
 
 # Sums may be reordered, as vectors need it, but what is no number stays so. Indices are unsigned: negative ones would

@@ -1,0 +1,75 @@
+"""Parts of work done on PyTorch's threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from siamese_detr.detectors import threads
+from siamese_detr.detectors.threads import on_all_threads
+
+
+@pytest.fixture(params=["OpenMP", "threads of Python's"], autouse=True)
+def found(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "OpenMP":
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    elif threads._openmp() is None:
+        pytest.skip("PyTorch brings no GNU OpenMP")
+
+
+def work_of(count: int) -> tuple[list[int], set[int]]:
+    done, by = [], set()
+
+    def work(part: int) -> None:
+        time.sleep(0.02)
+        done.append(part)
+        by.add(threading.get_ident())
+
+    on_all_threads(work, range(2 * count), count)
+    return sorted(done), by
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_part_is_done_once_by_as_many_threads_as_asked_for(count: int) -> None:
+    done, by = work_of(count)
+    assert done == list(range(2 * count))
+    assert len(by) == count
+    assert threading.get_ident() in by or threads._openmp() is None
+
+
+def test_pytorch_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    by = set()
+    on_all_threads(lambda part: (time.sleep(0.02), by.add(threading.get_ident())), range(6))
+    assert len(by) == 3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_goes_wrong_in_a_thread_is_raised(count: int) -> None:
+    def work(part: int) -> None:
+        time.sleep(0.01)
+        if part == 3:
+            raise KeyError(part)
+
+    with pytest.raises(KeyError, match="3"):
+        on_all_threads(work, range(4), count)
+    assert work_of(2)[0] == [0, 1, 2, 3]  # and the threads are there for what comes next
+
+
+def test_callers_do_not_wait_for_each_other() -> None:
+    meet = threading.Barrier(2, timeout=20)
+
+    def work(part: int) -> None:
+        if part == 0:
+            meet.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: on_all_threads(work, range(3), 2), range(2)))
+
+
+def test_no_parts() -> None:
+    on_all_threads(lambda part: pytest.fail("called"), [], 2)
