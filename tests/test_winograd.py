@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import conv2d
 
@@ -13,6 +13,7 @@ from siamese_detr.detectors.fused import FusedConv2d
 from test_detectors_frozen import needs_onednn
 
 
+@settings(deadline=None)  # the first call compiles
 @given(
     batch=st.integers(1, 3),
     channels=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -44,6 +45,25 @@ def test_rounding_stays_small() -> None:
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
+def test_what_is_no_number_stays_so() -> None:
+    x, weight = torch.ones(1, 2, 9, 9), torch.ones(3, 2, 3, 3)
+    x[0, 1, 4, 5] = torch.nan
+    found = winograd.convolve(x, winograd.transform_filters(weight), relu=True)
+    assert found[conv2d(x, weight, padding=1).isnan()].isnan().all()
+    assert found[0, :, 0, 0].isfinite().all()  # in another tile
+
+
+def test_the_number_of_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 8, 11, 9, generator=random), torch.randn(8, 8, 3, 3, generator=random)
+    filters = winograd.transform_filters(weight)
+    results = []
+    for threads in (1, 2, 5, 50):  # more than there are lines of tiles
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(winograd.convolve(x, filters))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 @needs_onednn
 def test_it_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
@@ -57,6 +77,9 @@ def test_it_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.randn(2, 128, side, side).contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(fused(x), convolution(x).relu(), rtol=0, atol=1e-4)
         assert len(used) == expected_uses
+    monkeypatch.setattr(winograd, "THREADS", 0)
+    fused(torch.randn(2, 128, 16, 16).contiguous(memory_format=torch.channels_last))
+    assert len(used) == 2
     fused.forget_shapes()
     assert torch.equal(fused.plain(), convolution.weight)
 
@@ -72,7 +95,7 @@ def test_it_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
         {"dtype": torch.bfloat16},
         {"kernel_size": 1},
         {"out_channels": 64},
-        {"in_channels": 512},
+        {"in_channels": 1024},
     ],
 )
 def test_other_convolutions_stay_as_they_are(options: dict) -> None:

@@ -5,17 +5,26 @@ by two, and filters ``g``, ``Y = A' [(G g G') * (B' d B)] A`` are tiles of 4x4 r
 channels, so all tiles and channels make 36 matrix products. The matrices are those of the points 0, 1, -1, 2, -2 and
 infinity. The function is the same; its rounding error in float32 is some 5 times that of the plain sums, and would be
 too large in bfloat16.
+
+Numba compiles what transforms the input and the products, in some four seconds when they are first called.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
+import numba
+import numpy as np
 import torch
+from numba import uint64
 from torch import Tensor, nn
 
-CHANNELS = range(128, 257)
+from .threads import on_all_threads
+
+CHANNELS = range(128, 513)
 """With fewer, the transforms cost what the products save; with more, the filters, four times as large as the plain
 ones, do, and the memory they take."""
 
@@ -26,16 +35,10 @@ SAVING = 2.6
 """So many times fewer products pay for the transforms. In small maps, tiles reach over the border, and the plain sums
 leave out the zeros around."""
 
+THREADS = 8
+"""Sharing the transforms out takes the longer the more threads there are; with more, this has not been measured."""
+
 G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64) / 24
-
-A = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
-"""A transposed."""
-
-RESULTS = torch.kron(A, A)
-"""(16, 36): ``A' M A`` with the rows of M one after the other."""
-
-TO_ALL = 7
-"""The column of ``RESULTS`` that is all ones: what is added there is added to every result."""
 
 
 def suits(convolution: nn.Conv2d) -> bool:
@@ -50,10 +53,11 @@ def suits(convolution: nn.Conv2d) -> bool:
 
 
 def pays(shape: Sequence[int]) -> bool:
-    """Whether an input of ``shape`` (B, C, H, W) is large enough."""
+    """Whether an input of ``shape`` (B, C, H, W) is large enough, with the threads there are."""
     plain = (3 * shape[2] - 2) * (3 * shape[3] - 2)
     count = math.prod(tiles(shape))
-    return shape[0] * count >= TILES and plain >= SAVING * 36 * count
+    large = shape[0] * count >= TILES and plain >= SAVING * 36 * count
+    return large and torch.get_num_threads() <= THREADS
 
 
 def tiles(shape: Sequence[int]) -> tuple[int, int]:
@@ -78,40 +82,121 @@ def convolve(x: Tensor, filters: Tensor, bias: Tensor | None = None, *, relu: bo
     Returns:
         (B, C_out, H, W), channels last.
     """
-    (batch, _, height, width), (down, across), channels = x.shape, tiles(x.shape), filters.shape[-1]
-    products = torch.bmm(transform_input(x), filters)
-    if bias is not None:
-        products[TO_ALL] += bias
-    results = RESULTS.to(x.dtype) @ products.flatten(1)
-    results = results.view(4, 4, batch, down, across, channels).permute(2, 3, 0, 4, 1, 5)
-    out = x.new_empty(batch, down, 4, across, 4, channels)
-    if relu:
-        torch.clamp_min(results, 0, out=out)
-    else:
-        out.copy_(results)
-    return out.view(batch, 4 * down, 4 * across, channels)[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+    (batch, channels, height, width), (down, across), outputs = x.shape, tiles(x.shape), filters.shape[-1]
+    transformed = x.new_empty(36, batch * down * across, channels)
+    _run(_transform_input, batch * down, x.permute(0, 2, 3, 1).contiguous(), transformed)
+    products = torch.bmm(transformed, filters)
+    bias = x.new_zeros(outputs) if bias is None else bias.detach()
+    least = x.new_tensor(0 if relu else -math.inf)
+    out = x.new_empty(batch, height, width, outputs)
+    _run(_transform_products, batch * down, products, bias, least, out)
+    return out.permute(0, 3, 1, 2)
 
 
-def transform_input(x: Tensor) -> Tensor:
-    """``B' d B`` of all tiles of ``x`` (B, C, H, W) with zeros around it: (36, B * down * across, C)."""
-    (batch, channels, height, width), (down, across) = x.shape, tiles(x.shape)
-    padded = x.new_zeros(batch, 4 * down + 2, 4 * across + 2, channels)
-    padded[:, 1 : height + 1, 1 : width + 1] = x.permute(0, 2, 3, 1)
-    rows = x.new_empty(6, batch, down, 4 * across + 2, channels)
-    transform_line([padded[:, n : n + 4 * down - 3 : 4] for n in range(6)], rows)
-    both = x.new_empty(6, 6, batch, down, across, channels)
-    transform_line([rows[:, :, :, n : n + 4 * across - 3 : 4] for n in range(6)], both.transpose(0, 1))
-    return both.view(36, -1, channels)
+def _run(kernel: Callable[..., None], lines: int, *tensors: Tensor) -> None:
+    """Run a kernel for so many lines of tiles, which the threads share."""
+    arrays = [x.numpy() for x in tensors]
+    ends = np.linspace(0, lines, min(lines, torch.get_num_threads()) + 1, dtype=int)
+    on_all_threads(lambda part: kernel(*part, *arrays), list(pairwise(ends.tolist())))
 
 
-def transform_line(d: Sequence[Tensor], out: Tensor) -> None:
-    """``B'`` times the six values ``d`` of every tile in one direction, into ``out``."""
-    even, odd = d[4] - d[2], d[3] - d[1]
-    torch.add(even, d[0] - d[2], alpha=4, out=out[0])
-    torch.add(even, odd, alpha=2, out=out[3])
-    torch.sub(even, odd, alpha=2, out=out[4])
-    torch.sub(d[5] - d[3], odd, alpha=4, out=out[5])
-    torch.sub(d[4], d[2], alpha=4, out=even)
-    torch.sub(d[3], d[1], alpha=4, out=odd)
-    torch.add(even, odd, out=out[1])
-    torch.sub(even, odd, out=out[2])
+# Sums may be reordered, as vectors need it, but what is no number stays so. Indices are unsigned: negative ones would
+# count from the end, so that Numba tests every one.
+_compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+
+
+@_compiled
+def _transform_input(first, last, x, out):
+    """``B' d B`` of lines of tiles, ``first`` to ``last``, of ``x`` (B, H, W, C): their part of ``out`` (36, T, C)."""
+    _, height, width, channels = x.shape
+    count = out.shape[1]
+    down, across = (height + 3) // 4, (width + 3) // 4
+    x, out = x.reshape(-1), out.reshape(-1)
+    pixel, row = uint64(channels), uint64((4 * across + 2) * channels)
+    padded, half = np.zeros(uint64(6) * row, x.dtype), np.empty(uint64(6) * row, x.dtype)
+    for line in range(first, last):
+        for i in range(6):
+            y, to = 4 * (line % down) + i - 1, uint64(i) * row + pixel
+            if 0 <= y < height:
+                start = uint64(((line // down) * height + y) * width * channels)
+                for k in range(uint64(width * channels)):
+                    padded[to + k] = x[start + k]
+            else:
+                for k in range(uint64(width * channels)):
+                    padded[to + k] = 0
+        _times_b(padded, uint64(0), row, half, uint64(0), row, row)
+        for column in range(across):
+            for i in range(6):
+                start = uint64(i) * row + uint64(4 * column) * pixel
+                to = uint64((6 * i * count + line * across + column) * channels)
+                _times_b(half, start, pixel, out, to, uint64(count * channels), pixel)
+
+
+@_compiled
+def _transform_products(first, last, products, bias, least, out):
+    """``A' M A`` of lines of tiles, ``first`` to ``last``, of ``products`` (36, T, C), plus ``bias`` and not below
+    ``least``: their part of ``out`` (B, H, W, C)."""
+    _, height, width, channels = out.shape
+    count, least = products.shape[1], least.item()
+    down, across = (height + 3) // 4, (width + 3) // 4
+    products, out = products.reshape(-1), out.reshape(-1)
+    pixel = uint64(channels)
+    half, done = np.empty(uint64(24) * pixel, out.dtype), np.empty(uint64(4) * pixel, out.dtype)
+    for line in range(first, last):
+        for column in range(across):
+            for i in range(6):
+                start = uint64((i * count + line * across + column) * channels)
+                _times_a(
+                    products, start, uint64(6 * count * channels), half, uint64(i) * pixel, uint64(6) * pixel, pixel
+                )
+            top, left = 4 * (line % down), 4 * column
+            for i in range(min(4, height - top)):
+                _times_a(half, uint64(6 * i) * pixel, pixel, done, uint64(0), pixel, pixel)
+                to = uint64((((line // down) * height + top + i) * width + left) * channels)
+                for j in range(uint64(min(4, width - left))):
+                    for k in range(pixel):
+                        out[to + j * pixel + k] = max(done[j * pixel + k] + bias[k], least)
+
+
+@_compiled
+def _times_b(x, a, step, out, to, apart, length):
+    """``B'`` times the six vectors of ``x`` that begin at ``a`` and ``step`` apart; six of ``out``, ``apart``."""
+    two, four, five = x.dtype.type(2), x.dtype.type(4), x.dtype.type(5)
+    b, c, d = a + step, a + (step + step), a + uint64(3) * step
+    e, f = d + step, d + (step + step)
+    for k in range(length):
+        out[to + k] = four * x[a + k] - five * x[c + k] + x[e + k]
+    to += apart
+    for k in range(length):
+        out[to + k] = (x[e + k] - four * x[c + k]) + (x[d + k] - four * x[b + k])
+    to += apart
+    for k in range(length):
+        out[to + k] = (x[e + k] - four * x[c + k]) - (x[d + k] - four * x[b + k])
+    to += apart
+    for k in range(length):
+        out[to + k] = (x[e + k] - x[c + k]) + two * (x[d + k] - x[b + k])
+    to += apart
+    for k in range(length):
+        out[to + k] = (x[e + k] - x[c + k]) - two * (x[d + k] - x[b + k])
+    to += apart
+    for k in range(length):
+        out[to + k] = four * x[b + k] - five * x[d + k] + x[f + k]
+
+
+@_compiled
+def _times_a(x, a, step, out, to, apart, length):
+    """``A'`` times the six vectors of ``x`` that begin at ``a`` and ``step`` apart; four of ``out``, ``apart``."""
+    two, four, eight = x.dtype.type(2), x.dtype.type(4), x.dtype.type(8)
+    b, c, d = a + step, a + (step + step), a + uint64(3) * step
+    e, f = d + step, d + (step + step)
+    for k in range(length):
+        out[to + k] = x[a + k] + (x[b + k] + x[c + k]) + (x[d + k] + x[e + k])
+    to += apart
+    for k in range(length):
+        out[to + k] = (x[b + k] - x[c + k]) + two * (x[d + k] - x[e + k])
+    to += apart
+    for k in range(length):
+        out[to + k] = (x[b + k] + x[c + k]) + four * (x[d + k] + x[e + k])
+    to += apart
+    for k in range(length):
+        out[to + k] = (x[b + k] - x[c + k]) + eight * (x[d + k] - x[e + k]) + x[f + k]
