@@ -53,17 +53,6 @@ def test_what_is_no_number_stays_so() -> None:
     assert found[0, :, 0, 0].isfinite().all()  # in another tile
 
 
-def test_the_number_of_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    random = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(3, 8, 11, 9, generator=random), torch.randn(8, 8, 3, 3, generator=random)
-    filters = winograd.transform_filters(weight)
-    results = []
-    for threads in (1, 2, 5, 50):  # more than there are lines of tiles
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        results.append(winograd.convolve(x, filters))
-    assert all(torch.equal(result, results[0]) for result in results)
-
-
 @needs_onednn
 def test_it_is_used_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []

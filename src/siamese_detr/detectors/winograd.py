@@ -12,8 +12,7 @@ Numba compiles what transforms the input and the products, in some four seconds 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -21,8 +20,6 @@ import numpy as np
 import torch
 from numba import uint64
 from torch import Tensor, nn
-
-from .threads import on_all_threads
 
 CHANNELS = range(128, 513)
 """With fewer, the transforms cost what the products save; with more, the filters, four times as large as the plain
@@ -35,8 +32,9 @@ SAVING = 2.6
 """So many times fewer products pay for the transforms. In small maps, tiles reach over the border, and the plain sums
 leave out the zeros around."""
 
-THREADS = 8
-"""Sharing the transforms out takes the longer the more threads there are; with more, this has not been measured."""
+THREADS = 6
+"""One thread computes the transforms; two, with what Python and their caches cost, take as long. By what they take
+beside two threads' plain sums (an eighth to a quarter), nothing is saved from eight threads on."""
 
 G = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64) / 24
 
@@ -84,20 +82,12 @@ def convolve(x: Tensor, filters: Tensor, bias: Tensor | None = None, *, relu: bo
     """
     (batch, channels, height, width), (down, across), outputs = x.shape, tiles(x.shape), filters.shape[-1]
     transformed = x.new_empty(36, batch * down * across, channels)
-    _run(_transform_input, batch * down, x.permute(0, 2, 3, 1).contiguous(), transformed)
+    _transform_input(x.permute(0, 2, 3, 1).contiguous().numpy(), transformed.numpy())
     products = torch.bmm(transformed, filters)
     bias = x.new_zeros(outputs) if bias is None else bias.detach()
-    least = x.new_tensor(0 if relu else -math.inf)
     out = x.new_empty(batch, height, width, outputs)
-    _run(_transform_products, batch * down, products, bias, least, out)
+    _transform_products(products.numpy(), bias.numpy(), relu, out.numpy())
     return out.permute(0, 3, 1, 2)
-
-
-def _run(kernel: Callable[..., None], lines: int, *tensors: Tensor) -> None:
-    """Run a kernel for so many lines of tiles, which the threads share."""
-    arrays = [x.numpy() for x in tensors]
-    ends = np.linspace(0, lines, min(lines, torch.get_num_threads()) + 1, dtype=int)
-    on_all_threads(lambda part: kernel(*part, *arrays), list(pairwise(ends.tolist())))
 
 
 # Sums may be reordered, as vectors need it, but what is no number stays so. Indices are unsigned: negative ones would
@@ -106,15 +96,15 @@ _compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"
 
 
 @_compiled
-def _transform_input(first, last, x, out):
-    """``B' d B`` of lines of tiles, ``first`` to ``last``, of ``x`` (B, H, W, C): their part of ``out`` (36, T, C)."""
-    _, height, width, channels = x.shape
+def _transform_input(x, out):
+    """Fill ``out`` (36, T, C) with ``B' d B`` of all tiles of ``x`` (B, H, W, C)."""
+    batch, height, width, channels = x.shape
     count = out.shape[1]
     down, across = (height + 3) // 4, (width + 3) // 4
     x, out = x.reshape(-1), out.reshape(-1)
     pixel, row = uint64(channels), uint64((4 * across + 2) * channels)
     padded, half = np.zeros(uint64(6) * row, x.dtype), np.empty(uint64(6) * row, x.dtype)
-    for line in range(first, last):
+    for line in range(batch * down):
         for i in range(6):
             y, to = 4 * (line % down) + i - 1, uint64(i) * row + pixel
             if 0 <= y < height:
@@ -133,16 +123,15 @@ def _transform_input(first, last, x, out):
 
 
 @_compiled
-def _transform_products(first, last, products, bias, least, out):
-    """``A' M A`` of lines of tiles, ``first`` to ``last``, of ``products`` (36, T, C), plus ``bias`` and not below
-    ``least``: their part of ``out`` (B, H, W, C)."""
-    _, height, width, channels = out.shape
-    count, least = products.shape[1], least.item()
+def _transform_products(products, bias, relu, out):
+    """Fill ``out`` (B, H, W, C) with ``A' M A`` of ``products`` (36, T, C), plus ``bias``, and with ReLU or without."""
+    batch, height, width, channels = out.shape
+    count, least = products.shape[1], out.dtype.type(0 if relu else -np.inf)
     down, across = (height + 3) // 4, (width + 3) // 4
     products, out = products.reshape(-1), out.reshape(-1)
     pixel = uint64(channels)
     half, done = np.empty(uint64(24) * pixel, out.dtype), np.empty(uint64(4) * pixel, out.dtype)
-    for line in range(first, last):
+    for line in range(batch * down):
         for column in range(across):
             for i in range(6):
                 start = uint64((i * count + line * across + column) * channels)
