@@ -107,8 +107,11 @@ def test_the_number_of_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) 
     alone = outputs_and_gradients(sample, inputs, shapes)
     monkeypatch.setattr(cpu_sampling, "FEWEST_POINTS", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    asked, run = [], cpu_sampling.on_all_threads
+    monkeypatch.setattr(cpu_sampling, "on_all_threads", lambda *given: (asked.append(given[2]), run(*given)))
     for got, want in zip(outputs_and_gradients(sample, inputs, shapes), alone, strict=True):
         assert torch.equal(got, want)
+    assert asked == [None, None]  # forward and backward, on all
 
 
 def test_half_precision_is_computed_in_single() -> None:

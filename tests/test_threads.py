@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +21,10 @@ from siamese_detr.detectors.threads import on_all_threads
 def found(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param != "OpenMP":
         monkeypatch.setattr(threads, "_openmp", lambda: None)
-    elif threads._openmp() is None:
-        pytest.skip("PyTorch brings no GNU OpenMP")
+    elif sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info():
+        pytest.skip("PyTorch brings no OpenMP")
+    else:
+        assert threads._openmp() is not None
 
 
 def work_of(count: int) -> tuple[list[int], set[int]]:
@@ -29,7 +35,7 @@ def work_of(count: int) -> tuple[list[int], set[int]]:
         done.append(part)
         by.add(threading.get_ident())
 
-    on_all_threads(work, range(2 * count), count)
+    on_all_threads(work, (part for part in range(2 * count)), count)
     return sorted(done), by
 
 
@@ -38,14 +44,44 @@ def test_every_part_is_done_once_by_as_many_threads_as_asked_for(count: int) -> 
     done, by = work_of(count)
     assert done == list(range(2 * count))
     assert len(by) == count
-    assert threading.get_ident() in by or threads._openmp() is None
+    assert threading.get_ident() in by or (count > 1 and threads._openmp() is None)
 
 
-def test_pytorch_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    by = set()
-    on_all_threads(lambda part: (time.sleep(0.02), by.add(threading.get_ident())), range(6))
-    assert len(by) == 3
+def test_the_threads_are_pytorchs() -> None:
+    if threads._openmp() is None:
+        pytest.skip("PyTorch brings no OpenMP")
+    count = max(2, torch.get_num_threads())
+    torch.rand(1 << 20).sin()
+    before, by = {int(task.name) for task in Path("/proc/self/task").iterdir()}, set()
+    on_all_threads(lambda part: (time.sleep(0.02), by.add(threading.get_native_id())), range(2 * count), count)
+    assert len(by) == count
+    if torch.get_num_threads() == count:
+        assert by <= before
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_signal_raises_is_raised(count: int) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    def work_until_signalled(delay: float) -> None:
+        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGUSR2))
+        timer.start()
+        while timer.is_alive():
+            on_all_threads(lambda part: sum(range(2000)), range(4), count)
+        time.sleep(0.1)  # the handler is run here at the latest
+
+    before = signal.signal(signal.SIGUSR2, stop)
+    try:
+        for n in range(100):  # at whatever point it comes
+            with pytest.raises(Stop):
+                work_until_signalled(n * 1e-4)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert work_of(2)[0] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -20,7 +20,8 @@ _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def on_all_threads(work: Callable[[Part], object], parts: Iterable[Part], count: int | None = None) -> None:
-    """Call ``work`` with every part, on several threads.
+    """Call ``work`` with every part, on several threads: this one and others. Like PyTorch's own operations, not in a
+    process forked from one that has computed with several threads.
 
     Args:
         work: gives the interpreter's lock back while it computes. It must not call PyTorch.
@@ -28,35 +29,46 @@ def on_all_threads(work: Callable[[Part], object], parts: Iterable[Part], count:
         count: threads; by default as many as PyTorch is to use.
 
     Raises:
-        whatever ``work`` raises first.
+        what ``work``, or a signal's handler meanwhile, raises. The other parts are done all the same.
     """
     count, left, errors = count or torch.get_num_threads(), iter(list(parts)), []
 
-    def take(_: Any) -> None:
+    def take(_: Any = None) -> None:
         try:
             for part in left:
                 work(part)
         except BaseException as error:  # OpenMP could not hand it on
             errors.append(error)
 
-    parallel = _openmp()
+    region = _openmp()
     if count == 1:
-        take(None)
-    elif parallel is not None:
-        parallel(_CALLBACK(take), None, count, 0)
+        for part in left:
+            work(part)
+    elif region is not None:
+        (start, end), callback = region, _CALLBACK(take)
+        # This thread's share is no callback: what handlers of signals raise at the beginning of one is lost.
+        try:
+            start(callback, None, count)
+            for part in left:
+                work(part)
+        finally:
+            end()
     else:
         with ThreadPoolExecutor(count) as pool:
             list(pool.map(take, range(count)))
     if errors:
-        raise errors[0]
+        raise errors.pop()
 
 
 @functools.cache
-def _openmp() -> Any:
-    """What begins a parallel region of GNU OpenMP, also in LLVM's and Intel's runtimes; None if PyTorch loaded none."""
+def _openmp() -> tuple[Any, Any] | None:
+    """What begins a parallel region of OpenMP, all threads but this one calling a function, and what waits for its end;
+    None if PyTorch loaded no OpenMP that has these (GNU's has, and so have LLVM's and Intel's)."""
     try:
-        parallel = ctypes.CDLL(None).GOMP_parallel
+        library = ctypes.CDLL(None)
+        start, end = library.GOMP_parallel_start, library.GOMP_parallel_end
     except (AttributeError, OSError, TypeError):
         return None
-    parallel.argtypes, parallel.restype = (_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return parallel
+    start.argtypes, start.restype = (_CALLBACK, ctypes.c_void_p, ctypes.c_uint), None
+    end.argtypes, end.restype = (), None
+    return start, end
