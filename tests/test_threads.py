@@ -50,13 +50,16 @@ def test_every_part_is_done_once_by_as_many_threads_as_asked_for(count: int) -> 
 def test_the_threads_are_pytorchs() -> None:
     if threads._openmp() is None:
         pytest.skip("PyTorch brings no OpenMP")
-    count = max(2, torch.get_num_threads())
-    torch.rand(1 << 20).sin()
-    before, by = {int(task.name) for task in Path("/proc/self/task").iterdir()}, set()
-    on_all_threads(lambda part: (time.sleep(0.02), by.add(threading.get_native_id())), range(2 * count), count)
-    assert len(by) == count
-    if torch.get_num_threads() == count:
-        assert by <= before
+    before, by = torch.get_num_threads(), set()
+    torch.set_num_threads(3)
+    try:
+        torch.rand(1 << 20).sin()
+        there = {int(task.name) for task in Path("/proc/self/task").iterdir()}
+        on_all_threads(lambda part: (time.sleep(0.02), by.add(threading.get_native_id())), range(6))
+    finally:
+        torch.set_num_threads(before)
+    assert len(by) == 3
+    assert by <= there
 
 
 @pytest.mark.parametrize("count", [1, 2])
