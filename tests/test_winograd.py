@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,3 +94,8 @@ def test_other_convolutions_stay_as_they_are(options: dict) -> None:
     plain = {"in_channels": 128, "out_channels": 128, "kernel_size": 3, "padding": 1}
     assert winograd.suits(torch.nn.Conv2d(**plain))
     assert not winograd.suits(torch.nn.Conv2d(**plain | options))
+
+
+def test_numba_is_imported_where_it_computes_only() -> None:
+    program = "import sys, siamese_detr.training.pretrain; sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

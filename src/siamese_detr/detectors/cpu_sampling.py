@@ -19,6 +19,7 @@ import torch
 from numba import int32, uint64
 from torch import Tensor
 
+from .compiled import compiled
 from .threads import on_all_threads
 
 FEWEST_POINTS = 30_000
@@ -157,19 +158,14 @@ def _run(kernel: Callable[..., None], shapes: Shapes, absolute: bool, tensors: l
     on_all_threads(run, parts, 1 if weights.numel() < FEWEST_POINTS else None)
 
 
-# Sums may be reordered, as vectors need it, but what is no number stays so. Indices are unsigned: negative ones would
-# count from the end, so that Numba tests every one.
-_compiled = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
-
-
-@_compiled
+@compiled
 def _frame(cells, centre, absolute, kind):
     """Along one axis of a level: its size, and how locations become places in cells, by a factor and a summand."""
     size = kind(cells)
     return size, size if absolute else kind(1), centre * size - kind(0.5)
 
 
-@_compiled
+@compiled
 def _axis(place, size, kind):
     """Along one axis: the cells before and behind a place in (-1, size).
 
@@ -184,7 +180,7 @@ def _axis(place, size, kind):
     return first, min(behind, int32(size - 1)) - first, (kind(1) - rest) * falling, rest * rising, falling, rising
 
 
-@_compiled
+@compiled
 def _corners(cell, right, below, channels):
     """Where the channels of the four cells around a point begin: of the first, and those so many cells after it."""
     top_left = uint64(cell * channels)
@@ -192,7 +188,7 @@ def _corners(cell, right, below, channels):
     return top_left, top_left + uint64(right * channels), bottom_left, bottom_left + uint64(right * channels)
 
 
-@_compiled
+@compiled
 def _pack(head, value, shown):
     """The values (S * C) of one head, which its core's caches hold; zeros for what is not shown."""
     cells, heads, channels = value.shape
@@ -205,7 +201,7 @@ def _pack(head, value, shown):
     return table
 
 
-@_compiled
+@compiled
 def _unpack(head, table, shown, value):
     """Fill one head of ``value`` (S, heads, C) with ``table`` (S * C), and with zeros where it is not shown."""
     cells, heads, channels = value.shape
@@ -220,7 +216,7 @@ def _unpack(head, table, shown, value):
                 value[place + i] = 0
 
 
-@_compiled
+@compiled
 def _sum(head, sizes, absolute, value, shown, locations, weights, reference, out):
     """Fill ``out`` (Q, heads, C) for one head of one image, whose values are (S, heads, C)."""
     queries, heads, levels, points = weights.shape
@@ -255,7 +251,7 @@ def _sum(head, sizes, absolute, value, shown, locations, weights, reference, out
             start += rows * columns
 
 
-@_compiled
+@compiled
 def _spread(
     head, sizes, absolute, value, shown, locations, weights, reference, gradient, to_value, to_locations, to_weights
 ):

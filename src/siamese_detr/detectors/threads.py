@@ -33,24 +33,25 @@ def on_all_threads(work: Callable[[Part], object], parts: Iterable[Part], count:
     """
     count, left, errors = count or torch.get_num_threads(), iter(list(parts)), []
 
-    def take(_: Any = None) -> None:
+    def share() -> None:
+        for part in left:
+            work(part)
+
+    def take(_: Any) -> None:
         try:
-            for part in left:
-                work(part)
+            share()
         except BaseException as error:  # OpenMP could not hand it on
             errors.append(error)
 
     region = _openmp()
     if count == 1:
-        for part in left:
-            work(part)
+        share()
     elif region is not None:
         (start, end), callback = region, _CALLBACK(take)
         # This thread's share is no callback: what handlers of signals raise at the beginning of one is lost.
         try:
             start(callback, None, count)
-            for part in left:
-                work(part)
+            share()
         finally:
             end()
     else:
