@@ -149,6 +149,14 @@ def test_coco_json(coco: Path, photos: Path, tmp_path: Path) -> None:
         list_images(path, images=photos)
 
 
+def test_no_path_leads_out_of_the_root(photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "labels" / "far" / "coco.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"images": [{"file_name": "../../photos/0.jpg"}, {"file_name": str(photos / "1.jpg")}]}))
+    listed = list_images(path)
+    assert (listed.root, listed.paths) == (tmp_path, ["photos/0.jpg", "photos/1.jpg"])
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"images": {}}', '{"images": []}', "[" * 100_000, "\x80"])
 def test_bad_json(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content, encoding="latin1")

@@ -87,6 +87,28 @@ def test_files_written(tmp_path):
     assert max(Image.open(pictures[0]).size) >= 640
 
 
+def test_the_images_themselves_are_never_written_over(tmp_path):
+    result, labels = learned()
+    photo = (labels.with_suffix("") / "1.jpg").read_bytes()
+    for path in ("photos/a.jpg", "photos/a.jpeg", "photos/a.JPG", "photos/a.JPG.jpg", "else/where/pictures/a.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(photo)
+    names = ["../../photos/a.jpg", "../../photos/a.jpeg", "../../photos/a.JPG", "../../photos/a.JPG.jpg"]
+    names += [str(tmp_path / "else/where/pictures/a.jpg")]
+    (tmp_path / "labels" / "coco").mkdir(parents=True)
+    (tmp_path / "labels" / "coco" / "new.json").write_text(json.dumps({"images": [{"file_name": n} for n in names]}))
+    options = {"model": str(result.out), "workers": 0}
+    predict(images=str(tmp_path / "labels/coco/new.json"), out=str(tmp_path / "out"), **options)
+    drawn = {path.name for path in (tmp_path / "out" / "pictures" / "photos").iterdir()}
+    assert drawn == {"a.jpg", "a.jpeg.jpg", "a.JPG.jpg.jpg", "a.JPG.jpg"}
+    assert (tmp_path / "out/pictures/else/where/pictures/a.jpg").is_file()
+    with pytest.raises(UserError, match="over the images"):
+        predict(images=str(tmp_path / "else/where/pictures"), out=str(tmp_path / "else/where"), **options)
+    originals = [*(tmp_path / "photos").iterdir(), tmp_path / "else/where/pictures/a.jpg"]
+    assert all(path.read_bytes() == photo for path in originals)
+    assert len(originals) == 5
+
+
 def test_the_batch_makes_no_difference(tmp_path):
     result, _ = learned()
     write_scenes(tmp_path / "a" / "wide", 2, size=(140, 90), seed=1)

@@ -50,6 +50,8 @@ def predict(config: PredictConfig) -> PredictResult:
         raise UserError(f"threshold must be at least 0 and below 1, not {config.threshold}")
     images = image_list(config.images)
     out = Path(config.out)
+    if config.draw and os.path.realpath(out / "pictures") == os.path.realpath(images.root):
+        raise UserError(f"the pictures would be written over the images in {images.root}: give another folder as out")
     detector = Detector.load(config.model, config.device)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ def predict(config: PredictConfig) -> PredictResult:
         except ImageError as error:
             skipped.append((error.path, error.reason))
     found = run(detector, jobs, batch_size=config.batch_size, workers=config.workers, top_k=config.top_k)
-    results = []
+    results, names = [], set(images.paths)
     surest = 0.0
     hidden = not console.is_terminal
     for result in track(found, "predicting", total=len(jobs), console=console, transient=True, disable=hidden):
@@ -77,7 +79,8 @@ def predict(config: PredictConfig) -> PredictResult:
         result = result.above(config.threshold)
         results.append(result)
         if config.draw:
-            draw_picture(result, detector.class_names, out / "pictures" / images.paths[result.job.id])
+            name = picture_name(images.paths[result.job.id], names)
+            draw_picture(result, detector.class_names, out / "pictures" / name)
     results.sort(key=lambda result: result.job.id)
     skipped.sort()
     if not results:
@@ -107,11 +110,18 @@ def image_list(source: str) -> ImageList:
     return list_images(source)
 
 
+def picture_name(image: str, images: set[str]) -> str:
+    """The image's own name, with ``.jpg`` behind it where it has none, and again where another image is called so."""
+    name = image
+    while not name.endswith(".jpg") or (name != image and name in images):
+        name += ".jpg"
+    return name
+
+
 def draw_picture(result: ImageResult, names: list[str], path: Path) -> None:
-    """Write the picture as JPEG under the image's own name."""
+    """Write the picture as JPEG."""
     image = read_image(result.job.path)
     picture = draw_detections(image, result.boxes, result.classes, result.scores, names)
-    path = path.with_name(f"{path.stem}.jpg" if path.suffix.lower() in (".jpg", ".jpeg") else f"{path.name}.jpg")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as aside:

@@ -245,19 +245,17 @@ def _read_list(path: Path) -> ImageList:
         raise UserError(
             f"{path}: none of the files it lists exists (such as {paths[0]}): relative paths start at the list's folder"
         )
-    root = Path(os.path.commonpath([str(path.parent), *paths]))
-    return _relative(root, paths, [])
+    return _relative(path.parent, paths, [])
 
 
-def _relative(root: Path, paths: Iterable[str], problems: list[str]) -> ImageList:
-    root_parts = str(root).rstrip("/") + "/"
-    relative = set()
-    for path in paths:
-        normal = os.path.normpath(path)
-        relative.add(
-            normal.removeprefix(root_parts) if normal.startswith(root_parts) else os.path.relpath(normal, root)
-        )
-    return ImageList(root, sorted(Path(p).as_posix() if os.sep != "/" else p for p in relative), problems)
+def _relative(folder: Path, paths: Iterable[str], problems: list[str]) -> ImageList:
+    """The images below ``folder``, or below what it shares with those that lie elsewhere."""
+    normal = {os.path.normpath(path) for path in paths}
+    root = str(folder)
+    if not all(path.startswith(root.rstrip("/") + "/") for path in normal):
+        root = os.path.commonpath([root, *normal])
+    relative = sorted(path.removeprefix(root.rstrip("/") + "/") for path in normal)
+    return ImageList(Path(root), [Path(p).as_posix() if os.sep != "/" else p for p in relative], problems)
 
 
 def _is_unicode(name: str) -> bool:
