@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from siamese_detr.images.decode import read_image
 from siamese_detr.images.labels import read_labels
 from siamese_detr.randomness import rng
 from siamese_detr.training.labelled_dataset import (
@@ -85,6 +86,19 @@ def test_boxes_stay_on_their_pixels(corners, flip, square, seed):
     centre = (box[0, :2] + box[0, 2:]) / 2
     np.testing.assert_allclose(taken[row, column, :2], centre, atol=1.6)
     np.testing.assert_allclose([w, h], [xs[1] - xs[0], ys[1] - ys[0]], atol=1e-5)
+
+
+def test_boxes_stay_on_their_pixels_where_a_jpeg_is_decoded_smaller(tmp_path):
+    """1/8 of 1001 pixels are 126, of which the last is not a whole one."""
+    picture = np.zeros((801, 1001, 3), np.uint8)
+    picture[:, 960:968] = picture[760:768] = 255
+    Image.fromarray(picture).save(tmp_path / "lines.jpg", quality=95)
+    small = read_image(tmp_path / "lines.jpg", min_side=100)
+    assert small.shape == (101, 126, 3)
+    taken = cut_image(small, Cut((901, 701, 1001, 801), (100, 100), flip=False), (1001, 801)).astype(float)
+    for profile in (taken[:40].mean((0, 2)), taken[:, :40].mean((1, 2))):
+        centre = (profile * (np.arange(100) + 0.5)).sum() / profile.sum()
+        assert abs(centre - 63) < 0.5  # (964 - 901)
 
 
 def test_boxes_are_clipped_and_vanishing_ones_dropped():

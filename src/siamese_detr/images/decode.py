@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 # Importing the plugins registers them; `Image.open` would import them lazily, one more thing to race for in threads.
 from PIL import (
@@ -93,6 +94,27 @@ def read_image(path: str | Path, *, min_side: int | None = None, max_pixels: int
         if orientation in _TRANSPOSE:
             rgb = rgb.transpose(_TRANSPOSE[orientation])
         return np.array(rgb)
+
+
+def decoded_scale(original: ArrayLike, decoded: ArrayLike) -> NDArray[np.float64]:
+    """Decoded pixels per original pixel, (x, y), by both sizes (width, height).
+
+    JPEGs are reduced by 1/2, 1/4 or 1/8 exactly, only sizes round up.
+    """
+    full, small = np.asarray(original, np.float64), np.asarray(decoded, np.float64)
+    for factor in (1, 2, 4, 8):
+        if np.array_equal(np.ceil(full / factor), small):
+            return np.full(2, 1 / factor)
+    return small / full
+
+
+def can_read(path: str | Path) -> bool:
+    """Whether :func:`read_image` can read the file, all of it."""
+    try:
+        read_image(path, min_side=1)
+    except ImageError:
+        return False
+    return True
 
 
 def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

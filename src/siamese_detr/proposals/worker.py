@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from siamese_detr.errors import ImageError
-from siamese_detr.images.decode import read_image, read_size
+from siamese_detr.images.decode import decoded_scale, read_image, read_size
 from siamese_detr.proposals import methods
 from siamese_detr.proposals.shard import Failure, Row
 from siamese_detr.randomness import rng
@@ -71,8 +71,8 @@ def compute_one(job: Job, path: str) -> Outcome:
         return Outcome(Failure(path, error.reason))
     except (cv2.error, MemoryError) as error:
         return Outcome(Failure(path, f"{job.method} failed ({' '.join(str(error).split())[:100]})"))
-    scale = np.array([width / image.shape[1], height / image.shape[0]] * 2)
-    boxes = np.clip(found.boxes * scale, 0, [width, height] * 2).astype(np.float32)
+    scale = decoded_scale((width, height), image.shape[1::-1])
+    boxes = np.clip(found.boxes / np.tile(scale, 2), 0, [width, height] * 2).astype(np.float32)
     return Outcome(Row(path, width, height, boxes, found.scores), found.origin)
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from siamese_detr.detectors.functional import constant
 from siamese_detr.errors import ImageError
-from siamese_detr.images.decode import read_image
+from siamese_detr.images.decode import decoded_scale, read_image
 from siamese_detr.images.labels import DetectionDataset, LabelledImage
 from siamese_detr.randomness import rng
 from siamese_detr.views.photometric import luma
@@ -37,7 +37,7 @@ class TransformConfig:
     Args:
         image_size: largest short side, or the side of the square.
         max_size: limit of the long side (not used for squares).
-        min_size: smallest short side drawn (multiples of 32 from here to image_size); None: 60 % of image_size.
+        min_size: smallest short side drawn (from image_size down in steps of 4 % of it); None: 60 % of image_size.
         square: stretch to image_size × image_size, as evaluation then does: no padding, one shape, the cheapest
             on a CPU.
         crop: probability of the random-size crop.
@@ -102,7 +102,7 @@ def draw_cut(width: int, height: int, config: TransformConfig, random: np.random
 def cut_image(image: np.ndarray, cut: Cut, original_size: tuple[int, int]) -> np.ndarray:
     """Apply ``cut`` to the image, (H, W, 3) uint8, that may have been decoded smaller than ``original_size``
     (width, height)."""
-    fx, fy = image.shape[1] / original_size[0], image.shape[0] / original_size[1]
+    fx, fy = decoded_scale(original_size, image.shape[1::-1])
     x1, y1, x2, y2 = cut.rectangle
     box = (x1 * fx, y1 * fy, min(x2 * fx, image.shape[1]), min(y2 * fy, image.shape[0]))
     taken = Image.fromarray(image).resize(cut.size[::-1], Image.Resampling.BILINEAR, box=box)

@@ -13,11 +13,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from siamese_detr.errors import ImageError
-from siamese_detr.images.decode import read_image
+from siamese_detr.images.decode import decoded_scale, read_image
 from siamese_detr.proposals.store import StoredImage
 from siamese_detr.views.batch import ViewBatch
 from siamese_detr.views.config import ViewConfig
@@ -93,7 +93,7 @@ def cut_views(image: NDArray[np.uint8], original: tuple[int, int], plan: SampleP
         original: (width, height) at full scale, to which the plan's rectangles refer.
     """
     height, width = image.shape[:2]
-    scale = _decoded_scale(original, (width, height))
+    scale = decoded_scale(original, (width, height))
     views = np.empty((len(plan.rectangles), *plan.size, 3), np.uint8)
     with one_thread():
         for view, rectangle in zip(views, plan.rectangles * np.tile(scale, 2), strict=True):
@@ -140,15 +140,6 @@ def _needed_side(row: StoredImage, plan: SamplePlan) -> int | None:
     extent = plan.rectangles[:, 2:] - plan.rectangles[:, :2]
     scale = float((np.array(plan.size[::-1]) / extent).max())
     return None if scale > 0.5 else max(1, math.ceil(min(row.width, row.height) * scale))
-
-
-def _decoded_scale(original: ArrayLike, decoded: ArrayLike) -> NDArray[np.float64]:
-    """Decoded pixels per original pixel, (x, y). JPEGs are reduced by 1/2, 1/4 or 1/8 exactly, only sizes round up."""
-    full, small = np.asarray(original, np.float64), np.asarray(decoded, np.float64)
-    for factor in (1, 2, 4, 8):
-        if np.array_equal(np.ceil(full / factor), small):
-            return np.full(2, 1 / factor)
-    return small / full
 
 
 def _check_size(row: StoredImage, width: int, height: int) -> None:
