@@ -14,6 +14,7 @@ from PIL import Image
 
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.draw import class_colour, draw_detections, label_place
+from siamese_detr.evaluation.evaluate import evaluate
 from siamese_detr.evaluation.predict import predict
 from tiny_finetuning import learned, write_scenes
 
@@ -163,6 +164,10 @@ def test_a_single_file_and_mistakes(tmp_path):
     assert [image.job.path for image in found.results] == [str(file)]
     with pytest.raises(UserError, match="threshold"):
         predict(model=str(result.out), images=str(file), out=str(tmp_path / "out"), threshold=1.5)
+    with pytest.raises(UserError, match="batch_size must be above 0"):
+        predict(model=str(result.out), images=str(file), out=str(tmp_path / "out"), batch_size=0)
+    with pytest.raises(UserError, match="workers must be 0 or more"):
+        evaluate(model=str(result.out), labels=str(labels), workers=-1)
     with pytest.raises(UserError, match="nowhere"):
         predict(model=str(result.out), images=str(tmp_path / "nowhere"), out=str(tmp_path / "out"))
     with pytest.raises(UserError, match="device"):

@@ -55,7 +55,7 @@ def test_every_box_is_in_bounds_with_area_in_every_view(name):
             assert (boxes <= [plan.size[1], plan.size[0]] * 2).all()
         extent = plan.boxes[..., 2:] - plan.boxes[..., :2]
         moved = np.abs(plan.query_boxes - plan.boxes) / np.concatenate([extent, extent], -1)
-        assert moved.max(initial=0) <= config.jitter + 1e-3
+        assert moved.max(initial=0) <= config.box_jitter + 1e-3
         assert tuple(view_sizes(config, [size], 1, 2, index)[0]) == plan.size
         if config.views == "two" and len(image.boxes) == 0 and config.box_source == "proposals":
             assert plan.padded == config.num_regions - 1
@@ -268,7 +268,7 @@ def test_counted_uniforms_are_uniform_and_independent():
         ("iou", 0.0),
         ("iou", 1.5),
         ("short_sides", ()),
-        ("jitter", 0.5),
+        ("box_jitter", 0.5),
         ("min_area", 0.0),
         ("views", "three"),
         ("area_range", (0.9, 0.5)),

@@ -12,7 +12,8 @@ import difflib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any, Protocol, TypeVar, get_type_hints
@@ -208,6 +209,30 @@ def validate_value(key: str, value: Any, kind: Any, source: str) -> Any:
         return pydantic.TypeAdapter(kind).validate_python(str(value) if isinstance(value, PurePath) else value)
     except pydantic.ValidationError as error:
         raise UserError(f"{key}={value!r} in {source} is not valid: {error.errors()[0]['msg']}") from error
+
+
+def check_numbers(
+    config: Any, *, positive: Sequence[str] = (), not_negative: Sequence[str] = (), shares: Sequence[str] = ()
+) -> None:
+    """Raise :class:`UserError`, naming the setting, for numbers out of their range; fields that are None pass.
+
+    Args:
+        config: the object whose fields are looked at.
+        positive: fields that must be above 0.
+        not_negative: fields that must be 0 or more.
+        shares: fields that must be between 0 and 1.
+    """
+    for names, fits, wanted in (
+        (positive, lambda value: value > 0, "above 0"),
+        (not_negative, lambda value: value >= 0, "0 or more"),
+        (shares, lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not (math.isfinite(value) and fits(value)):
+                raise UserError(f"{name} must be {wanted}, not {value}")
+    if getattr(config, "seed", 0) >= 2**63:
+        raise UserError(f"seed must be below 2**63, not {config.seed}")
 
 
 def write_config(config: Any, path: str | Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from siamese_detr.config import check_numbers
+
 
 @dataclass
 class EvaluateConfig:
@@ -30,3 +32,7 @@ class EvaluateConfig:
     workers: int = 1
     device: str = "auto"
     top_k: int = 100
+
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the setting, for numbers out of their range."""
+        check_numbers(self, positive=("top_k", "batch_size"), not_negative=("workers",))

@@ -46,8 +46,6 @@ class PredictResult:
 @verb(PredictConfig)
 def predict(config: PredictConfig) -> PredictResult:
     """Find objects in images: JSON with the boxes, and pictures with them drawn."""
-    if not 0 <= config.threshold < 1:
-        raise UserError(f"threshold must be at least 0 and below 1, not {config.threshold}")
     images = image_list(config.images)
     out = Path(config.out)
     if config.draw and os.path.realpath(out / "pictures") == os.path.realpath(images.root):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from siamese_detr.config import check_numbers
+from siamese_detr.errors import UserError
+
 
 @dataclass
 class PredictConfig:
@@ -30,3 +33,9 @@ class PredictConfig:
     batch_size: int = 8
     workers: int = 1
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the setting, for numbers out of their range."""
+        check_numbers(self, positive=("top_k", "batch_size"), not_negative=("workers",))
+        if not 0 <= self.threshold < 1:
+            raise UserError(f"threshold must be at least 0 and below 1, not {self.threshold}")

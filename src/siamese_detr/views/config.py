@@ -30,7 +30,7 @@ class ViewConfig:
         selection: "top" (best scored, the paper) or "diverse" (no near-duplicates, drawn anew each epoch by score).
         duplicate_iou: "diverse": regions that overlap more than this are near-duplicates.
         box_source: "proposals" of the store or "random" boxes.
-        jitter: how far the edges of padding and of query boxes move, share of width and height.
+        box_jitter: how far the edges of padding and of query boxes move, share of width and height.
         brightness: strength of the colour jitter.
         contrast: strength of the colour jitter.
         saturation: strength of the colour jitter.
@@ -56,7 +56,7 @@ class ViewConfig:
     selection: Literal["top", "diverse"] = "top"
     duplicate_iou: float = 0.8
     box_source: Literal["proposals", "random"] = "proposals"
-    jitter: float = 0.1
+    box_jitter: float = 0.1
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
@@ -90,7 +90,7 @@ class ViewConfig:
         require(self.selection in ("top", "diverse"), "selection", "use top or diverse")
         require(0 < self.duplicate_iou <= 1, "duplicate_iou", "must be above 0, at most 1")
         require(self.box_source in ("proposals", "random"), "box_source", "use proposals or random")
-        require(0 <= self.jitter < 0.5, "jitter", "must be below 0.5, so that no box vanishes")
+        require(0 <= self.box_jitter < 0.5, "box_jitter", "must be below 0.5, so that no box vanishes")
         for name in ("brightness", "contrast", "saturation"):
             require(0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
         require(0 <= self.hue <= 0.5, "hue", "must be between 0 and 0.5")

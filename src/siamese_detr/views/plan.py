@@ -108,7 +108,7 @@ def plan_sample(config: ViewConfig, image: StoredImage, seed: int, epoch: int, i
 
     frame = np.array([0, 0, size[1], size[0]], np.float64)
     boxes = np.stack([geometry.clamp(geometry.to_view(chosen, view, size), frame) for view in pair.views])
-    query_boxes = geometry.move_edges(boxes, _offsets(random, boxes.shape, config.jitter), frame)
+    query_boxes = geometry.move_edges(boxes, _offsets(random, boxes.shape, config.box_jitter), frame)
     rectangles = geometry.mirror(pair.views, float(base[0])) if flip else pair.views
     return SamplePlan(
         rectangles=geometry.clamp(rectangles / scale, [0, 0, *original]),
@@ -204,7 +204,7 @@ def _regions(
     if config.views == "proposals":  # DETReg finds what is there: rows without area are not targets
         padding = np.zeros((padded, 4))
     else:
-        padding = geometry.pad_regions(kept, frame, _offsets(random, (padded, 4), config.jitter))
+        padding = geometry.pad_regions(kept, frame, _offsets(random, (padded, 4), config.box_jitter))
     return np.concatenate([first, kept, padding]), padded
 
 
