@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from siamese_detr.detectors import FAMILIES, load_detector
 from siamese_detr.errors import UserError
+from siamese_detr.pretext import build_pretext
 from tiny_detectors import (
     CASES,
     QUERIES,
@@ -236,8 +237,10 @@ def test_queries_may_be_kept_from_each_other(case):
     with torch.no_grad():
         memory = detector.encode(detector.features(images, mask), mask)
         if case in ("lw-detr", "rf-detr"):
-            with pytest.raises(UserError, match="cannot keep queries from each other"):
+            with pytest.raises(ValueError, match="takes no query_mask"):
                 detector.decode(memory, queries, alone)
+            with pytest.raises(UserError, match="cannot keep queries from each other"):
+                build_pretext("up-detr", detector)
             return
         free = detector.decode(memory, queries, torch.ones(QUERIES, QUERIES, dtype=torch.bool))
         assert_close(free.states, detector.decode(memory, queries).states, rtol=1e-4, atol=1e-5)

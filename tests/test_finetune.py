@@ -248,10 +248,19 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
         ({"model": "a", "init": "b"}, "one of them"),
         ({"train": "missing.json"}, "missing.json"),
         ({"detector": "conditional-dert"}, "conditional-detr"),
-        ({"lr": -1.0}, "lr must not be negative"),
+        ({"lr": -1.0}, "lr must be 0 or more"),
+        ({"epochs": float("nan")}, "epochs must be above 0"),
+        ({"eval_every": float("nan")}, "eval_every must be 0 or more"),
+        ({"steps": 0}, "steps must be above 0"),
+        ({"log_every": 0}, "log_every must be above 0"),
+        ({"keep": -1}, "keep must be 0 or more"),
+        ({"dropout": 2.0}, "dropout must be between 0 and 1"),
+        ({"num_queries": 0}, "num_queries must be above 0"),
+        ({"seed": 10**20}, "seed must be below"),
         ({"fraction": 0.0}, "fraction"),
         ({"image_size": 8}, "image_size"),
         ({"min_size": 200}, "min_size"),
+        ({"image_size": None, "min_size": 2000}, "min_size 2000 is above the image size"),
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"batch_size": 3, "accumulate": 2}, "multiple"),
     ],
@@ -286,8 +295,25 @@ def test_validation_without_a_known_class_is_refused_before_training(labels, tmp
         )
 
 
-def test_evaluations_end_with_the_run() -> None:
-    config = FinetuneConfig(train="t.json", out="out", val="v.json", batch_size=8, epochs=20, eval_every=10)
-    settings = config.settings(402, evaluates=True)  # 50.25 updates an epoch
-    assert settings.steps == 1005
-    assert settings.steps - settings.evaluate_every * (settings.steps // settings.evaluate_every) in (0, 502)
+@pytest.mark.parametrize(("images", "epochs", "eval_every"), [(402, 20, 10), (40, 40, 1), (33, 50, 1), (3, 9, 0.5)])
+def test_evaluations_are_even_and_end_with_the_run(images: int, epochs: float, eval_every: float) -> None:
+    config = FinetuneConfig(train="t.json", out="o", val="v.json", epochs=epochs, eval_every=eval_every)
+    settings = config.settings(images, evaluates=True)
+    at = [step for step in range(1, settings.steps + 1) if settings.evaluates_at(step)]
+    assert len(at) == min(round(epochs / eval_every), settings.steps)
+    assert at[-1] == settings.steps
+    gaps = {after - before for before, after in zip([0, *at], at, strict=False)}
+    assert max(gaps) - min(gaps) <= 1
+    config.eval_every = 0
+    last = config.settings(images, evaluates=True)
+    assert [step for step in range(1, last.steps + 1) if last.evaluates_at(step)] == [last.steps]
+    assert not config.settings(images, evaluates=False).evaluates_at(last.steps)
+
+
+def test_every_update_is_in_the_log_and_in_an_evaluations_loss(labels, tmp_path):
+    out = tmp_path / "run"
+    finetune(train=labels, val=labels, out=str(out), steps=5, eval_every=1, **TINY, **{**QUICK, "log_every": 4})
+    evaluated = [line["step"] for line in lines(out / "history.jsonl")]
+    assert evaluated[-1] == 5
+    assert [line["step"] for line in lines(out / "log.jsonl") if "loss" in line] == sorted({4, *evaluated})
+    assert all(line["train_loss"] > 0 for line in lines(out / "history.jsonl"))

@@ -22,6 +22,7 @@ from conftest import slow, textured
 from runs import TINY, logged, note_calls
 from siamese_detr import cli
 from siamese_detr.config import read_sources, recipe_names, validate
+from siamese_detr.detectors.build import plan_detector
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import PRETEXTS, SiamesePretext
 from siamese_detr.proposals.propose import propose
@@ -33,6 +34,7 @@ from siamese_detr.training.persistence import PersistentTrainer
 from siamese_detr.training.pretrain import pretrain
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.processes import machine_explained
+from siamese_detr.training.rundir import sessions
 from siamese_detr.training.settings import RunSettings
 from siamese_detr.views.config import ViewConfig
 
@@ -358,6 +360,79 @@ def test_unreadable_images_are_listed_and_limited(
         pretrain(**{**options, "out": str(tmp_path / "none"), "max_bad_share": 1.0})
 
 
+def test_mended_images_are_taken_when_a_run_goes_on(base: dict[str, Any], tmp_path: Path) -> None:
+    photos, own = with_photos(base, tmp_path)
+    good = (photos / "03.jpg").read_bytes()
+    (photos / "03.jpg").write_bytes(b"gone")
+    options = {**own, "out": str(tmp_path / "run"), "max_bad_share": 0.05, "steps": 8, "save_every": 1}
+    with pytest.raises(UserError, match="1 of 10 images cannot be read"):
+        pretrain(**options)
+    with pytest.raises(UserError, match="1 of 10 images cannot be read"):
+        pretrain(**options, resume=True)
+    (photos / "03.jpg").write_bytes(good)
+    result = pretrain(**options, resume=True)
+    assert (result.steps, result.skipped) == (8, 0)
+
+
+def test_a_run_with_its_own_proposals_goes_on_with_the_images_it_began_with(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    photos, own = with_photos(base, tmp_path)
+    good = (photos / "03.jpg").read_bytes()
+    (photos / "03.jpg").write_bytes(b"gone")
+    options = {**own, "proposals": None, "proposal_method": "random", "out": str(tmp_path / "run")}
+    pretrain(**{**options, "steps": 2})
+    (photos / "03.jpg").write_bytes(good)
+    pretrain(**options, resume=True)
+    pretrain(**{**options, "out": str(tmp_path / "anew")})
+    counts = [sessions(tmp_path / run)[0]["images"] for run in ("run", "anew")]
+    assert counts == [9, 10]
+
+
+def test_proposals_follow_the_seed_and_are_not_searched_for_where_none_are_used(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    def boxes(**options: Any) -> Any:
+        out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        pretrain(**{**base, "proposals": None, "steps": 1, "out": str(out), **options})
+        store = ProposalStore.open(out / "proposals")
+        assert store.settings.method == "random"
+        return store.row(0).boxes
+
+    one, other = (boxes(proposal_method="random", seed=seed) for seed in (0, 5))
+    assert not np.array_equal(one, other)
+    np.testing.assert_array_equal(boxes(box_source="random"), one)
+    np.testing.assert_array_equal(boxes(method="up-detr"), one)
+
+
+def test_other_steps_change_what_is_left_of_the_schedule(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**base, "out": str(tmp_path / "run"), "steps": 1, "schedule": "cosine"}
+    pretrain(**options)
+    pretrain(**options, resume=True)
+    assert "other steps" not in capsys.readouterr().err
+    pretrain(**{**options, "steps": 2, "resume": True})
+    assert "the learning rate's schedule (cosine) is that of the new length" in capsys.readouterr().err
+
+
+def test_the_last_updates_are_in_the_log(base: dict[str, Any], tmp_path: Path) -> None:
+    result = pretrain(**{**base, "out": str(tmp_path / "run"), "steps": 3, "log_every": 2})
+    assert [record["step"] for record in logged(tmp_path / "run")] == [2, 3]
+    assert np.isfinite(result.loss)
+
+
+def test_a_new_detector_has_its_familys_sizes_and_an_old_one_its_own(base: dict[str, Any], tmp_path: Path) -> None:
+    free = {name: None for name in ("encoder_layers", "dropout", "attention_dropout", "activation_dropout")}
+    options = {**base, **free, "steps": 1, "detector": "rt-detr", "view_size": 64}
+    pretrain(**{**options, "out": str(tmp_path / "run")})
+    made = json.loads((tmp_path / "run" / "detector" / "config.json").read_text())
+    assert (made["encoder_layers"], made["dropout"], made["attention_dropout"]) == (1, 0.0, 0.0)
+    pretrain(**{**options, "out": str(tmp_path / "more"), "init": str(tmp_path / "run"), "attention_dropout": 0.1})
+    again = json.loads((tmp_path / "more" / "detector" / "config.json").read_text())
+    assert (again["dropout"], again["attention_dropout"]) == (0.0, 0.1)
+
+
 def test_a_batch_without_readable_images_is_left_out(base: dict[str, Any], tmp_path: Path) -> None:
     """Of several micro-batches the others make the update; of one there is none, and all goes on."""
     photos, own = with_photos(base, tmp_path)
@@ -446,7 +521,13 @@ def test_detectors_that_read_other_maps_of_a_backbone_have_their_own_banks(
         ({"detector": "conditional-dter"}, "did you mean 'conditional-detr'"),
         ({"batch_size": 5, "accumulate": 2}, "batch_size 5 must be a multiple"),
         ({"feature_bank": 2, "view_size": None}, "view_size"),
-        ({"steps": 0}, "steps must be positive"),
+        ({"batch_size": 4, "accumulate": 8}, "batch_size 4 must be a multiple"),
+        ({"detector": "rt-detr", "view_size": 72}, "multiple of 32 pixels, not 72; use 64"),
+        ({"steps": 0}, "steps must be above 0"),
+        ({"epochs": float("nan")}, "epochs must be above 0"),
+        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"lambda_region": -1.0}, "lambda_region must be 0 or more"),
+        ({"box_jitter": 0.7}, "box_jitter=0.7"),
         ({"precision": "fp16"}, "fp16 needs an accelerator"),
         ({"iou": 1.5}, "iou"),
         ({"images": "/nowhere"}, "/nowhere"),
@@ -457,7 +538,8 @@ def test_detectors_that_read_other_maps_of_a_backbone_have_their_own_banks(
 )
 def test_mistakes_are_named(base: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        pretrain(**{**base, "out": str(tmp_path / "run"), **changes})
+        pretrain(**{**base, "proposals": None, "out": str(tmp_path / "run"), **changes})
+    assert not (tmp_path / "run" / "proposals").exists()  # mistakes show before hours of proposals
 
 
 @pytest.mark.parametrize("method", ["up-detr", "detreg"])
@@ -587,7 +669,7 @@ def test_the_flat_configuration_is_that_of_its_parts() -> None:
     assert all(f"        {name}: " in documented for name in names)
     changed = PretrainConfig(images="a", out="b", jitter_queries=False, box_jitter=0.2, view_size=96)
     assert not changed.pretext().jitter  # type: ignore[attr-defined]
-    assert (changed.views().jitter, changed.views().view_size) == (0.2, 96)
+    assert (changed.views().box_jitter, changed.views().view_size) == (0.2, 96)
 
 
 def test_every_recipe_is_valid() -> None:
@@ -602,12 +684,8 @@ def test_every_recipe_is_valid() -> None:
             assert (config.total_steps(1_281_167), config.batch_size, config.lr) == (300_000, 256, 1e-4)
             assert round(config.drop_at * 300_000) == 200_000
         if name.startswith("imagenet"):
-            assert (config.weight_decay, config.clip, config.hidden_size, config.views().max_size) == (
-                1e-4,
-                0.1,
-                256,
-                600,
-            )
+            assert (config.weight_decay, config.clip, config.views().max_size) == (1e-4, 0.1, 600)
+            assert plan_detector(config.detector, "random:resnet18", **config.sizes()).size.hidden_size == 256
 
 
 def test_gradient_checkpointing_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None:

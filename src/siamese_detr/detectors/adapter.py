@@ -43,6 +43,8 @@ class DetectorAdapter(nn.Module):
     """The family takes square inputs only, of a side that is a multiple of this."""
     selects_queries: ClassVar[bool] = False
     """The family chooses its queries by class score (see `blank_queries`)."""
+    masks_queries: ClassVar[bool] = True
+    """Whether `decode` takes a `query_mask`."""
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class LwDetrAdapter(DetectorAdapter):
     backbone_type: ClassVar[str] = "lw_detr_vit"
     processor_class = "DeformableDetrImageProcessor"
     selects_queries = True
+    masks_queries = False
     defaults: ClassVar[dict[str, Any]] = {
         "num_queries": 300,
         "decoder_layers": 3,
@@ -157,7 +158,7 @@ class LwDetrAdapter(DetectorAdapter):
 
     def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
         if query_mask is not None:
-            raise UserError(f"{self.family} cannot keep queries from each other, as UP-DETR does; use another pretext")
+            raise ValueError(f"{self.family} takes no query_mask")
         detr = self.model.model
         tokens, grid, outside = detr.gen_encoder_output_proposals(memory.tokens, ~memory.mask, memory.shapes)
         tokens = detr.enc_output_norm[0](detr.enc_output[0](tokens))

@@ -40,10 +40,17 @@ class UpDetrPretext(Pretext):
     Args:
         detector: the detector to pre-train.
         config: weights.
+
+    Raises:
+        UserError: the detector's queries cannot be kept from each other.
     """
 
     def __init__(self, detector: DetectorAdapter, config: UpDetrConfig | None = None) -> None:
         config = config or UpDetrConfig()
+        if not detector.masks_queries:
+            raise UserError(
+                f"{detector.family} cannot keep queries from each other, as UP-DETR does: use another method"
+            )
         super().__init__(detector, config)
         self.config = config
         channels = sum(detector.channels)

@@ -187,12 +187,12 @@ class _ContinueHistory(transformers.TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
-        trainer, step, every = self.trainer, state.global_step, self.trainer.settings.evaluate_every
+        trainer, step = self.trainer, state.global_step
         if trainer.replaying:
             return
         missing = False
         if state.is_world_process_zero:
             records = trainer.history.rewind(step)
-            missing = step > 0 and every > 0 and step % every == 0 and step not in {r["step"] for r in records}
+            missing = step > 0 and trainer.settings.evaluates_at(step) and step not in {r["step"] for r in records}
         if trainer._across(torch.tensor([float(missing)]))[0]:
             trainer.evaluate()

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from siamese_detr.config import check_numbers
 from siamese_detr.errors import UserError
+from siamese_detr.training.sizes import DROPOUTS, SIZES, given
 
 if TYPE_CHECKING:  # load PyTorch, for which --help need not wait
     from siamese_detr.detectors.adapter import DetectorAdapter
@@ -22,8 +24,6 @@ MAY_CHANGE = {
     *("train", "val", "train_images", "val_images"),  # whose content is compared
 }
 """What a resumed run may be told otherwise than before: it does not change what an update computes."""
-DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
-SIZES = ("num_queries", "hidden_size", "heads", "encoder_layers", "decoder_layers", "ffn_size", *DROPOUTS)
 Value = int | float | bool | str
 
 
@@ -151,15 +151,26 @@ class FinetuneConfig:
         """Raise :class:`UserError` for values that no type can refuse."""
         if self.model is not None and self.init is not None and self.model != self.init:
             raise UserError("model and init both say where to start from: give one of them")
-        for name in ("batch_size", "accumulate", "epochs"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("lr", "backbone_lr", "weight_decay", "clip", "eval_every", "workers", "seed"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"{name} must not be negative, is {getattr(self, name)}")
-        for name in ("crop", "flip", "drop_at", "colour_jitter", "max_bad_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be between 0 and 1, is {getattr(self, name)}")
+        counts = ("batch_size", "accumulate", "epochs", "steps", "log_every", "save_every", "eval_batch_size")
+        sides = ("max_size", "min_size")
+        check_numbers(
+            self,
+            positive=(*counts, *sides, *(name for name in SIZES if name not in DROPOUTS)),
+            not_negative=(
+                "lr",
+                "backbone_lr",
+                "weight_decay",
+                "clip",
+                "eval_every",
+                "workers",
+                "seed",
+                "keep",
+                "warmup",
+            ),
+            shares=("crop", "flip", "drop_at", "colour_jitter", "max_bad_share", *DROPOUTS),
+        )
+        if self.batch_size % self.accumulate:
+            raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         if self.image_size is not None and self.image_size < 32:
             raise UserError(f"image_size must be at least 32 pixels, is {self.image_size}")
         if self.min_size is not None and self.image_size is not None and self.min_size > self.image_size:
@@ -175,14 +186,11 @@ class FinetuneConfig:
 
     def sizes(self) -> dict[str, Any]:
         """The detector's sizes and options that are given."""
-        return self._given(SIZES) | self.detector_options
+        return given(self, SIZES) | self.detector_options
 
     def dropouts(self) -> dict[str, Any]:
         """The dropout probabilities that are given."""
-        return self._given(DROPOUTS)
-
-    def _given(self, names: tuple[str, ...]) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given(self, DROPOUTS)
 
     def transform(self, size: InputSize) -> TransformConfig:
         """The augmentation for detectors of this input size."""
@@ -227,6 +235,8 @@ class FinetuneConfig:
             long = round(short * 1333 / 800)
         if long < short:
             raise UserError(f"max_size {long} is below image_size {short}")
+        if self.min_size is not None and self.min_size > short:
+            raise UserError(f"min_size {self.min_size} is above the image size of {short}")
         return InputSize(short, long, square)
 
     def settings(self, images: int, evaluates: bool) -> RunSettings:
@@ -236,10 +246,10 @@ class FinetuneConfig:
         from siamese_detr.training.settings import RunSettings
 
         per_epoch = images / self.batch_size
-        steps = self.steps or max(1, round(self.epochs * per_epoch))
-        # Evenly spaced with the last at the end: epochs of broken length must not leave an evaluation just before it.
-        evaluations = max(1, round(steps / (self.eval_every * per_epoch))) if self.eval_every else 1
-        every = math.ceil(steps / min(evaluations, steps))
+        steps = max(1, round(self.epochs * per_epoch)) if self.steps is None else self.steps
+        evaluations = 0
+        if evaluates:
+            evaluations = min(steps, max(1, round(steps / (self.eval_every * per_epoch))) if self.eval_every else 1)
         return RunSettings(
             out=Path(self.out),
             steps=steps,
@@ -252,10 +262,10 @@ class FinetuneConfig:
             use_kernels=self.use_kernels,
             seed=self.seed,
             workers=default_workers() if self.workers is None else self.workers,
-            save_every=self.save_every or min(every, 500),
+            save_every=self.save_every or min(math.ceil(steps / max(evaluations, 1)), 500),
             keep=self.keep,
             log_every=self.log_every,
-            evaluate_every=every if evaluates else 0,
+            evaluations=evaluations,
             max_bad_share=self.max_bad_share,
             report_to=self.report_to,
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector, load_detector
+from siamese_detr.detectors.saving import image_processor
 from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import FrozenFeatures, Pretext, PretextOutput, build_pretext
@@ -24,12 +25,13 @@ from siamese_detr.randomness import seed_torch
 from siamese_detr.training.compiling import sizes_vary
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.optimizer import adamw, lr_factor
-from siamese_detr.training.pretrain_config import DROPOUTS, PretrainConfig
+from siamese_detr.training.pretrain_config import VIEWS, PretrainConfig
 from siamese_detr.training.processes import Team, default_workers, lost_process_explained, meet
 from siamese_detr.training.progress import ProgressBar
-from siamese_detr.training.rundir import begin, check_place, check_session
-from siamese_detr.training.settings import RunSettings, check_precision
+from siamese_detr.training.rundir import begin, check_place, check_session, sessions
+from siamese_detr.training.settings import RunSettings, check_batch_size, check_precision
 from siamese_detr.training.signals import RunLock
+from siamese_detr.training.sizes import DROPOUTS, given
 from siamese_detr.training.source import checksum, find_source
 from siamese_detr.training.trainer import BaseTrainer
 from siamese_detr.views.sampler import ViewBatchSampler
@@ -123,7 +125,9 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         for problem in images.problems[:3]:
             print(f"left out: {problem}", file=sys.stderr)
     seed_torch(config.seed)
+    check_batch_size(config.batch_size, config.accumulate, team.size)
     pretext = build(config).to(team.state.device)
+    image_processor(pretext.detector, **input_size(config))
     with lost_process_explained(), contextlib.ExitStack() as stack:
         if team.main and config.replay is None:
             check_place(out)
@@ -179,8 +183,7 @@ def build(config: PretrainConfig) -> Pretext:
     if config.init is None:
         detector = build_detector(config.detector, config.backbone, seed=config.seed, **config.sizes())
     else:
-        dropouts = {name: getattr(config, name) for name in DROPOUTS}
-        detector = load_detector(find_detector(config.init), family=config.detector, **dropouts)
+        detector = load_detector(find_detector(config.init), family=config.detector, **given(config, DROPOUTS))
     config.check_queries(detector.num_queries)
     if config.checkpoint_activations:
         model = detector.model  # the newer name first: the older one warns where both exist
@@ -217,8 +220,15 @@ def find_proposals(config: PretrainConfig, out: Path) -> ProposalStore:
     if config.proposals is None and config.replay is None:
         from siamese_detr.proposals.propose import propose
 
-        # Images that could not be read may have been mended since.
-        propose(images=config.images, out=str(out / "proposals"), method=config.proposal_method, retry_failed=True)
+        uses_boxes = VIEWS[config.method] != "patches" and config.box_source == "proposals"
+        propose(
+            images=config.images,
+            out=str(out / "proposals"),
+            method=config.proposal_method if uses_boxes else "random",
+            seed=config.seed,
+            # Images that could not be read may have been mended since; a run that has begun goes on with those it has.
+            retry_failed=not sessions(out),
+        )
     return ProposalStore.open(config.proposals or out / "proposals")
 
 
@@ -234,14 +244,18 @@ def facts(store: ProposalStore, rows: np.ndarray, pretext: Pretext) -> dict[str,
 
 def save_detector(config: PretrainConfig, detector: DetectorAdapter, out: Path, step: int) -> None:
     """Write OUT/detector; an interrupted save leaves the one before."""
-    shape: dict[str, Any] = {}
-    if config.init is None and config.view_size is not None:
-        shape = {"shortest_edge": config.view_size, "square": True}
     detector.save(
         out / "detector",
         provenance={"method": config.method, "pretrained_steps": step, "run": str(out.absolute()), "init": config.init},
-        **shape,
+        **input_size(config),
     )
+
+
+def input_size(config: PretrainConfig) -> dict[str, Any]:
+    """What the detector's image processor is told: the views' side, where all have one and the detector is new."""
+    if config.init is None and config.view_size is not None:
+        return {"shortest_edge": config.view_size, "square": True}
+    return {}
 
 
 def result(out: Path, replay: str | None = None) -> PretrainResult:

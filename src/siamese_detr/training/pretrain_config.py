@@ -6,7 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from siamese_detr.config import check_numbers
 from siamese_detr.errors import UserError
+from siamese_detr.training.sizes import DROPOUTS, SIZES, given
 from siamese_detr.views.config import ViewConfig
 
 if TYPE_CHECKING:  # loads PyTorch, for which --help need not wait
@@ -40,38 +42,39 @@ class PretrainConfig:
     Args:
         images: folder (searched recursively), list file (.txt) or COCO JSON.
         out: run directory: config.yaml, log.jsonl, tensorboard/, checkpoints/, detector/ (a Hugging Face directory).
-        proposals: proposal store; computed first into OUT/proposals if not given.
+        proposals: proposal store; computed first into OUT/proposals if not given (random boxes where none are used).
         proposal_method: how: edge-boxes, selective-search or random.
         resume: continue the run in OUT from its last valid checkpoint (or begin it).
         replay: nonfinite.json of a stopped run: do that step again and say what was not finite.
         method: siamese, up-detr or detreg.
         detector: detector family.
         backbone: efficientnet-lite0 (needs no network), a timm or Transformers name, a path to weights, random:NAME.
-        init: Hugging Face directory of that family to start from (the sizes below are then its own).
-        num_queries: object queries (default: the family's, 100 or 300).
+        init: Hugging Face directory of that family to start from (the sizes below are then its own, and so are the
+            dropouts that are not given).
+        num_queries: object queries; default: the family's, 100 or 300, like the following sizes.
         hidden_size: width of the Transformer.
         heads: attention heads.
         encoder_layers: depth of the encoder.
         decoder_layers: depth of the decoder.
-        ffn_size: width of the feed-forward blocks (default: the family's, 2048 or 1024).
-        dropout: dropout probability.
-        attention_dropout: dropout of attention weights.
-        activation_dropout: dropout inside the feed-forward blocks.
+        ffn_size: width of the feed-forward blocks.
+        dropout: dropout probability; default: the family's, or the starting detector's.
+        attention_dropout: dropout of attention weights, likewise.
+        activation_dropout: dropout inside the feed-forward blocks, likewise.
         detector_options: further options of the family.
         short_sides: short side of the resized image, drawn uniformly.
         max_size: its long side at most.
         view_size: make every view a square of this side (default: keep aspect ratios and pad).
         flip: mirror the image with probability 0.5.
-        area_range: area of the outer rectangle, share of the image.
-        aspect_range: its width / height.
-        iou: IoU of the two maximal views.
-        shrink: move the views' outer corners inwards at random.
-        diagonals: use both diagonals (the paper: always upper left and lower right).
+        area_range: area of the outer rectangle, share of the image (siamese).
+        aspect_range: its width / height (siamese).
+        iou: IoU of the two maximal views (siamese).
+        shrink: move the views' outer corners inwards at random (siamese).
+        diagonals: use both diagonals, and not always upper left and lower right as the paper (siamese).
         num_regions: regions per image (default: the method's).
-        min_area: smallest region, share of the intersection.
-        selection: top (best scored, the paper) or diverse (no near-duplicates, drawn anew each epoch).
+        min_area: smallest region, share of the intersection (siamese).
+        selection: top (best scored, the paper) or diverse (no near-duplicates, drawn anew each epoch); not of up-detr.
         duplicate_iou: diverse: regions that overlap more are near-duplicates.
-        box_source: proposals or random.
+        box_source: proposals or random; up-detr's are always random patches.
         box_jitter: how far edges of padding and query boxes move, share of width and height.
         brightness: strength of the colour jitter.
         contrast: strength of the colour jitter.
@@ -148,14 +151,14 @@ class PretrainConfig:
     backbone: str = "efficientnet-lite0"
     init: str | None = None
     num_queries: int | None = None
-    hidden_size: int = 256
-    heads: int = 8
-    encoder_layers: int = 6
-    decoder_layers: int = 6
+    hidden_size: int | None = None
+    heads: int | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
     ffn_size: int | None = None
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    activation_dropout: float = 0.1
+    dropout: float | None = None
+    attention_dropout: float | None = None
+    activation_dropout: float | None = None
     detector_options: dict[str, Value] = field(default_factory=dict)
     # the views
     short_sides: tuple[int, ...] = ViewConfig.short_sides
@@ -237,20 +240,20 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError, naming the setting, for numbers that make no run."""
-        positive = ("num_queries", "hidden_size", "heads", "encoder_layers", "decoder_layers", "batch_size")
-        for name in (*positive, "accumulate", "save_every", "log_every", "crop_size", "lr", "steps", "num_regions"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"{name} must be positive, not {value}")
-        for name in ("workers", "keep", "seed", "warmup", "clip", "weight_decay", "feature_bank"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{name} must not be negative, but is {value}")
-        for name in ("drop_at", "max_bad_share", "dropout", "attention_dropout", "activation_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
-        if self.steps is None and self.epochs <= 0:
-            raise UserError(f"epochs must be positive, not {self.epochs}")
+        losses = [f.name for f in dataclasses.fields(self) if f.name.endswith(("_weight", "_cost"))]
+        counts = ("batch_size", "accumulate", "epochs", "steps", "save_every", "log_every", "num_regions", "crop_size")
+        widths = ("global_hidden_size", "global_size", "global_predictor_size")
+        check_numbers(
+            self,
+            positive=(*counts, *widths, "lr", *(name for name in SIZES if name not in DROPOUTS)),
+            not_negative=(
+                *("workers", "keep", "seed", "warmup", "clip", "weight_decay", "feature_bank"),
+                *("lambda_region", "lambda_global", *losses),
+            ),
+            shares=("drop_at", "max_bad_share", *DROPOUTS),
+        )
+        if self.batch_size % self.accumulate:
+            raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         if self.feature_bank and self.view_size is None:
             raise UserError("feature_bank needs views of one size: give view_size")
         for name in ("patch_dropout", "region_dropout"):
@@ -273,11 +276,10 @@ class PretrainConfig:
 
     def views(self) -> ViewConfig:
         """The views' part."""
-        names = {f.name for f in dataclasses.fields(ViewConfig)} - {"views", "num_regions", "jitter"}
+        names = {f.name for f in dataclasses.fields(ViewConfig)} - {"views", "num_regions"}
         return ViewConfig(
             views=VIEWS[self.method],
             num_regions=self.regions,
-            jitter=self.box_jitter,
             **{name: getattr(self, name) for name in names},
         )
 
@@ -290,9 +292,8 @@ class PretrainConfig:
         return kind(**{f.name: getattr(self, rename.get(f.name, f.name)) for f in dataclasses.fields(kind)})
 
     def sizes(self) -> dict[str, Any]:
-        """The detector's sizes and options."""
-        names = ("num_queries", "hidden_size", "heads", "encoder_layers", "decoder_layers", "ffn_size")
-        return {name: getattr(self, name) for name in (*names, *DROPOUTS)} | self.detector_options
+        """The detector's sizes and options that are given."""
+        return given(self, SIZES) | self.detector_options
 
     def total_steps(self, images: int) -> int:
         """Updates of the whole run on so many images."""
@@ -310,6 +311,3 @@ class PretrainConfig:
             for name, value in plain.items()
             if name not in MAY_CHANGE and name in before and before[name] != value
         ]
-
-
-DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")

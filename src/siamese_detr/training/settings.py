@@ -44,7 +44,7 @@ class RunSettings:
         save_every: updates between checkpoints.
         keep: newest checkpoints that remain (0: all).
         log_every: updates between logs.
-        evaluate_every: updates between calls of :meth:`BaseTrainer.evaluate` (0: none).
+        evaluations: calls of :meth:`BaseTrainer.evaluate`, evenly over the run, the last at its end (0: none).
         max_bad_share: largest share of unreadable images that a run tolerates, 0 to 1.
         compile: run the model through ``torch.compile``.
         use_kernels: compiled kernels where there are some; see :func:`siamese_detr.detectors.kernels.use_kernels`.
@@ -65,7 +65,7 @@ class RunSettings:
     save_every: int = 1000
     keep: int = 2
     log_every: int = 10
-    evaluate_every: int = 0
+    evaluations: int = 0
     max_bad_share: float = 0.05
     compile: bool = False
     use_kernels: bool = False
@@ -75,6 +75,10 @@ class RunSettings:
     @property
     def checkpoints(self) -> Path:
         return self.out / "checkpoints"
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether there is an evaluation after the update ``step`` (1, 2, …)."""
+        return step * self.evaluations // self.steps > (step - 1) * self.evaluations // self.steps
 
     def arguments(self) -> transformers.TrainingArguments:
         """The stock Trainer's arguments, its own habits (pickles, filters, column removal, printing) switched off."""
@@ -93,8 +97,6 @@ class RunSettings:
             logging_strategy="steps",
             logging_steps=self.log_every,
             logging_nan_inf_filter=False,
-            eval_strategy="steps" if self.evaluate_every else "no",
-            eval_steps=self.evaluate_every or None,
             torch_compile=self.compile,
             report_to=list(self.report_to) or "none",
             disable_tqdm=True,
@@ -125,6 +127,14 @@ def check_precision(precision: str, device: str, main: bool) -> None:
     if main and precision == "bf16" and emulates_bf16("cpu" if cpu else "cuda"):
         other = "fp32" if cpu else "fp16"
         warnings.warn(f"this processor only emulates bf16, which is slow: use precision {other}", stacklevel=2)
+
+
+def check_batch_size(batch_size: int, accumulate: int, processes: int) -> None:
+    """Raise :class:`UserError` if the images of an update cannot be dealt out evenly."""
+    if batch_size % (processes * accumulate):
+        raise UserError(
+            f"batch_size {batch_size} must be a multiple of processes x accumulate ({processes} x {accumulate})"
+        )
 
 
 class RankBatches:

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from siamese_detr.detectors.kernels import use_kernels
 from siamese_detr.errors import UserError
-from siamese_detr.files import write_json
+from siamese_detr.files import write_json, write_text
 from siamese_detr.gpu import send
+from siamese_detr.images.decode import can_read
 from siamese_detr.pretext.matching import NonFiniteError
 from siamese_detr.randomness import seed_torch
 from siamese_detr.training import checkpoint as checkpoints
@@ -36,7 +37,7 @@ from siamese_detr.training.journal import Journal, JsonLines
 from siamese_detr.training.memory import kept_memory
 from siamese_detr.training.persistence import FIRST, PersistentTrainer
 from siamese_detr.training.processes import begin_worker, machine_explained
-from siamese_detr.training.settings import Batches, RankBatches, RunSettings, skip
+from siamese_detr.training.settings import Batches, RankBatches, RunSettings, check_batch_size, skip
 from siamese_detr.training.signals import Locked, Preempted, RunLock, StopRequest
 
 SHOWN = 10
@@ -99,12 +100,8 @@ class BaseTrainer(PersistentTrainer):
             if self.args.should_save:
                 named = ", ".join(replaced) or f"there is none for this detector on {self.args.device.type}"
                 print(f"compiled kernels: {named}", file=sys.stderr)
-        self.add_callback(_StopAtBoundary(self))
-        if settings.batch_size % (self.args.world_size * settings.accumulate):
-            raise UserError(
-                f"batch_size {settings.batch_size} must be a multiple of processes x accumulate "
-                f"({self.args.world_size} x {settings.accumulate})"
-            )
+        self.add_callback(_AtBoundary(self))
+        check_batch_size(settings.batch_size, settings.accumulate, self.args.world_size)
 
     # ---- what subclasses define
 
@@ -132,7 +129,7 @@ class BaseTrainer(PersistentTrainer):
         self._seen = step * self.settings.batch_size
         if self.args.should_save:
             checkpoints.prune(self.settings.checkpoints, step, self.settings.keep)  # a lower `keep` makes room now
-            self._listed = {record["path"]: record["reason"] for record in self._skipped_lines().rewind(step)}
+            self._listed = {record["path"]: record["reason"] for record in self._still_unreadable(step)}
             self._found_before = len(self._listed)
         with kept_memory(self.args.device):
             self._fit(checkpoint, step)
@@ -324,6 +321,15 @@ class BaseTrainer(PersistentTrainer):
                 gradient /= self.args.world_size
             gradient *= (len(self._micro) + self._left_out) / len(self._micro)
 
+    def _still_unreadable(self, step: int) -> list[dict[str, Any]]:
+        """What the list of unreadable images says up to ``step``, without those that have been mended since."""
+        lines = self._skipped_lines()
+        records = lines.rewind(step)
+        unreadable = [record for record in records if not can_read(record["path"])]
+        if len(unreadable) < len(records):
+            write_text(lines.path, "".join(json.dumps(record) + "\n" for record in unreadable))
+        return unreadable
+
     def _skipped_lines(self) -> JsonLines:
         return JsonLines(self.settings.out / "skipped.jsonl")
 
@@ -461,8 +467,9 @@ class _ReplayDone(Exception):
     """Ends a replayed step before its update."""
 
 
-class _StopAtBoundary(transformers.TrainerCallback):
-    """Turns a request to stop into a save and the end of training, at the end of a step."""
+class _AtBoundary(transformers.TrainerCallback):
+    """What is due at the end of a step: an evaluation and the log of what led to it, that of the last steps, and, on a
+    request to stop, a save and the end of training."""
 
     def __init__(self, trainer: BaseTrainer) -> None:
         self.trainer = trainer
@@ -474,6 +481,9 @@ class _StopAtBoundary(transformers.TrainerCallback):
         control: transformers.TrainerControl,
         **kwargs: Any,
     ) -> None:
+        evaluates = self.trainer.settings.evaluates_at(state.global_step)
+        control.should_evaluate = control.should_evaluate or evaluates
+        control.should_log = control.should_log or evaluates or state.global_step >= state.max_steps
         if self.trainer.preempted is not None:
             if state.global_step >= state.max_steps:
                 self.trainer.preempted = None  # the run is complete
