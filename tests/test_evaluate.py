@@ -12,13 +12,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
 
+from siamese_detr.detectors.build import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import Detections, coco_metrics
 from siamese_detr.evaluation.evaluate import class_map, evaluate, evaluate_detector
 from siamese_detr.evaluation.inference import Detector, same_shape_batches
+from siamese_detr.evaluation.predict import predict
 from siamese_detr.images.labels import read_labels
 from tiny_finetuning import learned
+
+SMALL = dict(hidden_size=16, heads=2, encoder_layers=1, decoder_layers=1, ffn_size=16)
 
 
 def truth(*annotations: dict) -> dict:
@@ -139,6 +145,30 @@ def test_labels_with_other_class_order_and_foreign_classes(tmp_path):
     other.write_text(json.dumps(content))
     metrics = evaluate(model=str(result.out), labels=str(other), images=str(labels.with_suffix("")), workers=0)
     assert metrics.ap == pytest.approx(result.metrics["AP"], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:backbone")
+def test_images_too_thin_for_the_detector_count_as_missed(tmp_path):
+    build_detector("detr", "random:test_efficientnet", num_queries=4, **SMALL).save(
+        tmp_path / "model", class_names=["dots"], shortest_edge=96, longest_edge=160
+    )
+    (tmp_path / "images").mkdir()
+    for name, size in (("thin", (3000, 6)), ("whole", (80, 60))):
+        Image.new("RGB", size).save(tmp_path / "images" / f"{name}.png")
+    found_in = predict(
+        model=str(tmp_path / "model"), images=str(tmp_path / "images"), out=str(tmp_path / "o"), workers=0
+    )
+    assert [(Path(path).name, reason[:13]) for path, reason in found_in.skipped] == [("thin.png", "3000x6 pixels")]
+    assert [Path(image.job.path).name for image in found_in.results] == ["whole.png"]
+
+
+def test_class_names_are_no_markup(tmp_path, capsys):
+    rows = coco_metrics(truth(box(11, 7, 0, 0, 9, 9)) | {"categories": [{"id": 7, "name": "[/dev] [red]x"}]}, found())
+    Console(width=200).print(rows.table())
+    assert "[/dev] [red]x" in capsys.readouterr().out
+    result, labels = learned()
+    with pytest.raises(UserError, match="is a folder"):
+        evaluate(model=str(result.out), labels=str(labels), out=str(tmp_path))
 
 
 def test_unreadable_images_count_as_missed(tmp_path):

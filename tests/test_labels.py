@@ -239,6 +239,11 @@ def test_repeated_class_names_stay_apart(coco: Path) -> None:
     dataset = read_labels(edited(coco, lambda c: c["categories"].append({"id": 0, "name": "cat"})))
     assert dataset.class_names == ["cat", "cat 3", "dog"]
     assert dataset.images[0].classes.tolist() == [1]
+    dataset = read_labels(
+        edited(coco, lambda c: c["categories"].extend([{"id": 0, "name": "cat"}, {"id": 9, "name": "cat 3"}]))
+    )
+    assert len(set(dataset.class_names)) == 4
+    assert "cat 3" in dataset.class_names  # whose name it is
 
 
 def test_chosen_classes(coco: Path) -> None:

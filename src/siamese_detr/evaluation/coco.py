@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from siamese_detr.files import write_json
@@ -131,7 +132,7 @@ class CocoMetrics:
         table.add_row("all", str(boxes), *map(percent, numbers), *map(percent, recalls), style="bold", end_section=True)
         for row in self.per_class:
             found = map(percent, (row.ap, row.ap50, row.ap75))
-            table.add_row(row.name, str(row.boxes), *found, "", "", "", "", "", percent(row.ar100))
+            table.add_row(escape(row.name), str(row.boxes), *found, "", "", "", "", "", percent(row.ar100))
         return table
 
 

@@ -51,6 +51,8 @@ def evaluate(config: EvaluateConfig) -> CocoMetrics:
     if config.out is not None and main:
         try:  # now, not after the evaluation
             Path(config.out).absolute().parent.mkdir(parents=True, exist_ok=True)
+            if Path(config.out).is_dir():
+                raise UserError(f"{config.out} is a folder: name the JSON file to write")
         except OSError as error:
             raise UserError(f"cannot write {config.out}: {error.strerror}; choose another place") from error
     detector = Detector.load(config.model, config.device)
@@ -68,7 +70,6 @@ def evaluate(config: EvaluateConfig) -> CocoMetrics:
         console.print(f"cannot read {path}: {reason}", markup=False)
     if result.skipped:
         console.print(f"{len(result.skipped)} of {len(dataset)} images could not be read: their boxes count as missed")
-    Console().print(result.metrics.table())
     if config.out is not None:
         out = Path(config.out)
         result.metrics.write(out)
@@ -76,6 +77,7 @@ def evaluate(config: EvaluateConfig) -> CocoMetrics:
         ids = dataset.category_ids or list(range(len(dataset.class_names)))
         write_json(beside, result.detections.to_coco(ids), indent=None)
         console.print(f"metrics in {out}, detections in {beside}", markup=False)
+    Console().print(result.metrics.table())
     return result.metrics
 
 

@@ -208,13 +208,17 @@ class InferenceImages(Dataset):
         return len(self.jobs)
 
     def __getitem__(self, index: int) -> tuple[int, tuple[int, int], dict[str, Tensor] | str]:
-        """Index, (width, height) of the file, and the processor's output or why the file cannot be read."""
+        """Index, (width, height) of the file, and the processor's output, or why there is none."""
         try:
             image = read_image(self.jobs[index].path)
         except ImageError as error:
             return index, (0, 0), error.reason
-        inputs = self.processor(images=[Image.fromarray(image)], return_tensors="pt")
-        return index, (image.shape[1], image.shape[0]), {name: inputs[name] for name in inputs if name != "labels"}
+        height, width = image.shape[:2]
+        try:
+            inputs = self.processor(images=[Image.fromarray(image)], return_tensors="pt")
+        except ValueError:  # nothing is left of the short side where the long one has its limit
+            return index, (0, 0), f"{width}x{height} pixels cannot be resized as the detector needs it"
+        return index, (width, height), {name: inputs[name] for name in inputs if name != "labels"}
 
 
 def same_shape_batches(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:

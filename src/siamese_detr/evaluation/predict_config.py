@@ -15,7 +15,8 @@ class PredictConfig:
     Args:
         model: a detector's Hugging Face directory, also one that this package did not make, or a run directory.
         images: an image, a folder (searched recursively), a list file (.txt) or a COCO JSON.
-        out: folder for predictions.json, coco_results.json and pictures/.
+        out: folder for predictions.json, coco_results.json (whose ids of images and categories are those of
+            predictions.json) and pictures/.
         threshold: boxes must score more than this (0 to 1).
         top_k: most boxes per image.
         draw: also write the pictures with the boxes drawn.

@@ -67,7 +67,8 @@ def _categories(path: Path, table: list, problems: Problems) -> tuple[list[str],
         name = by_id[id_]
         if name in names:
             problems.add("repeated class name", f"{name!r} (id {id_})")
-            name = f"{name} {id_}"
+            while name in names or name in by_id.values():
+                name += f" {id_}"
         names.append(name)
     return names, {id_: index for index, id_ in enumerate(sorted(by_id))}
 
