@@ -97,6 +97,22 @@ def test_only_the_class_head_is_made_anew(pretrained, labels, tmp_path):
     assert start["missing"] == start["ignored"] == []
 
 
+def test_a_run_goes_on_when_the_detector_it_started_from_has_moved(pretrained, labels, tmp_path):
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    shutil.copytree(pretrained / "detector", first)
+    options = {**QUICK, "train": labels, "out": str(tmp_path / "run"), "save_every": 1, "schedule": "constant"}
+    finetune(**options, model=str(first), steps=1)
+    first.rename(moved)
+    finetune(**options, model=str(moved), steps=2, resume=True)
+    finetune(**{**options, "out": str(tmp_path / "whole")}, model=str(moved), steps=2)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    with pytest.raises(UserError, match="has done 2 updates already, more than the 1 asked for"):
+        finetune(**options, model=str(moved), steps=1, resume=True)
+    build_detector("conditional-detr", "random:efficientnet-lite0", seed=4, **TINY).save(first)
+    with pytest.raises(UserError, match="began with other starting detector"):
+        finetune(**options, model=str(first), steps=3, resume=True)
+
+
 def test_a_killed_run_ends_as_if_it_had_not_been(labels, tmp_path):
     options = {**TINY, **QUICK, "dropout": 0.1, "crop": 0.5, "square": False, "image_size": 64, "backbone_lr": 1e-4}
     options |= {"train": labels, "val": labels, "steps": 7, "save_every": 2, "eval_every": 2}
@@ -253,6 +269,7 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
         ({"eval_every": float("nan")}, "eval_every must be 0 or more"),
         ({"steps": 0}, "steps must be above 0"),
         ({"log_every": 0}, "log_every must be above 0"),
+        ({"report_to": ["abacus"]}, "no tracker 'abacus'"),
         ({"keep": -1}, "keep must be 0 or more"),
         ({"dropout": 2.0}, "dropout must be between 0 and 1"),
         ({"num_queries": 0}, "num_queries must be above 0"),

@@ -249,6 +249,20 @@ def test_a_run_is_not_continued_on_as_many_other_images_or_other_boxes(base: dic
     assert logged(tmp_path / "copy") == logged(tmp_path / "whole")
 
 
+def test_a_run_with_proposals_of_its_own_goes_on_when_its_images_moved(base: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("photos", "whole"):
+        shutil.copytree(base["images"], tmp_path / name)
+    options = {**base, "proposals": None, "schedule": "constant"}
+    pretrain(**{**options, "images": str(tmp_path / "photos"), "out": str(tmp_path / "run"), "steps": 2})
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    moved = {"images": str(tmp_path / "elsewhere"), "out": str(tmp_path / "run"), "resume": True}
+    pretrain(**{**options, **moved})
+    pretrain(**{**options, "images": str(tmp_path / "whole"), "out": str(tmp_path / "uncut")})
+    assert logged(tmp_path / "run") == logged(tmp_path / "uncut")
+    with pytest.raises(UserError, match="has done 4 updates already"):
+        pretrain(**{**options, **moved, "steps": 3})
+
+
 def test_a_run_whose_checkpoints_vanished_is_not_begun_anew(base: dict[str, Any], tmp_path: Path) -> None:
     """It would write over what is left of the run: the log, and the detector of many more steps."""
     out = tmp_path / "run"

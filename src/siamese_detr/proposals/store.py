@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from siamese_detr.errors import UserError
+from siamese_detr.images.shards import as_url
 from siamese_detr.proposals.shard import DamagedShard, Failure, Shard, ShardFacts, read_facts
 
 FORMAT = 1
@@ -92,6 +93,11 @@ class StoreSettings:
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: damaged ({error}); delete {directory} and run propose again") from error
+
+    @property
+    def images_gone(self) -> bool:
+        """Whether the images' folder is no longer there."""
+        return as_url(self.image_root) is None and not os.path.isdir(self.image_root)
 
     def key(self) -> str:
         """Hash of how the boxes were made, wherever the images are."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 from siamese_detr.errors import UserError
-from siamese_detr.images.shards import as_url
 from siamese_detr.proposals.shard import DamagedShard, Failure, Row, Shard, atomic_file, read_facts, write_shard
 from siamese_detr.proposals.store import META, ProposalStore, StoreSettings, shard_files
 
@@ -154,8 +152,7 @@ def _require_same(directory: Path, there: StoreSettings, wanted: StoreSettings) 
     differences = []
     if there.method != wanted.method:
         differences.append(f"method {there.method} (now {wanted.method})")
-    gone = as_url(there.image_root) is None and not os.path.isdir(there.image_root)
-    if there.image_root != wanted.image_root and gone:
+    if there.image_root != wanted.image_root and there.images_gone:
         # Another folder's images can join; but these are probably the same ones, moved, and would be computed twice.
         differences.append(f"images under {there.image_root}, which is gone (now {wanted.image_root})")
     if there.method == wanted.method:

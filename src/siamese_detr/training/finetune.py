@@ -25,8 +25,9 @@ from siamese_detr.training.optimizer import adamw
 from siamese_detr.training.processes import lost_process_explained, meet
 from siamese_detr.training.progress import ProgressBar
 from siamese_detr.training.rundir import begin, check_place, check_session
-from siamese_detr.training.settings import check_precision
+from siamese_detr.training.settings import check_precision, check_trackers
 from siamese_detr.training.signals import RunLock
+from siamese_detr.training.source import checksum
 
 
 @dataclass
@@ -65,6 +66,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     state = meet(config.device)
     main = state.is_main_process
     check_precision(config.precision, config.device, main)
+    check_trackers(config.report_to)
     console = Console(stderr=True, quiet=not main, soft_wrap=True)
     dataset = read_labels(config.train, config.train_images)
     validation = read_labels(config.val, config.val_images, default_split="val") if config.val is not None else None
@@ -84,7 +86,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             begin(out, config)
             labels = {"training labels": dataset_key(dataset)}
             labels["validation labels"] = dataset_key(validation) if validation is not None else ""
-            check_session(out, {"images": len(dataset), **labels})
+            check_session(out, {"images": len(dataset), **labels, "starting detector": starting_key(detector, origin)})
             write_json(out / "start.json", origin)
             if config.fraction < 1:
                 write_json(out / "train.json", dataset.to_coco(original_ids=True))
@@ -155,6 +157,13 @@ def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[D
     tensors = len(detector.model.state_dict())
     made = {"class_head": list(report.remade), "missing": list(report.missing), "ignored": list(report.unexpected)}
     return detector, {"from": str(path), "kept": tensors - len(report.remade) - len(report.missing), **made}
+
+
+def starting_key(detector: DetectorAdapter, origin: dict[str, Any]) -> str:
+    """Hash of what was kept of the detector started from; of a new one, which the settings tell, there is none."""
+    if origin["from"] == "scratch":
+        return ""
+    return checksum(detector.model, without={*origin["class_head"], *origin["missing"]})
 
 
 def describe(origin: dict[str, Any], dataset: DetectionDataset, validation: DetectionDataset | None) -> str:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:  # load PyTorch, for which --help need not wait
 MAY_CHANGE = {
     *("resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep", "log_every"),
     *("steps", "epochs", "max_bad_share", "use_kernels", "out", "eval_batch_size", "eval_every"),
-    *("train", "val", "train_images", "val_images"),  # whose content is compared
+    *("train", "val", "train_images", "val_images", "model", "init"),  # whose content is compared
 }
-"""What a resumed run may be told otherwise than before: it does not change what an update computes."""
+"""What a resumed run may be told otherwise than before: it does not change what an update computes, but ``steps`` and
+``epochs`` what the learning rate's schedule has left."""
 Value = int | float | bool | str
 
 

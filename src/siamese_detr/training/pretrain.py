@@ -17,10 +17,11 @@ from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector, load_detector
 from siamese_detr.detectors.saving import image_processor
+from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import find_detector
-from siamese_detr.images.listing import list_images
+from siamese_detr.images.listing import ImageList, list_images
 from siamese_detr.pretext import FrozenFeatures, Pretext, PretextOutput, build_pretext
-from siamese_detr.proposals.store import ProposalStore, Selection
+from siamese_detr.proposals.store import ProposalStore, Selection, StoreSettings
 from siamese_detr.randomness import seed_torch
 from siamese_detr.training.compiling import sizes_vary
 from siamese_detr.training.journal import JsonLines
@@ -29,7 +30,7 @@ from siamese_detr.training.pretrain_config import VIEWS, PretrainConfig
 from siamese_detr.training.processes import Team, default_workers, lost_process_explained, meet
 from siamese_detr.training.progress import ProgressBar
 from siamese_detr.training.rundir import begin, check_place, check_session, sessions
-from siamese_detr.training.settings import RunSettings, check_batch_size, check_precision
+from siamese_detr.training.settings import RunSettings, check_batch_size, check_precision, check_trackers
 from siamese_detr.training.signals import RunLock
 from siamese_detr.training.sizes import DROPOUTS, given
 from siamese_detr.training.source import checksum, find_source
@@ -125,6 +126,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         for problem in images.problems[:3]:
             print(f"left out: {problem}", file=sys.stderr)
     seed_torch(config.seed)
+    check_trackers(config.report_to)
     check_batch_size(config.batch_size, config.accumulate, team.size)
     pretext = build(config).to(team.state.device)
     image_processor(pretext.detector, **input_size(config))
@@ -134,16 +136,15 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             stack.enter_context(RunLock(out))
             begin(out, config)
         if team.main:
-            store = find_proposals(config, out)
+            complete_proposals(config, out)
         team.wait()
-        if not team.main:
-            store = ProposalStore.open(config.proposals or out / "proposals")
+        store = open_proposals(config, out, images)
         rows = store.select(images)
         steps = config.total_steps(len(rows))
         chosen = Selection(store, rows)
         dataset = TwoViewDataset(chosen, config.views(), config.seed)
         if team.main and config.replay is None:
-            check_session(out, facts(store, rows, pretext))
+            check_session(out, facts(config, store, rows, pretext.detector))
         source = find_source(config, pretext, dataset, team)
         batch_size, count = config.batch_size // config.accumulate, steps * config.accumulate
         trainer = PretextTrainer(
@@ -215,9 +216,13 @@ def run_settings(config: PretrainConfig, steps: int) -> RunSettings:
     )
 
 
-def find_proposals(config: PretrainConfig, out: Path) -> ProposalStore:
-    """The store given, or the run's own, which is first brought up to date."""
-    if config.proposals is None and config.replay is None:
+def complete_proposals(config: PretrainConfig, out: Path) -> None:
+    """Bring the run's own store up to date, unless its images have moved: then what there is must do."""
+    try:
+        moved = StoreSettings.read(out / "proposals").images_gone
+    except UserError:  # none yet, or a damaged one, which propose explains
+        moved = False
+    if config.proposals is None and config.replay is None and not moved:
         from siamese_detr.proposals.propose import propose
 
         uses_boxes = VIEWS[config.method] != "patches" and config.box_source == "proposals"
@@ -229,16 +234,23 @@ def find_proposals(config: PretrainConfig, out: Path) -> ProposalStore:
             # Images that could not be read may have been mended since; a run that has begun goes on with those it has.
             retry_failed=not sessions(out),
         )
-    return ProposalStore.open(config.proposals or out / "proposals")
 
 
-def facts(store: ProposalStore, rows: np.ndarray, pretext: Pretext) -> dict[str, Any]:
+def open_proposals(config: PretrainConfig, out: Path, images: ImageList) -> ProposalStore:
+    """The store given, or the run's own; where its images are no longer, they are taken to be where ``images`` are."""
+    directory = config.proposals or out / "proposals"
+    store = ProposalStore.open(directory)
+    return ProposalStore.open(directory, images.root) if store.settings.images_gone else store
+
+
+def facts(config: PretrainConfig, store: ProposalStore, rows: np.ndarray, detector: DetectorAdapter) -> dict[str, Any]:
     """What a run must be continued on."""
     return {
         "images": len(rows),
         "images (as many)": store.images_key(rows),
         "proposals (method or its parameters)": store.settings.key(),
-        "backbone": checksum(pretext.detector.backbone),
+        "backbone": checksum(detector.backbone),
+        "starting detector": "" if config.init is None else checksum(detector.model),
     }
 
 

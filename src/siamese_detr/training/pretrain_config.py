@@ -27,9 +27,10 @@ VIEWS: dict[str, Literal["two", "patches", "proposals"]] = {
 MAY_CHANGE = {
     *("resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep", "log_every"),
     *("out", "steps", "epochs", "max_bad_share", "compile", "use_kernels", "bank_dir", "checkpoint_activations"),
-    *("images", "proposals"),
+    *("images", "proposals", "init"),  # whose content is compared
 }
-"""What a resumed run may be told otherwise than before: it does not change what an update computes."""
+"""What a resumed run may be told otherwise than before: it does not change what an update computes, but ``steps`` and
+``epochs`` what the learning rate's schedule has left."""
 
 
 @dataclass

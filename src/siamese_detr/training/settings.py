@@ -129,6 +129,16 @@ def check_precision(precision: str, device: str, main: bool) -> None:
         warnings.warn(f"this processor only emulates bf16, which is slow: use precision {other}", stacklevel=2)
 
 
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Raise :class:`UserError` for experiment trackers that Transformers does not know, or that are not installed."""
+    there = transformers.integrations.integration_utils.get_available_reporting_integrations()
+    if unknown := [name for name in report_to if name not in (*there, "all", "none")]:
+        raise UserError(
+            f"report_to: there is no tracker {unknown[0]!r}, or its package is not installed; "
+            f"there are: {', '.join(there) or 'none'}"
+        )
+
+
 def check_batch_size(batch_size: int, accumulate: int, processes: int) -> None:
     """Raise :class:`UserError` if the images of an update cannot be dealt out evenly."""
     if batch_size % (processes * accumulate):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,12 @@ def untracked(batches: Iterable[Any], total: int) -> Iterable[Any]:
     return batches
 
 
-def checksum(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers."""
+def checksum(module: nn.Module, without: Collection[str] = ()) -> str:
+    """SHA-256 of a module's parameters and buffers but those named in ``without``."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if name in without:
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -125,6 +125,11 @@ class BaseTrainer(PersistentTrainer):
         """
         checkpoint = self._find_checkpoint() if resume else None
         self.saved_step = step = checkpoints.step_of(checkpoint) if checkpoint else 0
+        if step > self.settings.steps:
+            raise UserError(
+                f"{self.settings.out} has done {step} updates already, more than the {self.settings.steps} asked for: "
+                "ask for as many at least, or take it as it is"
+            )
         self._start = step * self.settings.accumulate
         self._seen = step * self.settings.batch_size
         if self.args.should_save:
