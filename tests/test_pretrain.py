@@ -10,7 +10,7 @@ import shlex
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
@@ -36,6 +36,7 @@ from siamese_detr.training.pretrain import pretrain
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.processes import machine_explained
 from siamese_detr.training.settings import RunSettings
+from siamese_detr.training.trainer import BaseTrainer
 from siamese_detr.views.config import ViewConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone 'random")
@@ -654,6 +655,26 @@ def test_recipes_are_those_of_the_papers(name: str) -> None:
     if detector == "deformable-detr":
         assert plan.config.num_feature_levels == (4 if name.endswith("ms") else 1)
         assert plan.config.encoder_n_points == plan.config.decoder_n_points == 4
+
+
+def test_every_micro_batch_of_every_process_draws_its_own_dropout(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, forward, drawn, rank = BaseTrainer.training_step, SiamesePretext.forward, [], 0
+
+    def step_of_rank(*given: Any) -> Any:
+        with patch.object(TrainingArguments, "process_index", rank):
+            return step(*given)
+
+    def noted(*given: Any) -> Any:
+        drawn.append(torch.rand(()).item())
+        return forward(*given)
+
+    monkeypatch.setattr(BaseTrainer, "training_step", step_of_rank)
+    monkeypatch.setattr(SiamesePretext, "forward", noted)
+    for rank in range(2):
+        pretrain(**{**base, "out": str(tmp_path / str(rank)), "steps": 2, "accumulate": 2})
+    assert len(drawn) == len(set(drawn)) == 2 * 2 * 2
 
 
 def test_gradient_checkpointing_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None:
