@@ -91,6 +91,19 @@ def test_random_chains_in_random_orders_are_torchvisions(apply):
     assert (difference > 1e-4).float().mean() < 1e-4
 
 
+def test_augmentations_are_drawn_each_by_itself():
+    config = ViewConfig()
+    drawn = draw_photometric(config, np.random.default_rng(0), (3000, 2))
+    events = np.stack([drawn[..., 4] >= 0, drawn[..., 5] > 0, drawn[..., 6] > 0], -1).reshape(3000, 6)
+    shares = np.tile([config.color_probability, config.gray_probability, config.blur_probability], 2)
+    expected = np.outer(shares, shares)
+    np.fill_diagonal(expected, shares)
+    together = (events[:, :, None] & events[:, None]).mean(0)
+    assert (np.abs(together - expected) < 5 * np.sqrt(expected * (1 - expected) / 3000)).all()
+    strengths = drawn[(drawn[..., 4] >= 0) & (drawn[..., 6] > 0)][:, [0, 1, 2, 3, 4, 6]]
+    assert np.abs(np.corrcoef(strengths.T) - np.eye(6)).max() < 5 / len(strengths) ** 0.5
+
+
 @BOTH
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
 def test_blur_is_torchvisions(sigma, apply):

@@ -116,20 +116,20 @@ def test_equals_the_stock_loss(kind):
         {"class_labels": c[v], "boxes": b[v].float()}
         for c, b, v in zip(targets.classes, targets.boxes, targets.valid, strict=True)
     ]
-    c = CriterionConfig.of(kind)
+    class_weight = {"softmax": 1, "focal": 2}[kind]  # the papers'; the stock focal loss has 1
     stock = types.SimpleNamespace(
-        class_cost=c.class_cost, bbox_cost=5, giou_cost=2, num_labels=4, eos_coefficient=0.1, focal_alpha=0.25,
+        class_cost=class_weight, bbox_cost=5, giou_cost=2, num_labels=4, eos_coefficient=0.1, focal_alpha=0.25,
         auxiliary_loss=True, decoder_layers=3, bbox_loss_coefficient=5, giou_loss_coefficient=2,
     )  # fmt: skip
     loss = ForObjectDetectionLoss if kind == "softmax" else DeformableDetrForObjectDetectionLoss
     _, terms, _ = loss(logits[-1], labels, "cpu", boxes[-1], stock, logits, boxes)
-    ours = SetCriterion(c)(logits, boxes, targets)
+    ours = SetCriterion(CriterionConfig.of(kind))(logits, boxes, targets)
     last = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
     for name, theirs in last.items():
         assert ours.terms[name].item() == pytest.approx(terms[theirs].item(), rel=1e-5)
     total = sum(
         weight * terms[name + suffix]
-        for name, weight in [("loss_ce", c.class_weight), ("loss_bbox", 5), ("loss_giou", 2)]
+        for name, weight in [("loss_ce", class_weight), ("loss_bbox", 5), ("loss_giou", 2)]
         for suffix in ("", "_0", "_1")
     )
     assert ours.loss.item() == pytest.approx(total.item(), rel=1e-5)

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from siamese_detr.detectors import FAMILIES, load_detector
+from siamese_detr.detectors.build import adapter_class
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import build_pretext
 from tiny_detectors import (
@@ -38,6 +39,57 @@ def test_without_regions_it_is_the_stock_model(case):
         stock = detector.model(images, pixel_mask=mask.long())
     assert torch.equal(boxes[-1], stock.pred_boxes)
     assert torch.equal(logits[-1], stock.logits)
+
+
+def stock_layers(detector, images: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """Logits and boxes (layers, B, Q, ·) that the stock model gives its loss."""
+    layers = []
+
+    def note(logits, labels, device, boxes, config, every_logits, every_boxes, *proposed, **named):
+        batch_first = "enc_topk_bboxes" in named
+        proposed = proposed or (named.get("enc_topk_logits"), named.get("enc_topk_bboxes"))
+        for last, every, first in zip((logits, boxes), (every_logits, every_boxes), proposed, strict=True):
+            every = last[None] if every is None else every.transpose(0, 1) if batch_first else every
+            layers.append(every if first is None else torch.cat((first[None], every)))
+        return last.sum(), {}, []
+
+    # With auxiliary losses, stock DETR and Conditional DETR normalise what a layer gives to the next one.
+    detector.config.auxiliary_loss = detector.family not in ("detr", "conditional-detr")
+    detector.model.loss_function = note
+    detector.model(images, pixel_mask=mask.long(), labels=[])
+    return layers
+
+
+@every_detector
+def test_gradients_are_those_of_the_stock_model(case):
+    """So they stop where those do, between a layer's box and the next one's reference."""
+    detector = tiny_detector(case).train()
+    images, mask = tiny_batch(padded=case not in UNMASKED, side=fitting_side(detector))
+    detector.set_trainable(backbone=False, class_head=True)
+    theirs = stock_layers(detector, images, mask)
+    ours = [x[-len(y) :] for x, y in zip(detector(images, mask), theirs, strict=True)]
+    gradients = []
+    for outputs in (ours, theirs):
+        random = torch.Generator().manual_seed(4)
+        sum((x * torch.randn(x.shape, generator=random)).sum() for x in outputs).backward()
+        gradients.append({name: p.grad for name, p in detector.named_parameters() if p.grad is not None})
+        detector.zero_grad()
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_close(*gradients, rtol=1e-3, atol=5e-3)
+
+
+@every_detector
+def test_layers_teach_nothing_to_the_proposals_they_start_from(case):
+    if not adapter_class(CASES[case][0]).selects_queries:
+        return
+    detector = tiny_detector(case)
+    images, mask = tiny_batch()
+    decoded = detector.decode(detector.encode(detector.features(images, mask), mask), region_queries())
+    (decoded.states[1:].square().sum() + decoded.boxes[1:].square().sum()).backward()
+    proposing = {name for name, p in detector.named_parameters() if name.startswith("model.model.enc_")}
+    assert proposing
+    gradients = {name: detector.get_parameter(name).grad for name in proposing}
+    assert not {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
 
 
 @every_detector

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
+from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
@@ -334,3 +335,31 @@ def test_every_update_is_in_the_log_and_in_an_evaluations_loss(labels, tmp_path)
     assert evaluated[-1] == 5
     assert [line["step"] for line in lines(out / "log.jsonl") if "loss" in line] == sorted({4, *evaluated})
     assert all(line["train_loss"] > 0 for line in lines(out / "history.jsonl"))
+
+
+def recipe(name: str) -> FinetuneConfig:
+    return validate(FinetuneConfig, read_sources(FinetuneConfig, name, None) | {"train": "a", "out": "b"}, name)
+
+
+def test_every_recipe_is_valid() -> None:
+    names = recipe_names(FinetuneConfig)
+    assert set(names) == {"paper", "paper-10-percent", "laptop", "demo"}
+    for name in names:
+        recipe(name)
+
+
+@pytest.mark.parametrize(("name", "fraction", "epochs"), [("paper", 1.0, 50), ("paper-10-percent", 0.1, 400)])
+def test_recipes_are_those_of_the_papers(name: str, fraction: float, epochs: int) -> None:
+    config = recipe(name)
+    expected = {
+        **{"fraction": fraction, "epochs": epochs, "steps": None, "detector": "conditional-detr"},
+        **{"lr": 1e-4, "backbone_lr": 5e-5, "weight_decay": 1e-4, "clip": 0.1, "warmup": 0},
+        **{"batch_size": 16, "image_size": 800, "max_size": 1333, "min_size": 480, "colour_jitter": 0},
+    }
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert not config.square
+    settings = config.settings(1600, evaluates=True)
+    assert settings.steps == 100 * epochs
+    drop = settings.steps * 4 // 5  # of 50 epochs at 40
+    factors = [settings.lr_factor(step) for step in (0, drop - 1, drop, settings.steps - 1)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1])

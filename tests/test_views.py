@@ -85,6 +85,37 @@ def test_top_takes_the_best_scored_and_diverse_changes_with_the_epoch():
     assert np.abs(regions[0] - regions[1]).max() > 1
 
 
+def test_views_swap_and_shrink_at_random_each_by_itself():
+    plans = [plan_sample(SMALL, stored("-", 500, 375, count=0), 0, 0, index) for index in range(400)]
+    swapped = np.array([plan.rectangles[0, 1] > plan.rectangles[1, 1] for plan in plans])
+    flipped = np.array([plan.flip for plan in plans])
+    for events, share in ((swapped, 0.5), (flipped, 0.5), (swapped & flipped, 0.25)):
+        assert abs(events.mean() - share) < 5 * (share * (1 - share) / len(plans)) ** 0.5
+    # The share that both show is two thirds of the upper and of the lower view until they shrink.
+    shared = np.array([geometry.areas(plan.boxes[:, 0]) / np.prod(plan.size) for plan in plans])
+    shared = np.where(swapped[:, None], shared[:, ::-1], shared)
+    assert (shared > 2 / 3 - 0.001).all()
+    assert ((shared > 2 / 3 + 0.001).mean(0) > 0.95).all()
+    np.testing.assert_allclose(shared.mean(0), shared.mean(), atol=5 * shared.std() / len(plans) ** 0.5)
+    assert abs(np.corrcoef(shared.T)[0, 1]) < 5 / len(plans) ** 0.5
+
+
+def test_edges_of_query_boxes_move_at_random_each_by_itself():
+    config = SMALL.with_changes(box_source="random")
+    plans = [plan_sample(config, stored("-", 500, 375, count=0), 0, 0, index) for index in range(200)]
+    boxes, moved = (np.stack(x) for x in zip(*((plan.boxes, plan.query_boxes) for plan in plans), strict=True))
+    extent = np.tile(boxes[..., 2:] - boxes[..., :2], 2)
+    sides = np.array([plan.size[::-1] for plan in plans])[:, None, None]
+    room = np.concatenate([boxes[..., :2], sides - boxes[..., 2:]], -1)
+    inside = (room > config.jitter * extent).all((1, 3))  # in both views: no edge is held back
+    offsets = ((moved - boxes) / extent).swapaxes(1, 2)[inside].reshape(-1, 8)
+    assert len(offsets) > 300
+    spread = config.jitter * np.tanh(np.random.default_rng(0).standard_normal(100_000) / 2).std()
+    assert np.abs(offsets.mean(0)).max() < 5 * spread / len(offsets) ** 0.5
+    np.testing.assert_allclose(offsets.std(0), spread, rtol=5 / (2 * len(offsets)) ** 0.5)
+    assert np.abs(np.corrcoef(offsets.T) - np.eye(8)).max() < 5 / len(offsets) ** 0.5
+
+
 @pytest.mark.parametrize("view_size", [None, 200])
 @pytest.mark.parametrize("size", [(500, 375), (1500, 1125)])
 def test_boxes_and_pixels_agree_below_a_pixel(size, view_size):
