@@ -336,6 +336,16 @@ def test_a_preset_is_changed_from_the_shell(options: dict[str, Any]) -> None:
     assert pretrained["view_size"] == 192
 
 
+def test_what_the_user_says_is_not_lost_in_a_preset(options: dict[str, Any]) -> None:
+    given = {**options, "preset": "laptop", "inits": ("siamese",), "fractions": (1.0,)}
+    config = apply_preset(CompareConfig(**given, finetune_at={"1": {"epochs": 7}}))
+    assert config.finetune_at == {"1": {"epochs": 7}}
+    assert config.variants == {}  # the preset's are of others
+    for changes in ({"variants": {"siames": {}}}, {"finetune_at": {"0.1": {}}}, {"finetune_at": {"all": {}}}):
+        with pytest.raises(UserError, match=r"not among inits|none of the fractions"):
+            run(given, **changes)
+
+
 def test_from_the_shell(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", options["images"], options["train"], options["val"], options["out"]]
     arguments += ["--inits", "backbone", "--fractions", "1", "--seeds", "0", "--finetune", "epochs", "2", "lr", "1e-3"]
