@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,20 @@ def test_nothing_is_run_twice_and_a_change_runs_only_what_it_touches(options: di
     assert len(ran(options)) == 4
     run(options)  # the first configuration again: its results are still there
     assert ran(options) == []
+
+
+def test_nothing_depends_on_where_images_and_banks_are(options: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    options |= {"fractions": (1.0,), "seeds": (0,)}
+    run(options)
+    ran(options)
+    run(options, pretrain={"bank_dir": str(tmp_path / "banks"), "compile": True})
+    assert ran(options) == []
+    shutil.copytree(data / "train", tmp_path / "moved")
+    moved = {**options, "images": str(tmp_path / "moved")}
+    run(moved)
+    assert ran(options) == []
+    run(moved, pretrain={"lambda_global": 1.0})  # a store finds its images only where they were
+    assert ran(options) == ["fine-tuning siamese, 100 %, seed 0", "pre-training siamese", "proposals edge-boxes"]
 
 
 def test_another_detector_is_another_detector_for_all(options: dict[str, Any]) -> None:
