@@ -25,16 +25,17 @@ from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import PRETEXTS, SiamesePretext
 from siamese_detr.proposals.propose import propose
-from siamese_detr.proposals.store import ProposalStore
+from siamese_detr.proposals.store import ProposalStore, StoredImage
 from siamese_detr.training import ahead
 from siamese_detr.training import pretrain as module
-from siamese_detr.training.feature_bank import FeatureBank
+from siamese_detr.training.feature_bank import FeatureBank, fingerprint
 from siamese_detr.training.persistence import PersistentTrainer
 from siamese_detr.training.pretrain import pretrain
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.processes import machine_explained
 from siamese_detr.training.settings import RunSettings
 from siamese_detr.views.config import ViewConfig
+from siamese_detr.views.two_views import TwoViewDataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone 'random")
 
@@ -437,6 +438,20 @@ def test_detectors_that_read_other_maps_of_a_backbone_have_their_own_banks(
     pretrain(**{**options, "out": str(tmp_path / "dilated"), "detector_options": {"dilation": True}})
     pretrain(**{**options, "out": str(tmp_path / "three"), "detector": "deformable-detr", "hidden_size": 32})
     assert len(list((tmp_path / "banks").iterdir())) == 3
+
+
+@pytest.mark.parametrize("changed", ["path", "width", "height", "boxes", "scores"])
+def test_a_bank_is_of_its_images_and_proposals(changed: str) -> None:
+    rows = [StoredImage(f"{n}.jpg", 120, 90, np.full((3, 4), n, np.float32), np.ones(3, np.float32)) for n in (0, 1)]
+
+    def name() -> str:
+        store = MagicMock(row=rows.__getitem__, __len__=lambda _: 2)
+        return fingerprint(TwoViewDataset(store, ViewConfig(), seed=0), backbone="some")
+
+    before = name()
+    assert name() == before
+    rows[1] = dataclasses.replace(rows[1], **{changed: getattr(rows[1], changed) * 2})
+    assert name() != before
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def fingerprint(dataset: TwoViewDataset, **facts: Any) -> str:
         row = dataset.store.row(index)
         digest.update(f"{row.path}\0{row.width}x{row.height}\0".encode(errors="surrogateescape"))
         digest.update(np.ascontiguousarray(row.boxes).tobytes())
+        digest.update(np.ascontiguousarray(row.scores).tobytes())  # regions may be drawn by them
     return digest.hexdigest()
 
 
