@@ -440,6 +440,23 @@ def test_detectors_that_read_other_maps_of_a_backbone_have_their_own_banks(
     assert len(list((tmp_path / "banks").iterdir())) == 3
 
 
+def test_images_that_a_bank_could_not_read_are_tried_again(base: dict[str, Any], tmp_path: Path) -> None:
+    """By every run that begins or goes on; too many of them end the filling."""
+    photos, own = with_photos(base, tmp_path)
+    options = {**own, "feature_bank": 2, "bank_dir": str(tmp_path / "banks"), "max_bad_share": 0.1, "steps": 6}
+    for n in (2, 3, 4):
+        (photos / f"{n:02}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"of 10 images cannot be read .*failures.jsonl.*max_bad_share 0.1.*--resume"):
+        pretrain(**options, out=str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    for mended, run, skipped in (((2, 4), "run", 1), ((3,), "other", 0)):
+        for n in mended:
+            shutil.copy(Path(base["images"]) / f"{n:02}.jpg", photos)
+        assert pretrain(**options, out=str(tmp_path / run), resume=True).skipped == skipped
+    (bank,) = (tmp_path / "banks").iterdir()
+    assert np.fromfile(bank / "state", np.uint8).tolist() == [1] * 20
+
+
 @pytest.mark.parametrize("changed", ["path", "width", "height", "boxes", "scores"])
 def test_a_bank_is_of_its_images_and_proposals(changed: str) -> None:
     rows = [StoredImage(f"{n}.jpg", 120, 90, np.full((3, 4), n, np.float32), np.ones(3, np.float32)) for n in (0, 1)]
@@ -566,8 +583,8 @@ def test_a_feature_bank_gives_the_losses_of_fresh_views(
     pretrain(**{**options, "out": str(tmp_path / "fresh")})
     committed = FeatureBank.commit
 
-    def interrupted(bank: FeatureBank, states: dict[int, int]) -> None:
-        committed(bank, dict(list(states.items())[: len(states) // 2]))
+    def interrupted(bank: FeatureBank, slots: list[int]) -> None:
+        committed(bank, slots[: len(slots) // 2])
         raise KeyboardInterrupt
 
     banked = {**options, "out": str(tmp_path / "banked"), "feature_bank": 2}
