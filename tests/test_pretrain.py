@@ -35,6 +35,7 @@ from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.processes import machine_explained
 from siamese_detr.training.settings import RunSettings
 from siamese_detr.views.config import ViewConfig
+from siamese_detr.views.sampler import ViewBatchSampler
 from siamese_detr.views.two_views import TwoViewDataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone 'random")
@@ -378,6 +379,22 @@ def test_a_batch_without_readable_images_is_left_out(base: dict[str, Any], tmp_p
     for step in range(2, 13):
         one, two = saved(out, step - 1), saved(out, step)
         assert all(torch.equal(one[name], two[name]) for name in one) == (step in bad)
+
+
+def test_a_micro_batch_left_out_changes_no_gradient(base: dict[str, Any], tmp_path: Path) -> None:
+    """The update is that of the other alone, whatever the optimiser makes of the gradients' size."""
+    photos, own = with_photos(base, tmp_path)
+    options = {**own, "batch_size": 2, "steps": 1, "max_bad_share": 1.0, "clip": 0.0}
+    pretrain(**options, out=str(tmp_path / "alone"))
+    views = PretrainConfig(**options, out="").views()
+    (first,) = ViewBatchSampler(ProposalStore.open(own["proposals"]), views, batch_size=2, total_batches=1, seed=0)
+    for n in set(range(10)) - {image for _, image in first}:
+        (photos / f"{n:02}.jpg").write_bytes(b"gone")
+    pretrain(**{**options, "batch_size": 4, "accumulate": 2}, out=str(tmp_path / "with"))
+    assert len((tmp_path / "with" / "skipped.jsonl").read_text().splitlines()) == 2
+    (alone,), (found,) = logged(tmp_path / "alone"), logged(tmp_path / "with")
+    assert {**found, "epoch": None} == {**alone, "epoch": None}
+    assert found["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(
