@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,20 @@ def test_nothing_is_run_twice_and_a_change_runs_only_what_it_touches(options: di
     assert len(ran(options)) == 4
     run(options)  # the first configuration again: its results are still there
     assert ran(options) == []
+
+
+def test_nothing_depends_on_where_images_and_banks_are(options: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    options |= {"fractions": (1.0,), "seeds": (0,)}
+    run(options)
+    ran(options)
+    run(options, pretrain={"bank_dir": str(tmp_path / "banks"), "compile": True})
+    assert ran(options) == []
+    shutil.copytree(data / "train", tmp_path / "moved")
+    moved = {**options, "images": str(tmp_path / "moved")}
+    run(moved)
+    assert ran(options) == []
+    run(moved, pretrain={"lambda_global": 1.0})  # a store finds its images only where they were
+    assert ran(options) == ["fine-tuning siamese, 100 %, seed 0", "pre-training siamese", "proposals edge-boxes"]
 
 
 def test_another_detector_is_another_detector_for_all(options: dict[str, Any]) -> None:
@@ -334,6 +349,16 @@ def test_a_preset_is_changed_from_the_shell(options: dict[str, Any]) -> None:
     assert {k: pretrained[k] for k in expected} == expected
     assert {k: finetuned[k] for k in ("epochs", "image_size")} == {"epochs": 2, "image_size": 192}
     assert pretrained["view_size"] == 192
+
+
+def test_what_the_user_says_is_not_lost_in_a_preset(options: dict[str, Any]) -> None:
+    given = {**options, "preset": "laptop", "inits": ("siamese",), "fractions": (1.0,)}
+    config = apply_preset(CompareConfig(**given, finetune_at={"1": {"epochs": 7}}))
+    assert config.finetune_at == {"1": {"epochs": 7}}
+    assert config.variants == {}  # the preset's are of others
+    for changes in ({"variants": {"siames": {}}}, {"finetune_at": {"0.1": {}}}, {"finetune_at": {"all": {}}}):
+        with pytest.raises(UserError, match=r"not among inits|none of the fractions"):
+            run(given, **changes)
 
 
 def test_from_the_shell(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

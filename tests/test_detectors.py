@@ -250,6 +250,16 @@ def test_fine_tuning_unfreezes_backbone_and_class_head(case):
     assert all(p.requires_grad or id(p) in constants for p in detector.parameters())
 
 
+def test_batch_norms_of_a_learning_backbone_keep_their_averages():
+    """Ours are frozen for good; a stored detector may have PyTorch's."""
+    detector = tiny_detector("detr")
+    detector.backbone.norm = torch.nn.BatchNorm2d(3)
+    detector.set_trainable(backbone=True, class_head=True)
+    detector.train()
+    assert detector.backbone.training
+    assert not detector.backbone.norm.training
+
+
 @every_detector
 def test_weights_arrive_in_a_detector_for_other_classes(case, tmp_path):
     detector = tiny_detector(case, classes=1)

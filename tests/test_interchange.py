@@ -107,7 +107,7 @@ def test_detectors_of_the_original_codes_load(tmp_path):
     state |= {f"class_embed.{k}": v for k, v in source.class_heads[0].state_dict().items()}
     torch.save({"model": state, "optimizer": {}}, tmp_path / "detr.pth")
     report = load_research_checkpoint(tmp_path / "detr.pth", target, class_head=True)
-    assert report.missing == ()
+    assert report.missing == report.unused == ()
     after = target.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in source.state_dict().items())
 
@@ -126,6 +126,18 @@ def test_the_backbone_may_be_left_alone(tmp_path):
     assert report.missing == ()
     assert all(name.startswith("backbone.") for name in report.unused)
     assert all(torch.equal(value, before[name]) for name, value in target.backbone.state_dict().items())
+
+
+def test_a_refused_checkpoint_changes_nothing(tmp_path):
+    """Neither the class head, which fits."""
+    source, target = shaken("detr", 1), tiny_detector("detr", num_queries=7)
+    state = research_state_dict(source)
+    state |= {f"class_embed.{k}": v for k, v in source.class_heads[0].state_dict().items()}
+    torch.save({"model": state}, tmp_path / "detr.pth")
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(UserError, match="other sizes"):
+        load_research_checkpoint(tmp_path / "detr.pth", target, class_head=True)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
 def test_other_detectors_are_refused(tmp_path):

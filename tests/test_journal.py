@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
-from siamese_detr.training.journal import JsonLines
+from siamese_detr.files import clean
+from siamese_detr.training.journal import Journal, JsonLines
 from siamese_detr.training.rundir import record_session, sessions
+from test_checkpoint import largest_file
 
 
 @pytest.mark.parametrize("left", range(0, 40, 3))
@@ -35,6 +40,31 @@ def test_no_damage_stops_reading(tmp_path: Path) -> None:
     assert lines.rewind(2) == [{"step": 1}, {"step": 2}] == lines.read()
     assert JsonLines(tmp_path / "none.jsonl").rewind(3) == []
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_what_a_kill_leaves_of_a_rewound_log_is_cleaned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "log.jsonl"
+    lines = JsonLines(file)
+    lines.append([{"step": 1}, {"step": 2}])
+    killed = tmp_path / "killed"
+    monkeypatch.setattr(os, "fsync", lambda descriptor: shutil.copytree(tmp_path, killed))
+    lines.rewind(1)
+    assert len(list(killed.iterdir())) == 2
+    clean(killed)
+    assert JsonLines(killed / "log.jsonl").read() == [{"step": 1}, {"step": 2}]
+    assert len(list(killed.iterdir())) == 1
+
+
+def test_the_death_of_tensorboards_thread_is_not_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the board is made: what it died of is raised."""
+    told: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    with largest_file(5), pytest.raises(OSError, match="large"):
+        Journal(tmp_path)
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("tensorboard."):
+            thread.join(10)
+    assert told == []
 
 
 def test_sessions_survive_a_torn_line(tmp_path: Path) -> None:

@@ -179,3 +179,8 @@ def test_no_regions_at_all():
     logits, matches = torch.randn(1, 1, 2, 6, 3), torch.zeros(1, 1, 2, 3, dtype=torch.int64)
     expected = F.cross_entropy(logits.flatten(0, 3), torch.full((12,), 2))
     assert_close(losses.class_loss(logits, matches, valid, counts).squeeze(), expected)
+    logits.requires_grad_()
+    loss = losses.class_loss(logits, matches, valid, counts, no_object_weight=0.0)
+    loss.sum().backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()

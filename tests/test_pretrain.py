@@ -26,10 +26,10 @@ from siamese_detr.detectors import plan_detector
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import PRETEXTS, SiamesePretext
 from siamese_detr.proposals.propose import propose
-from siamese_detr.proposals.store import ProposalStore
+from siamese_detr.proposals.store import ProposalStore, StoredImage
 from siamese_detr.training import ahead
 from siamese_detr.training import pretrain as module
-from siamese_detr.training.feature_bank import FeatureBank
+from siamese_detr.training.feature_bank import FeatureBank, fingerprint
 from siamese_detr.training.optimizer import lr_factor
 from siamese_detr.training.persistence import PersistentTrainer
 from siamese_detr.training.pretrain import pretrain
@@ -39,6 +39,8 @@ from siamese_detr.training.rundir import sessions
 from siamese_detr.training.settings import RunSettings
 from siamese_detr.training.trainer import BaseTrainer
 from siamese_detr.views.config import ViewConfig
+from siamese_detr.views.sampler import ViewBatchSampler
+from siamese_detr.views.two_views import TwoViewDataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone 'random")
 
@@ -470,6 +472,22 @@ def test_a_batch_without_readable_images_is_left_out(base: dict[str, Any], tmp_p
         assert all(torch.equal(one[name], two[name]) for name in one) == (step in bad)
 
 
+def test_a_micro_batch_left_out_changes_no_gradient(base: dict[str, Any], tmp_path: Path) -> None:
+    """The update is that of the other alone, whatever the optimiser makes of the gradients' size."""
+    photos, own = with_photos(base, tmp_path)
+    options = {**own, "batch_size": 2, "steps": 1, "max_bad_share": 1.0, "clip": 0.0}
+    pretrain(**options, out=str(tmp_path / "alone"))
+    views = PretrainConfig(**options, out="").views()
+    (first,) = ViewBatchSampler(ProposalStore.open(own["proposals"]), views, batch_size=2, total_batches=1, seed=0)
+    for n in set(range(10)) - {image for _, image in first}:
+        (photos / f"{n:02}.jpg").write_bytes(b"gone")
+    pretrain(**{**options, "batch_size": 4, "accumulate": 2}, out=str(tmp_path / "with"))
+    assert len((tmp_path / "with" / "skipped.jsonl").read_text().splitlines()) == 2
+    (alone,), (found,) = logged(tmp_path / "alone"), logged(tmp_path / "with")
+    assert {**found, "epoch": None} == {**alone, "epoch": None}
+    assert found["grad_norm"] > 0
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -528,6 +546,37 @@ def test_detectors_that_read_other_maps_of_a_backbone_have_their_own_banks(
     pretrain(**{**options, "out": str(tmp_path / "dilated"), "detector_options": {"dilation": True}})
     pretrain(**{**options, "out": str(tmp_path / "three"), "detector": "deformable-detr", "hidden_size": 32})
     assert len(list((tmp_path / "banks").iterdir())) == 3
+
+
+def test_images_that_a_bank_could_not_read_are_tried_again(base: dict[str, Any], tmp_path: Path) -> None:
+    """By every run that begins or goes on; too many of them end the filling."""
+    photos, own = with_photos(base, tmp_path)
+    options = {**own, "feature_bank": 2, "bank_dir": str(tmp_path / "banks"), "max_bad_share": 0.1, "steps": 6}
+    for n in (2, 3, 4):
+        (photos / f"{n:02}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"of 10 images cannot be read .*failures.jsonl.*max_bad_share 0.1.*--resume"):
+        pretrain(**options, out=str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    for mended, run, skipped in (((2, 4), "run", 1), ((3,), "other", 0)):
+        for n in mended:
+            shutil.copy(Path(base["images"]) / f"{n:02}.jpg", photos)
+        assert pretrain(**options, out=str(tmp_path / run), resume=True).skipped == skipped
+    (bank,) = (tmp_path / "banks").iterdir()
+    assert np.fromfile(bank / "state", np.uint8).tolist() == [1] * 20
+
+
+@pytest.mark.parametrize("changed", ["path", "width", "height", "boxes", "scores"])
+def test_a_bank_is_of_its_images_and_proposals(changed: str) -> None:
+    rows = [StoredImage(f"{n}.jpg", 120, 90, np.full((3, 4), n, np.float32), np.ones(3, np.float32)) for n in (0, 1)]
+
+    def name() -> str:
+        store = MagicMock(row=rows.__getitem__, __len__=lambda _: 2)
+        return fingerprint(TwoViewDataset(store, ViewConfig(), seed=0), backbone="some")
+
+    before = name()
+    assert name() == before
+    rows[1] = dataclasses.replace(rows[1], **{changed: getattr(rows[1], changed) * 2})
+    assert name() != before
 
 
 @pytest.mark.parametrize(
@@ -649,8 +698,8 @@ def test_a_feature_bank_gives_the_losses_of_fresh_views(
     pretrain(**{**options, "out": str(tmp_path / "fresh")})
     committed = FeatureBank.commit
 
-    def interrupted(bank: FeatureBank, states: dict[int, int]) -> None:
-        committed(bank, dict(list(states.items())[: len(states) // 2]))
+    def interrupted(bank: FeatureBank, slots: list[int]) -> None:
+        committed(bank, slots[: len(slots) // 2])
         raise KeyboardInterrupt
 
     banked = {**options, "out": str(tmp_path / "banked"), "feature_bank": 2}

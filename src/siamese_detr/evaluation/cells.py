@@ -28,7 +28,7 @@ METHODS = ("siamese", "up-detr", "detreg")
 OPERATION = {
     *("out", "resume", "replay", "workers", "device", "progress", "report_to", "keep", "save_every", "log_every"),
     *("max_bad_share", "eval_batch_size", "checkpoint_activations", "use_kernels", "shard_size", "flush_seconds"),
-    "retry_failed",
+    *("retry_failed", "bank_dir", "compile"),
 }
 """Settings of the verbs that do not change what is computed: they are no part of a key."""
 SHARED = {
@@ -238,6 +238,7 @@ def propose_task(protocol: Protocol, method: str, made: dict[str, Task]) -> Task
     name = f"proposals {method}"
     if name not in made:
         options = plain(protocol.propose) | {"images": protocol.images, "method": method}
+        # With the images' place: a store finds its images only where they were. What reads it asks for the boxes alone.
         key = hash_of("propose", options, images=protocol.images_key)
         made[name] = Task(name, "propose", protocol.out / "proposals" / method, options, key)
     return made[name]
@@ -264,7 +265,8 @@ def pretrain_task(protocol: Protocol, init: Init, seed: int, made: dict[str, Tas
     store_key = str(options["proposals"])
     if options["proposals"] is None:
         store = propose_task(protocol, options["proposal_method"], made)
-        needs, store_key = (store.name,), store.key
+        boxes = {k: v for k, v in store.options.items() if k != "images"}
+        needs, store_key = (store.name,), hash_of("propose", boxes)
         options["proposals"] = str(store.run)
     hashed = {k: v for k, v in options.items() if k not in ("proposals", "init", "images")}
     key = hash_of("pretrain", hashed, images=protocol.images_key, proposals=store_key, start=start_key)

@@ -130,27 +130,31 @@ def compare(config: CompareConfig) -> CompareResult:
 def apply_preset(config: CompareConfig) -> CompareConfig:
     """Fill in what the preset says and the user did not, then what neither says; the user's options win.
 
-    What the preset says of initialisations and label fractions that the user does not want is left out.
+    What the preset says of initialisations and label fractions that the user does not want is left out. What the user
+    says of them stays, to be refused.
     """
     if config.preset is None:
         return fill_in(config)
     changes: dict[str, Any] = {}
-    values = read_sources(CompareConfig, config.preset, None)
+    mine, values = config, read_sources(CompareConfig, config.preset, None)
     for spec in dataclasses.fields(CompareConfig):
-        mine = getattr(config, spec.name)
+        own = getattr(mine, spec.name)
         if spec.name not in values or is_required(spec):
             continue
-        if isinstance(mine, dict):
-            changes[spec.name] = values[spec.name] | mine
-        elif mine == default_of(spec):
+        if isinstance(own, dict):
+            changes[spec.name] = values[spec.name] | own
+        elif own == default_of(spec):
             given = values[spec.name]
             changes[spec.name] = tuple(given) if isinstance(given, list) else given
     config = fill_in(dataclasses.replace(config, **changes))
     assert config.inits is not None
     assert config.fractions is not None
-    variants = {name: options for name, options in config.variants.items() if name in with_methods(config.inits)}
-    at = {part: options for part, options in config.finetune_at.items() if part in map(str, config.fractions)}
-    return dataclasses.replace(config, variants=variants, finetune_at=at)
+    wanted = with_methods(config.inits) | mine.variants.keys()
+    variants = {name: options for name, options in config.variants.items() if name in wanted}
+    told = {as_fraction(part) for part in mine.finetune_at}  # the user's "1" stands for the preset's "1.0"
+    parts = set(config.fractions) - told
+    at = {part: options for part, options in values.get("finetune_at", {}).items() if as_fraction(part) in parts}
+    return dataclasses.replace(config, variants=variants, finetune_at=at | mine.finetune_at)
 
 
 def fill_in(config: CompareConfig) -> CompareConfig:
@@ -226,14 +230,19 @@ def read_fractions(
     """Options by fraction, with the fractions as numbers."""
     found = {}
     for name, values in options.items():
-        try:
-            fraction = float(name)
-        except ValueError:
-            fraction = -1.0
+        fraction = as_fraction(name)
         if fraction not in fractions:
             raise UserError(f"finetune_at has {name!r}, which is none of the fractions {list(fractions)}")
         found[fraction] = values
     return found
+
+
+def as_fraction(name: str) -> float:
+    """The number that ``name`` is; -1 if it is none."""
+    try:
+        return float(name)
+    except ValueError:
+        return -1.0
 
 
 def needed(task: Task, missing: Sequence[Task]) -> bool:

@@ -6,7 +6,6 @@ those of ``transformers.pipeline("object-detection")``, whatever the batch size,
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import json
@@ -22,8 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
-from transformers.utils import logging
 
+from siamese_detr.detectors.saving import quiet
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
@@ -110,7 +109,7 @@ class Detector:
             here = {"local_files_only": True, "trust_remote_code": False}
             config = AutoConfig.from_pretrained(path, **here)
             options = here | {"weights_only": True, "use_safetensors": True, "dtype": torch.float32}
-            with quiet_loading():
+            with quiet(), warnings.catch_warnings(action="ignore"):
                 model, info = AutoModelForObjectDetection.from_pretrained(
                     path, config=config, output_loading_info=True, **options
                 )
@@ -152,22 +151,6 @@ class Detector:
             boxes = result["boxes"].cpu().double().numpy().reshape(-1, 4)
             found.append((result["labels"].cpu().numpy()[best], scores[best], boxes[best]))
         return found
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without Transformers' progress bars and reports: what matters is checked and said in our own words."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def find_detector(directory: str | Path) -> Path:

@@ -30,7 +30,7 @@ class ResearchReport:
 
     Args:
         missing: tensors of the detector that the checkpoint lacks; they keep their values.
-        unused: tensors of the checkpoint the detector has no use for (pretext heads, class head).
+        unused: tensors of the checkpoint that were not loaded (pretext heads, a class head).
     """
 
     missing: tuple[str, ...]
@@ -68,12 +68,6 @@ def load_research_checkpoint(
             ours = prefix + _backbone_name(adapter, name.removeprefix("backbone."))
             if ours in target:
                 loaded[ours] = state.pop(name)
-    if class_head:
-        for i, head in enumerate(adapter.class_heads):
-            for kind in ("weight", "bias"):
-                spelling = next((n for n in (f"class_embed.{i}.{kind}", f"class_embed.{kind}") if n in state), None)
-                if spelling is not None and state[spelling].shape == getattr(head, kind).shape:
-                    getattr(head, kind).data.copy_(state[spelling])
     wrong = [name for name, value in loaded.items() if name not in target or value.shape != target[name].shape]
     if wrong:
         have = tuple(target[wrong[0]].shape) if wrong[0] in target else "absent"
@@ -84,6 +78,8 @@ def load_research_checkpoint(
     pointers = {name: value.data_ptr() for name, value in target.items()}
     filled = {pointers[name] for name in loaded}
     adapter.model.load_state_dict(loaded, strict=False)
+    if class_head:
+        _load_class_heads(adapter, state)
     heads = {parameter.data_ptr() for parameter in adapter.class_heads.parameters()}
     missing = sorted(
         name
@@ -91,6 +87,19 @@ def load_research_checkpoint(
         if pointer not in filled | heads and (backbone or not name.startswith(prefix))
     )
     return ResearchReport(tuple(missing), tuple(sorted(state)))
+
+
+def _load_class_heads(adapter: DetectorAdapter, state: dict[str, Tensor]) -> None:
+    """Load the class heads that fit, and take them out of ``state``."""
+    used = set()
+    for i, head in enumerate(adapter.class_heads):
+        for kind in ("weight", "bias"):
+            spelling = next((n for n in (f"class_embed.{i}.{kind}", f"class_embed.{kind}") if n in state), None)
+            if spelling is not None and state[spelling].shape == getattr(head, kind).shape:
+                getattr(head, kind).data.copy_(state[spelling])
+                used.add(spelling)
+    for name in used:  # a head may serve several layers
+        del state[name]
 
 
 def research_state_dict(adapter: DetectorAdapter) -> dict[str, Tensor]:

@@ -101,7 +101,8 @@ def class_loss(logits: Tensor, matches: Tensor, valid: Tensor, counts: Counts, n
     score = F.log_softmax(full_precision(logits), dim=-1)
     total = -torch.where(found, score[..., OBJECT], no_object_weight * score[..., NO_OBJECT]).sum((2, 3))
     queries = counts.images * logits.shape[3]
-    return total / (counts.regions + no_object_weight * (queries - counts.regions))
+    weight = counts.regions + no_object_weight * (queries - counts.regions)
+    return total / weight.clamp(min=1e-12)  # where nothing weighs, 0, not NaN
 
 
 def box_losses(boxes: Tensor, targets: Tensor, valid: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:

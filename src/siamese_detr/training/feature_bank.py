@@ -29,7 +29,8 @@ from siamese_detr.views.two_views import TwoViewDataset, collate
 
 FORMAT = 3
 """Part of a bank's name: raised when views or features are computed otherwise, so that no older bank is used."""
-MISSING, PRESENT, UNREADABLE = 0, 1, 2
+PRESENT = 1
+"""State of an entry that is there."""
 FLUSH_EVERY = 32
 """Batches after which entries are forced to the disk and only then marked as present."""
 
@@ -48,6 +49,7 @@ def fingerprint(dataset: TwoViewDataset, **facts: Any) -> str:
         row = dataset.store.row(index)
         digest.update(f"{row.path}\0{row.width}x{row.height}\0".encode(errors="surrogateescape"))
         digest.update(np.ascontiguousarray(row.boxes).tobytes())
+        digest.update(np.ascontiguousarray(row.scores).tobytes())  # regions may be drawn by them
     return digest.hexdigest()
 
 
@@ -192,8 +194,8 @@ class FeatureBank(Dataset[dict[str, Any]]):
                 )
 
     def missing(self) -> np.ndarray:
-        """Entries not yet computed."""
-        return np.flatnonzero(self.arrays["state"] == MISSING)
+        """Entries not yet computed, also those of images that could not be read: they may have been mended."""
+        return np.flatnonzero(self.arrays["state"] != PRESENT)
 
     def put(self, slots: Sequence[int], features: FrozenFeatures) -> None:
         """Write the entries of a batch; they count once :meth:`commit` has marked them."""
@@ -206,13 +208,12 @@ class FeatureBank(Dataset[dict[str, Any]]):
             half = self.arrays[name].dtype == np.float16
             self.arrays[name][slots] = value.to("cpu", torch.float16 if half else torch.float32).numpy()
 
-    def commit(self, states: dict[int, int]) -> None:
-        """Force what was written to the disk, then mark the entries (slot -> state)."""
+    def commit(self, slots: Sequence[int]) -> None:
+        """Force what was written to the disk, then mark the entries as present."""
         for name, array in self.arrays.items():
             if name != "state":
                 array.flush()
-        if states:
-            self.arrays["state"][list(states)] = list(states.values())
+        self.arrays["state"][np.asarray(slots, np.int64)] = PRESENT
         self.arrays["state"].flush()
 
     def collate(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -228,7 +229,7 @@ class FeatureBank(Dataset[dict[str, Any]]):
         return batch | {"skipped": [self._failure(row) for row in bad]}
 
     def _failure(self, row: int) -> tuple[str, str]:
-        for record in JsonLines(self.directory / "failures.jsonl").read():
+        for record in reversed(JsonLines(self.directory / "failures.jsonl").read()):
             if record.get("row") == row:
                 return record["path"], record["reason"]
         return f"row {row}", "its features were not computed"
@@ -254,6 +255,7 @@ def fill(
     freeze: Callable[[dict[str, Any]], FrozenFeatures],
     batch_size: int,
     workers: int,
+    max_bad_share: float,
     share: tuple[int, int] = (0, 1),
     track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, total: batches,
 ) -> int:
@@ -265,11 +267,15 @@ def fill(
         freeze: batch of views -> features.
         batch_size: images at a time.
         workers: data processes.
+        max_bad_share: largest share of unreadable images that the run tolerates, 0 to 1.
         share: (this process, processes): each computes its part.
         track: wraps the batches to show progress.
 
     Returns:
         entries computed now, by this process.
+
+    Raises:
+        UserError: more images cannot be read; what was computed is kept.
     """
     slots = bank.missing()[share[0] :: share[1]]
     of_set = slots // len(bank)
@@ -288,20 +294,29 @@ def fill(
         worker_init_fn=begin_worker,
     )
     failures = JsonLines(bank.directory / "failures.jsonl")
-    states: dict[int, int] = {}
+    written: list[int] = []
+    unreadable: set[int] = set()
     with machine_explained("continue with --resume"):
         for number, (members, batch) in enumerate(zip(batches, track(loader, len(batches)), strict=True)):
             slot_of = {bank.key(slot)[1]: slot for slot in members}
             present = [slot_of.pop(row) for row in batch["index"].tolist()]
             if present:
                 bank.put(present, freeze(batch))
-            states |= dict.fromkeys(present, PRESENT) | dict.fromkeys(slot_of.values(), UNREADABLE)
+            written += present
             failures.append(
                 {"row": row, "path": path, "reason": reason}
                 for row, (path, reason) in zip(slot_of, batch["skipped"], strict=True)
             )
+            unreadable |= slot_of.keys()
+            if len(unreadable) > max_bad_share * len(bank):
+                bank.commit(written)
+                raise UserError(
+                    f"{len(unreadable)} of {len(bank)} images cannot be read (listed in {failures.path}), more than "
+                    f"max_bad_share {max_bad_share}: is the disk still mounted? Else mend them, or raise it, and use "
+                    "--resume"
+                )
             if number % FLUSH_EVERY == FLUSH_EVERY - 1:
-                bank.commit(states)
-                states = {}
-    bank.commit(states)
+                bank.commit(written)
+                written = []
+    bank.commit(written)
     return len(slots)

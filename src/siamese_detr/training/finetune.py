@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from rich.console import Console
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector, load_detector
+from siamese_detr.detectors.saving import quiet
 from siamese_detr.evaluation.evaluate import class_map
-from siamese_detr.evaluation.inference import find_detector, quiet_loading
+from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
 from siamese_detr.training.detection_trainer import DetectionTrainer, best_of
@@ -150,7 +152,7 @@ def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[D
         )
         return detector, {"from": "scratch", "detector": config.detector, "backbone": config.backbone}
     path = find_detector(source)
-    with torch.random.fork_rng(), quiet_loading():  # the report says it
+    with torch.random.fork_rng(), quiet(), warnings.catch_warnings(action="ignore"):  # the report says it
         torch.manual_seed(config.seed)
         detector = load_detector(path, class_names, **config.dropouts())
     report = detector.load_report

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from siamese_detr.files import written_aside
+
 
 class WindowMeans:
     """Means of scalars over the steps since the last log, summed on the device: reading them is the only sync.
@@ -114,12 +116,10 @@ class JsonLines:
         """Drop the records after ``step`` (a resumed run writes them again) and return those kept."""
         kept = [record for record in self.read() if record.get("step", step + 1) <= step]
         if self.path.exists():
-            temporary = self.path.with_name(f".{self.path.name}.writing")
-            with open(temporary, "w", encoding="utf-8") as file:
+            with written_aside(self.path) as aside, open(aside, "w", encoding="utf-8") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in kept))
                 file.flush()
                 os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
-            temporary.replace(self.path)
         return kept
 
 
@@ -129,9 +129,10 @@ class Journal:
     def __init__(self, directory: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._excepthook, threading.excepthook = threading.excepthook, self._hear
         self.lines = JsonLines(directory / "log.jsonl")
         self.lines.rewind(step)
+        # Before there is a board: its thread may die while it is made, and be heard after that has raised.
+        self._excepthook, threading.excepthook = threading.excepthook, self._hear
         # purge_step hides what was logged after the checkpoint that the run continues from.
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
 

@@ -48,7 +48,6 @@ class RunSettings:
         max_bad_share: largest share of unreadable images that a run tolerates, 0 to 1.
         compile: run the model through ``torch.compile``.
         use_kernels: compiled kernels where there are some; see :func:`siamese_detr.detectors.kernels.use_kernels`.
-        progress: show a progress bar.
         report_to: further experiment trackers known to Transformers, e.g. ``wandb``.
     """
 
@@ -69,7 +68,6 @@ class RunSettings:
     max_bad_share: float = 0.05
     compile: bool = False
     use_kernels: bool = False
-    progress: bool = True
     report_to: Sequence[str] = ()
 
     @property

@@ -98,9 +98,15 @@ def find_bank(
         bank.create()
     team.wait()
     workers = default_workers() if config.workers is None else config.workers
-    share = (team.rank, team.size)
     feature_bank.fill(
-        bank, dataset, on_device, config.batch_size, workers, share, track if config.progress else untracked
+        bank,
+        dataset,
+        on_device,
+        config.batch_size,
+        workers,
+        config.max_bad_share,
+        share=(team.rank, team.size),
+        track=track if config.progress else untracked,
     )
     team.wait()
     pretext.train()
