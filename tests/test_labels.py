@@ -267,6 +267,10 @@ def test_chosen_classes(coco: Path) -> None:
         (lambda c: c.update(images=[]), "no usable image"),
         (lambda c: c.update(annotations=[]), "no usable box in 6 images"),
         (lambda c: [a.update(bbox=None) for a in c["annotations"]], "no usable box .*malformed box: 9"),
+        (
+            lambda c: [a.update(bbox=[v / 200 for v in a["bbox"]]) for a in c["annotations"] if len(a["bbox"]) == 4],
+            "not shares",
+        ),
         (lambda c: [i.update(file_name="x" + i["file_name"]) for i in c["images"]], "none of its images"),
     ],
 )

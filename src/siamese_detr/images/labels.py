@@ -159,6 +159,8 @@ def read_labels(
     if not any(len(image.boxes) for image in found):
         why = problems.summary() or "there are no annotations"
         raise UserError(f"{source}: no usable box in {len(found)} images ({why}): mend the labels")
+    if all((image.boxes <= 1).all() for image in found):
+        raise UserError(f"{source}: no box reaches beyond the first pixel: give pixels, not shares of the image")
     return DetectionDataset(root, tables.class_names, found, problems.as_list(), tables.category_ids)
 
 

@@ -158,15 +158,8 @@ class FinetuneConfig:
             self,
             positive=(*counts, *sides, *(name for name in SIZES if name not in DROPOUTS)),
             not_negative=(
-                "lr",
-                "backbone_lr",
-                "weight_decay",
-                "clip",
-                "eval_every",
-                "workers",
-                "seed",
-                "keep",
-                "warmup",
+                *("lr", "backbone_lr", "weight_decay", "clip", "warmup"),
+                *("eval_every", "workers", "seed", "keep"),
             ),
             shares=("crop", "flip", "drop_at", "colour_jitter", "max_bad_share", *DROPOUTS),
         )
