@@ -392,9 +392,7 @@ def test_mended_images_are_taken_when_a_run_goes_on(base: dict[str, Any], tmp_pa
     assert (result.steps, result.skipped) == (8, 0)
 
 
-def test_a_run_with_its_own_proposals_goes_on_with_the_images_it_began_with(
-    base: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_run_with_its_own_proposals_goes_on_with_its_images(base: dict[str, Any], tmp_path: Path) -> None:
     photos, own = with_photos(base, tmp_path)
     good = (photos / "03.jpg").read_bytes()
     (photos / "03.jpg").write_bytes(b"gone")

@@ -107,10 +107,10 @@ def test_edges_of_query_boxes_move_at_random_each_by_itself():
     extent = np.tile(boxes[..., 2:] - boxes[..., :2], 2)
     sides = np.array([plan.size[::-1] for plan in plans])[:, None, None]
     room = np.concatenate([boxes[..., :2], sides - boxes[..., 2:]], -1)
-    inside = (room > config.jitter * extent).all((1, 3))  # in both views: no edge is held back
+    inside = (room > config.box_jitter * extent).all((1, 3))  # in both views: no edge is held back
     offsets = ((moved - boxes) / extent).swapaxes(1, 2)[inside].reshape(-1, 8)
     assert len(offsets) > 300
-    spread = config.jitter * np.tanh(np.random.default_rng(0).standard_normal(100_000) / 2).std()
+    spread = config.box_jitter * np.tanh(np.random.default_rng(0).standard_normal(100_000) / 2).std()
     assert np.abs(offsets.mean(0)).max() < 5 * spread / len(offsets) ** 0.5
     np.testing.assert_allclose(offsets.std(0), spread, rtol=5 / (2 * len(offsets)) ** 0.5)
     assert np.abs(np.corrcoef(offsets.T) - np.eye(8)).max() < 5 / len(offsets) ** 0.5
