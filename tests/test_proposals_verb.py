@@ -130,7 +130,7 @@ def test_other_parameters_are_refused(tmp_path: Path) -> None:
         propose(**options, max_boxes=20)
     with pytest.raises(UserError, match=r"method edge-boxes \(now random\)"):
         propose(**options, method="random")
-    with pytest.raises(UserError, match="max_boxes=0: must be at least 1"):
+    with pytest.raises(UserError, match="max_boxes must be above 0, not 0"):
         propose(**options, max_boxes=0)
     with pytest.raises(UserError, match="is for edge-boxes"):
         propose(**options, method="random", edge_model="x.yml")

@@ -229,7 +229,7 @@ def check_numbers(
     ):
         for name in names:
             value = getattr(config, name)
-            if value is not None and not (math.isfinite(value) and fits(value)):
+            if value is not None and not (fits(value) and value < math.inf):
                 raise UserError(f"{name} must be {wanted}, not {value}")
     if getattr(config, "seed", 0) >= 2**63:
         raise UserError(f"seed must be below 2**63, not {config.seed}")

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from siamese_detr.config import verb, write_config
+from siamese_detr.config import check_numbers, verb, write_config
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import ImageList, list_images
 from siamese_detr.images.shards import location
@@ -153,9 +153,7 @@ def propose(config: ProposeConfig) -> ProposeReport:
 
 
 def _check(config: ProposeConfig) -> None:
-    for name, least in (("max_boxes", 1), ("shard_size", 1), ("workers", 0), ("seed", 0)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name}={getattr(config, name)}: must be at least {least}")
+    check_numbers(config, positive=("max_boxes", "shard_size"), not_negative=("workers", "seed"))
     if config.edge_model is not None:
         if config.method != "edge-boxes":
             raise UserError(f"edge_model is for edge-boxes, not for {config.method}; leave it out")
