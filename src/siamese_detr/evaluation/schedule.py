@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from siamese_detr.cores import usable_cores
 from siamese_detr.training.signals import Preempted
 
 Outcome = Literal["done", "failed", "skipped"]
@@ -83,7 +84,7 @@ def device_slots(parallel: int | None = None) -> list[Slot]:
     count = parallel or 1
     if count == 1 or "OMP_NUM_THREADS" in os.environ:
         return [Slot({})] * count
-    return [Slot({"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1))})] * count
+    return [Slot({"OMP_NUM_THREADS": str(max(usable_cores() // count, 1))})] * count
 
 
 def run_jobs(

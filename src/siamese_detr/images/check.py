@@ -13,9 +13,10 @@ from rich.progress import track
 from rich.table import Table
 
 from siamese_detr.config import verb
+from siamese_detr.cores import usable_cores
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.files import write_json
-from siamese_detr.images.duplicates import Fingerprint, default_workers, equal_groups, fingerprints, similar_groups
+from siamese_detr.images.duplicates import Fingerprint, equal_groups, fingerprints, similar_groups
 from siamese_detr.images.labels import DetectionDataset, find_labels, read_labels
 from siamese_detr.images.listing import existing, list_images
 from siamese_detr.images.problems import ACTIONS, MAX_EXAMPLES
@@ -200,7 +201,7 @@ def _decode(
     report: CheckReport, part: str, paths: list[str], dataset: DetectionDataset | None, config: CheckConfig
 ) -> list[Fingerprint]:
     """Decode all images of one part; notes those that fail, are tiny, or not of the size that the labels say."""
-    found = fingerprints(paths, config.workers or default_workers())
+    found = fingerprints(paths, config.workers or usable_cores())
     shown = track(found, f"decoding {part}", len(paths), console=Console(stderr=True), disable=not sys.stderr.isatty())
     prints, errors, tiny, other = [], [], [], []
     for index, item in enumerate(shown):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -147,8 +146,3 @@ def _components(a: np.ndarray, b: np.ndarray, count: int) -> list[list[int]]:
     for index in np.unique(np.concatenate([a, b])).tolist():
         groups.setdefault(int(component[index]), []).append(index)
     return list(groups.values())
-
-
-def default_workers() -> int:
-    """The processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

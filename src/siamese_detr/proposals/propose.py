@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from siamese_detr.config import check_numbers, verb, write_config
+from siamese_detr.cores import usable_cores
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import ImageList, list_images
 from siamese_detr.images.shards import location
@@ -195,8 +196,7 @@ def _compute_all(
 ) -> Counter[str]:
     """Compute and store; how many rows came from where (`methods.Proposals.origin`)."""
     job = Job(root, config.method, config.max_boxes, config.mode, config.edge_model, config.seed)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(config.workers or cores, -(-len(todo) // _CHUNK))
+    workers = min(config.workers or usable_cores(), -(-len(todo) // _CHUNK))
     origins: Counter[str] = Counter()
     if not len(todo):
         return origins

@@ -30,6 +30,7 @@ from siamese_detr.reporting.charts import bar_chart, line_chart
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box
 from siamese_detr.reporting.runs import AP_EXPLAINED, located, log_section, read_config, what_was_run
+from siamese_detr.training.detection_trainer import best_of
 from siamese_detr.training.journal import JsonLines
 
 IOU = 0.5
@@ -66,7 +67,7 @@ def finetuning_page(run: Path, samples: int, max_images: int, score: float, devi
         sections.append(Section("Best and worst", picture_blocks(dataset, found[1], score, samples, album)))
     summary = "No evaluation was recorded."
     if history:
-        best = max(history, key=lambda record: record.get("AP") or 0)
+        best = best_of(history)
         summary = (
             f"Best AP {percent(best.get('AP'))} % at epoch {best['epoch']:.1f} of {history[-1]['epoch']:.1f}; "
             f"at the end {percent(history[-1].get('AP'))} %."
@@ -81,7 +82,7 @@ def percent(value: float | None) -> str:
 def result_blocks(history: Sequence[Mapping[str, Any]]) -> list[Block]:
     if not history:
         return [Missing("Results", "the run made no evaluation (history.jsonl is missing or empty)")]
-    best = max(history, key=lambda record: record.get("AP") or 0)
+    best = best_of(history)
     names = [n for n in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100") if n in best]
     rows = [
         [f"{label}, epoch {record['epoch']:.1f}", *(percent(record.get(name)) for name in names)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +175,9 @@ class DetectionTrainer(BaseTrainer):
         )
 
 
-def best_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+def best_of(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The evaluation of highest AP, the first of equals."""
-    return max(records, key=lambda record: (record["AP"] or 0.0, -record["step"]))
+    return max(records, key=lambda record: (record.get("AP") or 0.0, -record["step"]))
 
 
 class _ContinueHistory(transformers.TrainerCallback):

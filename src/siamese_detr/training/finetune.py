@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def read_result(out: Path) -> FinetuneResult:
     return FinetuneResult(out, overall(best_of(history)), overall(history[-1]), history, skipped)
 
 
-def overall(record: dict[str, Any]) -> dict[str, float]:
+def overall(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in record.items() if name.startswith(("AP", "AR")) and value is not None}
 
 

@@ -24,6 +24,7 @@ from siamese_detr.errors import ImageError
 from siamese_detr.images.decode import decoded_scale, read_image
 from siamese_detr.images.labels import DetectionDataset, LabelledImage
 from siamese_detr.randomness import rng
+from siamese_detr.views.batch import valid_mask
 from siamese_detr.views.photometric import luma
 
 # What separates the random streams that share (seed, epoch): sample augmentation and sample order.
@@ -269,11 +270,8 @@ def prepare(batch: dict[str, Any], mean: Sequence[float], std: Sequence[float]) 
     Returns:
         pixel_values float32 (B, 3, H, W), zero in the padding, and pixel_mask bool (B, H, W), True = valid.
     """
-    images, sizes = batch["images"], batch["sizes"]
-    height, width = images.shape[-2:]
-    rows = torch.arange(height, device=images.device) < sizes[:, :1]
-    columns = torch.arange(width, device=images.device) < sizes[:, 1:]
-    mask = rows[:, :, None] & columns[:, None, :]
+    images = batch["images"]
+    mask = valid_mask(batch["sizes"], *images.shape[-2:])
     values = jitter_colours(images.float() / 255, batch["jitter"])
     middle, spread = constant([mean, std], values.device, values.dtype).view(2, 3, 1, 1)
     values = (values - middle) / spread

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from siamese_detr.cores import usable_cores
 from siamese_detr.errors import UserError
 from siamese_detr.training.memory import hand_back_memory
 from siamese_detr.training.signals import ignore_signals
@@ -141,5 +142,4 @@ def machine_explained(then: str) -> Iterator[None]:
 
 def default_workers() -> int:
     """All cores but one, shared by the processes of this machine, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, (cores - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(8, (usable_cores() - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -16,6 +16,7 @@ import yaml
 
 import siamese_detr
 from siamese_detr.config import write_config
+from siamese_detr.cores import usable_cores
 from siamese_detr.errors import UserError
 from siamese_detr.files import clean
 from siamese_detr.training.journal import JsonLines
@@ -115,7 +116,7 @@ def record_session(out: Path, **facts: Any) -> None:
         "platform": platform.platform(),
         "packages": {name: version for name in PACKAGES if (version := installed(name))},
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         **facts,
     }

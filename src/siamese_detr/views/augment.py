@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from siamese_detr.gpu import runs_kernels, send
-from siamese_detr.views.batch import ViewBatch, ViewInputs
+from siamese_detr.views.batch import ViewBatch, ViewInputs, valid_mask
 from siamese_detr.views.photometric import augment, processing_order
 from siamese_detr.views.photometric_cpu import augment_picture, normalise_into
 from siamese_detr.views.resample import Picture, Pyramid, one_thread
@@ -46,10 +46,7 @@ def prepare(batch: ViewBatch, mean: Sequence[float], std: Sequence[float], crop_
         host = batch["photometric"].cpu().numpy()
     host = np.ascontiguousarray(host.swapaxes(0, 1))  # (V, B, 1 + P, K)
     of_views, of_crops = host[:, :, 0].reshape(-1, host.shape[-1]), host[:, :, 1:].reshape(-1, host.shape[-1])
-    height, width = images.shape[-2:]
-    rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
-    columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
-    mask = rows[:, :, None] & columns[:, None, :]
+    mask = valid_mask(sizes, *images.shape[-2:])
     norm = _Normalise.of(mean, std)
     if sizes.device.type == "cpu":
         make_views, make_crops = _views_one_by_one, _crops_one_by_one

@@ -61,3 +61,10 @@ class ViewInputs:
     boxes: torch.Tensor
     query_boxes: torch.Tensor
     crops: torch.Tensor | None
+
+
+def valid_mask(sizes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """bool (B, height, width): True inside images of ``sizes`` (B, 2), height and width, that lie at the upper left."""
+    rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
+    columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]
