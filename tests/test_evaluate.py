@@ -158,7 +158,9 @@ def test_images_too_thin_for_the_detector_count_as_missed(tmp_path):
     found_in = predict(
         model=str(tmp_path / "model"), images=str(tmp_path / "images"), out=str(tmp_path / "o"), workers=0
     )
-    assert [(Path(path).name, reason[:13]) for path, reason in found_in.skipped] == [("thin.png", "3000x6 pixels")]
+    assert [(Path(path).name, "take 3000x6 pixels" in reason) for path, reason in found_in.skipped] == [
+        ("thin.png", True)
+    ]
     assert [Path(image.job.path).name for image in found_in.results] == ["whole.png"]
 
 

@@ -103,8 +103,9 @@ def test_the_images_themselves_are_never_written_over(tmp_path):
     drawn = {path.name for path in (tmp_path / "out" / "pictures" / "photos").iterdir()}
     assert drawn == {"a.jpg", "a.jpeg.jpg", "a.JPG.jpg.jpg", "a.JPG.jpg"}
     assert (tmp_path / "out/pictures/else/where/pictures/a.jpg").is_file()
-    with pytest.raises(UserError, match="over the images"):
-        predict(images=str(tmp_path / "else/where/pictures"), out=str(tmp_path / "else/where"), **options)
+    predict(images=str(tmp_path / "else/where"), out=str(tmp_path / "else/where"), **options)
+    predict(images=str(tmp_path / "else/where/pictures/a.jpg"), out=str(tmp_path / "else/where"), **options)
+    assert {path.name for path in (tmp_path / "else/where/pictures").rglob("*.jpg")} == {"a.jpg", "a.jpg.jpg"}
     originals = [*(tmp_path / "photos").iterdir(), tmp_path / "else/where/pictures/a.jpg"]
     assert all(path.read_bytes() == photo for path in originals)
     assert len(originals) == 5

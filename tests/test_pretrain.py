@@ -256,11 +256,15 @@ def test_a_run_is_not_continued_on_as_many_other_images_or_other_boxes(base: dic
 def test_a_run_with_proposals_of_its_own_goes_on_when_its_images_moved(base: dict[str, Any], tmp_path: Path) -> None:
     for name in ("photos", "whole"):
         shutil.copytree(base["images"], tmp_path / name)
-    options = {**base, "proposals": None, "schedule": "constant"}
+    options = {**base, "proposals": None, "schedule": "constant", "batch_size": 5, "max_bad_share": 0.1}
+    for name in ("run", "uncut"):  # one image becomes unreadable after its boxes were computed
+        images = tmp_path / {"run": "photos", "uncut": "whole"}[name]
+        propose(images=str(images), out=str(tmp_path / name / "proposals"), method="random", workers=1)
+        (images / "03.jpg").write_bytes(b"gone")
     pretrain(**{**options, "images": str(tmp_path / "photos"), "out": str(tmp_path / "run"), "steps": 2})
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
     moved = {"images": str(tmp_path / "elsewhere"), "out": str(tmp_path / "run"), "resume": True}
-    pretrain(**{**options, **moved})
+    assert pretrain(**{**options, **moved}).skipped == 1
     pretrain(**{**options, "images": str(tmp_path / "whole"), "out": str(tmp_path / "uncut")})
     assert logged(tmp_path / "run") == logged(tmp_path / "uncut")
     with pytest.raises(UserError, match="has done 4 updates already"):
@@ -391,6 +395,11 @@ def test_mended_images_are_taken_when_a_run_goes_on(base: dict[str, Any], tmp_pa
     result = pretrain(**options, resume=True)
     assert (result.steps, result.skipped) == (8, 0)
 
+    textured(3, 60, 90).save(photos / "03.jpg")  # of another size than its boxes are for: readable, of no use
+    options |= {"out": str(tmp_path / "odd"), "max_bad_share": 0.1, "schedule": "constant"}
+    pretrain(**{**options, "steps": 6})
+    assert pretrain(**options, resume=True).skipped == 1
+
 
 def test_a_run_with_its_own_proposals_goes_on_with_its_images(base: dict[str, Any], tmp_path: Path) -> None:
     photos, own = with_photos(base, tmp_path)
@@ -400,7 +409,10 @@ def test_a_run_with_its_own_proposals_goes_on_with_its_images(base: dict[str, An
     pretrain(**{**options, "steps": 2})
     (photos / "03.jpg").write_bytes(good)
     pretrain(**options, resume=True)
-    pretrain(**{**options, "out": str(tmp_path / "anew")})
+    (photos / "04.jpg").write_bytes(b"gone")
+    propose(images=str(photos), out=str(tmp_path / "anew" / "proposals"), method="random", workers=1)
+    (photos / "04.jpg").write_bytes(good)
+    pretrain(**{**options, "out": str(tmp_path / "anew"), "seed": 5})  # goes on with the boxes there, of another seed
     counts = [sessions(tmp_path / run)[0]["images"] for run in ("run", "anew")]
     assert counts == [9, 10]
 
@@ -419,6 +431,9 @@ def test_proposals_follow_the_seed_and_are_not_searched_for_where_none_are_used(
     assert not np.array_equal(one, other)
     np.testing.assert_array_equal(boxes(box_source="random"), one)
     np.testing.assert_array_equal(boxes(method="up-detr"), one)
+    out = tmp_path / "there"
+    propose(images=base["images"], out=str(out / "proposals"), max_boxes=512, workers=1)
+    pretrain(**{**base, "proposals": None, "steps": 1, "out": str(out), "method": "up-detr"})  # any boxes will do
 
 
 def test_other_steps_change_what_is_left_of_the_schedule(
@@ -591,6 +606,7 @@ def test_a_bank_is_of_its_images_and_proposals(changed: str) -> None:
         ({"lr": float("nan")}, "lr must be above 0"),
         ({"lambda_region": -1.0}, "lambda_region must be 0 or more"),
         ({"box_jitter": 0.7}, "box_jitter=0.7"),
+        ({"report_to": ["abacus"]}, "no tracker 'abacus'"),
         ({"precision": "fp16"}, "fp16 needs an accelerator"),
         ({"iou": 1.5}, "iou"),
         ({"images": "/nowhere"}, "/nowhere"),

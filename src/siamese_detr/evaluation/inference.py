@@ -199,8 +199,9 @@ class InferenceImages(Dataset):
         height, width = image.shape[:2]
         try:
             inputs = self.processor(images=[Image.fromarray(image)], return_tensors="pt")
-        except ValueError:  # nothing is left of the short side where the long one has its limit
-            return index, (0, 0), f"{width}x{height} pixels cannot be resized as the detector needs it"
+        except ValueError as error:  # as where nothing is left of the short side when the long one has its limit
+            said = (str(error).splitlines() or [""])[0][:100]
+            return index, (0, 0), f"the detector's image processor cannot take {width}x{height} pixels ({said})"
         return index, (width, height), {name: inputs[name] for name in inputs if name != "labels"}
 
 

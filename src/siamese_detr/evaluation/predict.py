@@ -48,8 +48,6 @@ def predict(config: PredictConfig) -> PredictResult:
     """Find objects in images: JSON with the boxes, and pictures with them drawn."""
     images = image_list(config.images)
     out = Path(config.out)
-    if config.draw and os.path.realpath(out / "pictures") == os.path.realpath(images.root):
-        raise UserError(f"the pictures would be written over the images in {images.root}: give another folder as out")
     detector = Detector.load(config.model, config.device)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +64,9 @@ def predict(config: PredictConfig) -> PredictResult:
         except ImageError as error:
             skipped.append((error.path, error.reason))
     found = run(detector, jobs, batch_size=config.batch_size, workers=config.workers, top_k=config.top_k)
-    results, names = [], set(images.paths)
+    results = []
+    originals = {os.path.realpath(job.path) for job in jobs} if config.draw else set()
+    names = set(images.paths)
     surest = 0.0
     hidden = not console.is_terminal
     for result in track(found, "predicting", total=len(jobs), console=console, transient=True, disable=hidden):
@@ -77,8 +77,8 @@ def predict(config: PredictConfig) -> PredictResult:
         result = result.above(config.threshold)
         results.append(result)
         if config.draw:
-            name = picture_name(images.paths[result.job.id], names)
-            draw_picture(result, detector.class_names, out / "pictures" / name)
+            picture = picture_path(out / "pictures", images.paths[result.job.id], names, originals)
+            draw_picture(result, detector.class_names, picture)
     results.sort(key=lambda result: result.job.id)
     skipped.sort()
     if not results:
@@ -108,12 +108,21 @@ def image_list(source: str) -> ImageList:
     return list_images(source)
 
 
-def picture_name(image: str, images: set[str]) -> str:
-    """The image's own name, with ``.jpg`` behind it where it has none, and again where another image is called so."""
+def picture_path(folder: Path, image: str, images: set[str], originals: set[str]) -> Path:
+    """Where an image's picture goes: under the image's own name, with ``.jpg`` behind it where it has none, and again
+    where the picture of another image or an image itself would be written over.
+
+    Args:
+        folder: of all pictures.
+        image, images: names of this image and of all, relative to their folder.
+        originals: real paths of all images.
+    """
     name = image
-    while not name.endswith(".jpg") or (name != image and name in images):
+    while (
+        not name.endswith(".jpg") or (name != image and name in images) or os.path.realpath(folder / name) in originals
+    ):
         name += ".jpg"
-    return name
+    return folder / name
 
 
 def draw_picture(result: ImageResult, names: list[str], path: Path) -> None:

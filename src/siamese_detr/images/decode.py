@@ -108,15 +108,6 @@ def decoded_scale(original: ArrayLike, decoded: ArrayLike) -> NDArray[np.float64
     return small / full
 
 
-def can_read(path: str | Path) -> bool:
-    """Whether :func:`read_image` can read the file, all of it."""
-    try:
-        read_image(path, min_side=1)
-    except ImageError:
-        return False
-    return True
-
-
 def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height of the image `read_image` would give at full scale, from the file's header alone.
 

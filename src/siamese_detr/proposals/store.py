@@ -346,6 +346,13 @@ class Selection:
         """Image ``index`` (0 <= index < len). Raises as :meth:`ProposalStore.row`."""
         return self.store.row(int(self.rows[index]))
 
+    def index(self, path: str) -> int | None:
+        """The number of the image of that absolute path, None if it is none of these."""
+        relative = path.removeprefix(os.path.join(self.store.settings.image_root, ""))
+        row = int(self.store.find(pa.array([relative], pa.large_string())).item())
+        found = np.flatnonzero(self.rows == row).tolist() if row >= 0 else []
+        return found[0] if found else None
+
     def sizes(self, rows: np.ndarray | Sequence[int] | None = None) -> np.ndarray:
         """int32 (n, 2): width and height in pixels of the given images (all if None)."""
         return self.store.sizes(self.rows if rows is None else self.rows[np.asarray(rows, np.int64)])

@@ -97,6 +97,11 @@ class DetectionTrainer(BaseTrainer):
         output = self.criterion(logits, boxes, Targets(batch["classes"], batch["boxes"]))
         return output.loss, output.terms
 
+    def still_unreadable(self, path: str) -> bool:
+        images: TrainingImages = self.train_dataset  # type: ignore[assignment]
+        index = images.index.get(path)
+        return index is not None and images[(0, index)].pixels is None
+
     def fit(self, resume: bool = False) -> None:
         """Train, evaluate what was not yet evaluated, and write ``last``."""
         super().fit(resume)

@@ -294,6 +294,7 @@ def fill(
         worker_init_fn=begin_worker,
     )
     failures = JsonLines(bank.directory / "failures.jsonl")
+    told = {record.get("row"): record.get("reason") for record in failures.read()}
     written: list[int] = []
     unreadable: set[int] = set()
     with machine_explained("continue with --resume"):
@@ -303,10 +304,10 @@ def fill(
             if present:
                 bank.put(present, freeze(batch))
             written += present
-            failures.append(
-                {"row": row, "path": path, "reason": reason}
-                for row, (path, reason) in zip(slot_of, batch["skipped"], strict=True)
-            )
+            for row, (path, reason) in zip(slot_of, batch["skipped"], strict=True):
+                if told.get(row) != reason:
+                    failures.append([{"row": row, "path": path, "reason": reason}])
+                    told[row] = reason
             unreadable |= slot_of.keys()
             if len(unreadable) > max_bad_share * len(bank):
                 bank.commit(written)

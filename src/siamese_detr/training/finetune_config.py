@@ -84,7 +84,7 @@ class FinetuneConfig:
         device: auto or cpu.
         use_kernels: let layers compute by compiled kernels, downloaded from the Hugging Face hub, where there are some
             for the device (on a GPU: deformable attention). Needs the package kernels.
-        save_every: updates between checkpoints; default: as the evaluations, at most every 500.
+        save_every: updates between checkpoints; default: about as often as the evaluations, at most every 500.
         keep: newest checkpoints that remain; 0: all.
         log_every: updates between logs.
         max_bad_share: largest share of unreadable images that the run tolerates.

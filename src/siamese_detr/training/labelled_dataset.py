@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,11 @@ class TrainingImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset.images)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """The number of the image of each path."""
+        return {str(item.path): number for number, item in enumerate(self.dataset.images)}
 
     def __getitem__(self, key: tuple[int, int]) -> LabelledSample:
         epoch, index = key

@@ -19,7 +19,7 @@ from siamese_detr.detectors.build import build_detector, load_detector
 from siamese_detr.detectors.saving import image_processor
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import find_detector
-from siamese_detr.images.listing import ImageList, list_images
+from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import FrozenFeatures, Pretext, PretextOutput, build_pretext
 from siamese_detr.proposals.store import ProposalStore, Selection, StoreSettings
 from siamese_detr.randomness import seed_torch
@@ -66,6 +66,7 @@ class PretextTrainer(BaseTrainer):
     Args:
         model: the pretext task.
         freeze: batch -> what the task takes, without gradient.
+        views: where the batches' images come from.
         one_size: whether all views have the same size.
         save_detector: writes the detector; called with the step on the main process after each checkpoint.
         options: as :class:`BaseTrainer`.
@@ -79,11 +80,12 @@ class PretextTrainer(BaseTrainer):
         model: Pretext,
         *args: Any,
         freeze: Callable[[dict[str, Any]], FrozenFeatures],
+        views: TwoViewDataset,
         one_size: bool,
         save_detector: Callable[[int], None],
         **options: Any,
     ) -> None:
-        self.freeze, self.one_size = freeze, one_size
+        self.freeze, self.views, self.one_size = freeze, views, one_size
         self.save_detector = save_detector
         self._ahead: FrozenFeatures | None = None  # of the next batch
         super().__init__(model, *args, **options)
@@ -97,6 +99,10 @@ class PretextTrainer(BaseTrainer):
         if "padded" not in batch:  # stored features do not tell
             return output.loss, output.terms
         return output.loss, {**output.terms, "padded_regions": batch["padded"].float().mean()}
+
+    def still_unreadable(self, path: str) -> bool:
+        index = self.views.store.index(path)
+        return index is not None and self.views[(0, index)].failure is not None
 
     def prepare_ahead(self, batch: dict[str, Any]) -> None:
         self._ahead = self.freeze(batch)  # not in the batch, which Trainer keeps to the end of an update
@@ -135,10 +141,11 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             check_place(out)
             stack.enter_context(RunLock(out))
             begin(out, config)
+        begun = bool(sessions(out))
         if team.main:
-            complete_proposals(config, out)
+            complete_proposals(config, out, begun)
         team.wait()
-        store = open_proposals(config, out, images)
+        store = open_proposals(config, out, images.root if begun else None)
         rows = store.select(images)
         steps = config.total_steps(len(rows))
         chosen = Selection(store, rows)
@@ -156,6 +163,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             source.collate,
             epoch_size=len(chosen),
             freeze=source.freeze,
+            views=dataset,
             one_size=config.view_size is not None,
             save_detector=lambda step: save_detector(config, pretext.detector, out, step),
         )
@@ -216,31 +224,37 @@ def run_settings(config: PretrainConfig, steps: int) -> RunSettings:
     )
 
 
-def complete_proposals(config: PretrainConfig, out: Path) -> None:
-    """Bring the run's own store up to date, unless its images have moved: then what there is must do."""
+def complete_proposals(config: PretrainConfig, out: Path, begun: bool) -> None:
+    """Bring the run's own store up to date; not where the images of a run that has begun have moved."""
+    if config.proposals is not None or config.replay is not None:
+        return
     try:
-        moved = StoreSettings.read(out / "proposals").images_gone
+        there = StoreSettings.read(out / "proposals")
     except UserError:  # none yet, or a damaged one, which propose explains
-        moved = False
-    if config.proposals is None and config.replay is None and not moved:
-        from siamese_detr.proposals.propose import propose
-
-        uses_boxes = VIEWS[config.method] != "patches" and config.box_source == "proposals"
-        propose(
-            images=config.images,
-            out=str(out / "proposals"),
-            method=config.proposal_method if uses_boxes else "random",
-            seed=config.seed,
-            # Images that could not be read may have been mended since; a run that has begun goes on with those it has.
-            retry_failed=not sessions(out),
+        there = None
+    if begun and there is not None and there.images_gone:
+        print(
+            f"the images were in {there.image_root}, which is gone: those there are now must be the same",
+            file=sys.stderr,
         )
+        return
+    method: str = config.proposal_method
+    seed = config.seed
+    if VIEWS[config.method] == "patches" or config.box_source == "random":  # no box is used, so any will do
+        method = there.method if there is not None else "random"
+    if there is not None and there.method == method:
+        seed = there.parameters.get("seed", seed)
+    from siamese_detr.proposals.propose import propose
+
+    # Images that could not be read may have been mended since; a run that has begun goes on with those it has.
+    propose(images=config.images, out=str(out / "proposals"), method=method, seed=seed, retry_failed=not begun)
 
 
-def open_proposals(config: PretrainConfig, out: Path, images: ImageList) -> ProposalStore:
-    """The store given, or the run's own; where its images are no longer, they are taken to be where ``images`` are."""
+def open_proposals(config: PretrainConfig, out: Path, images: Path | None) -> ProposalStore:
+    """The store given, or the run's own; if its images are gone, they are taken to be in ``images`` now."""
     directory = config.proposals or out / "proposals"
     store = ProposalStore.open(directory)
-    return ProposalStore.open(directory, images.root) if store.settings.images_gone else store
+    return ProposalStore.open(directory, images) if images is not None and store.settings.images_gone else store
 
 
 def facts(config: PretrainConfig, store: ProposalStore, rows: np.ndarray, detector: DetectorAdapter) -> dict[str, Any]:

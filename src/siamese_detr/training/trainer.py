@@ -27,7 +27,6 @@ from siamese_detr.detectors.kernels import use_kernels
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json, write_text
 from siamese_detr.gpu import send
-from siamese_detr.images.decode import can_read
 from siamese_detr.pretext.matching import NonFiniteError
 from siamese_detr.randomness import seed_torch
 from siamese_detr.training import checkpoint as checkpoints
@@ -108,6 +107,10 @@ class BaseTrainer(PersistentTrainer):
     def terms(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss of one micro-batch (a mean over it) and its named terms to log. ``model`` may be wrapped."""
         raise NotImplementedError
+
+    def still_unreadable(self, path: str) -> bool:
+        """Whether the image of that path, which could not be read before, is in the data set and still cannot."""
+        return True
 
     def prepare_ahead(self, batch: dict[str, Any]) -> None:
         """Compute what can be computed of the next batch before the current update: a CUDA device then does so while
@@ -327,10 +330,10 @@ class BaseTrainer(PersistentTrainer):
             gradient *= (len(self._micro) + self._left_out) / len(self._micro)
 
     def _still_unreadable(self, step: int) -> list[dict[str, Any]]:
-        """What the list of unreadable images says up to ``step``, without those that have been mended since."""
+        """The list of unreadable images up to ``step``, without those that have been mended or moved since."""
         lines = self._skipped_lines()
         records = lines.rewind(step)
-        unreadable = [record for record in records if not can_read(record["path"])]
+        unreadable = [record for record in records if self.still_unreadable(record["path"])]
         if len(unreadable) < len(records):
             write_text(lines.path, "".join(json.dumps(record) + "\n" for record in unreadable))
         return unreadable
