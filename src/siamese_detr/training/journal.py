@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,9 @@ class JsonLines:
                 records.append(record)
         return records
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop the records after ``step`` (a resumed run writes them again) and return those kept."""
-        kept = [record for record in self.read() if record.get("step", step + 1) <= step]
+    def rewind(self, step: int, keep: Callable[[dict[str, Any]], bool] = lambda record: True) -> list[dict[str, Any]]:
+        """Drop the records after ``step`` (a resumed run writes them again), and those not to ``keep``; the others."""
+        kept = [record for record in self.read() if record.get("step", step + 1) <= step and keep(record)]
         if self.path.exists():
             with written_aside(self.path) as aside, open(aside, "w", encoding="utf-8") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in kept))

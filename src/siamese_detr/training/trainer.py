@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from siamese_detr.detectors.kernels import use_kernels
 from siamese_detr.errors import UserError
-from siamese_detr.files import write_json, write_text
+from siamese_detr.files import write_json
 from siamese_detr.gpu import send
 from siamese_detr.pretext.matching import NonFiniteError
 from siamese_detr.randomness import seed_torch
@@ -137,7 +137,8 @@ class BaseTrainer(PersistentTrainer):
         self._seen = step * self.settings.batch_size
         if self.args.should_save:
             checkpoints.prune(self.settings.checkpoints, step, self.settings.keep)  # a lower `keep` makes room now
-            self._listed = {record["path"]: record["reason"] for record in self._still_unreadable(step)}
+            listed = self._skipped_lines().rewind(step, lambda record: self.still_unreadable(record["path"]))
+            self._listed = {record["path"]: record["reason"] for record in listed}
             self._found_before = len(self._listed)
         with kept_memory(self.args.device):
             self._fit(checkpoint, step)
@@ -328,15 +329,6 @@ class BaseTrainer(PersistentTrainer):
                 torch.distributed.all_reduce(gradient)
                 gradient /= self.args.world_size
             gradient *= (len(self._micro) + self._left_out) / len(self._micro)
-
-    def _still_unreadable(self, step: int) -> list[dict[str, Any]]:
-        """The list of unreadable images up to ``step``, without those that have been mended or moved since."""
-        lines = self._skipped_lines()
-        records = lines.rewind(step)
-        unreadable = [record for record in records if self.still_unreadable(record["path"])]
-        if len(unreadable) < len(records):
-            write_text(lines.path, "".join(json.dumps(record) + "\n" for record in unreadable))
-        return unreadable
 
     def _skipped_lines(self) -> JsonLines:
         return JsonLines(self.settings.out / "skipped.jsonl")
