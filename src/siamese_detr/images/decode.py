@@ -101,11 +101,16 @@ def decoded_scale(original: ArrayLike, decoded: ArrayLike) -> NDArray[np.float64
 
     JPEGs are reduced by 1/2, 1/4 or 1/8 exactly, only sizes round up.
     """
+    factor = reduction(original, decoded)
+    if factor is not None:
+        return np.full(2, 1 / factor)
+    return np.asarray(decoded, np.float64) / np.asarray(original, np.float64)
+
+
+def reduction(original: ArrayLike, decoded: ArrayLike) -> int | None:
+    """By what (1, 2, 4 or 8) a file of the one size was reduced when it was decoded to the other; None: it was not."""
     full, small = np.asarray(original, np.float64), np.asarray(decoded, np.float64)
-    for factor in (1, 2, 4, 8):
-        if np.array_equal(np.ceil(full / factor), small):
-            return np.full(2, 1 / factor)
-    return small / full
+    return next((factor for factor in (1, 2, 4, 8) if np.array_equal(np.ceil(full / factor), small)), None)
 
 
 def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from siamese_detr.errors import ImageError
-from siamese_detr.images.decode import decoded_scale, read_image
+from siamese_detr.images.decode import decoded_scale, read_image, reduction
 from siamese_detr.proposals.store import StoredImage
 from siamese_detr.views.batch import ViewBatch
 from siamese_detr.views.config import ViewConfig
@@ -145,7 +145,7 @@ def _needed_side(row: StoredImage, plan: SamplePlan) -> int | None:
 
 
 def _check_size(row: StoredImage, width: int, height: int) -> None:
-    if not any(math.ceil(row.width / k) == width and math.ceil(row.height / k) == height for k in (1, 2, 4, 8)):
+    if reduction((row.width, row.height), (width, height)) is None:
         reason = (
             f"it is {width}x{height} but was {row.width}x{row.height} when proposals were computed; run propose again"
         )
