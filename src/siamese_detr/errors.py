@@ -25,3 +25,11 @@ class ImageError(UserError):
     def __reduce__(self) -> tuple:
         # Exceptions travel between worker processes; the default reduction would call __init__ with one argument.
         return type(self), (self.path, self.reason)
+
+
+def too_many_unreadable(found: int, seen: int, listed: Path, max_bad_share: float) -> UserError:
+    """What a run ends with that could not read ``found`` of ``seen`` images, which the file ``listed`` names."""
+    return UserError(
+        f"{found} of {seen} images cannot be read (listed in {listed}), more than max_bad_share {max_bad_share}: is "
+        "the disk still mounted? Else mend them, or raise it, and use --resume"
+    )

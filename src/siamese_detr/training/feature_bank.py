@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from siamese_detr.errors import UserError
+from siamese_detr.errors import UserError, too_many_unreadable
 from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.processes import begin_worker, machine_explained
@@ -304,18 +304,17 @@ def fill(
             if present:
                 bank.put(present, freeze(batch))
             written += present
-            for row, (path, reason) in zip(slot_of, batch["skipped"], strict=True):
-                if told.get(row) != reason:
-                    failures.append([{"row": row, "path": path, "reason": reason}])
-                    told[row] = reason
+            failed = [
+                {"row": row, "path": path, "reason": reason}
+                for row, (path, reason) in zip(slot_of, batch["skipped"], strict=True)
+                if told.get(row) != reason
+            ]
+            failures.append(failed)
+            told |= {record["row"]: record["reason"] for record in failed}
             unreadable |= slot_of.keys()
             if len(unreadable) > max_bad_share * len(bank):
                 bank.commit(written)
-                raise UserError(
-                    f"{len(unreadable)} of {len(bank)} images cannot be read (listed in {failures.path}), more than "
-                    f"max_bad_share {max_bad_share}: is the disk still mounted? Else mend them, or raise it, and use "
-                    "--resume"
-                )
+                raise too_many_unreadable(len(unreadable), len(bank), failures.path, max_bad_share)
             if number % FLUSH_EVERY == FLUSH_EVERY - 1:
                 bank.commit(written)
                 written = []

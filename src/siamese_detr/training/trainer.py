@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from siamese_detr.detectors.kernels import use_kernels
-from siamese_detr.errors import UserError
+from siamese_detr.errors import UserError, too_many_unreadable
 from siamese_detr.files import write_json
 from siamese_detr.gpu import send
 from siamese_detr.pretext.matching import NonFiniteError
@@ -396,11 +396,7 @@ class BaseTrainer(PersistentTrainer):
             )
         seen = min(self._seen, self.epoch_size)
         if seen >= min(self.epoch_size, 1000) and found > self.settings.max_bad_share * seen:
-            raise UserError(
-                f"{found} of {seen} images cannot be read (listed in {self._skipped_lines().path}), more than "
-                f"max_bad_share {self.settings.max_bad_share}: is the disk still mounted? Else mend them, or raise it, "
-                "and use --resume"
-            )
+            raise too_many_unreadable(found, seen, self._skipped_lines().path, self.settings.max_bad_share)
 
     def _nonfinite(self, losses: list[str], norm: str, terms: Mapping[str, Any]) -> UserError:
         """Save the state before the update and all that is needed to do this step again; what to stop with."""
