@@ -27,7 +27,7 @@ from transformers import LwDetrViTConfig, RfDetrDinov2Config
 from siamese_detr.detectors import FAMILIES, build_detector
 from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.pretext.siamese import SiamesePretext
-from siamese_detr.training.memory import keep_memory
+from siamese_detr.runtime.memory import keep_memory
 
 REGIONS = 10
 VITS = {

@@ -31,9 +31,9 @@ from siamese_detr.proposals.propose import propose
 from siamese_detr.proposals.shard import Row
 from siamese_detr.proposals.store import Selection, StoreSettings
 from siamese_detr.proposals.writer import StoreWriter
+from siamese_detr.runtime.processes import Team
 from siamese_detr.training.pretrain import build
 from siamese_detr.training.pretrain_config import PretrainConfig
-from siamese_detr.training.processes import Team
 from siamese_detr.training.source import Source, find_source
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig, collate
 from siamese_detr.views.augment import prepare

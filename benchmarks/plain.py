@@ -21,9 +21,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou, roi_align
 
-from siamese_detr.detectors import attention, deformable_attention, deformable_detr, detr, layer_norm, layers, linear
+from siamese_detr.detection.boxes import full_precision
+from siamese_detr.detectors import deformable_detr, detr, layers
 from siamese_detr.detectors.adapter import DetectorAdapter
-from siamese_detr.pretext.losses import full_precision
+from siamese_detr.kernels import attention, deformable_attention, layer_norm, linear
 from siamese_detr.pretext.siamese import SiamesePretext
 from siamese_detr.views.batch import ViewInputs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-from siamese_detr.training.journal import JsonLines
+from siamese_detr.runtime.journal import JsonLines
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt

@@ -10,9 +10,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from siamese_detr.detectors import gpu_layers, gpu_linear, gpu_sampling, gpu_stem
-from siamese_detr.pretext import hungarian
-from siamese_detr.views import gpu_photometric
+from siamese_detr.kernels import gpu_assign as hungarian
+from siamese_detr.kernels import gpu_layers, gpu_linear, gpu_photometric, gpu_sampling, gpu_stem
 
 HOPPER = GPUTarget("cuda", 90, 32)
 

@@ -228,7 +228,7 @@ class Case:
             boxes, query_boxes = (data[name].transpose(0, 1) for name in ("box", "box_disturbed"))
         else:
             scale = sizes.flip(1).repeat(1, 2)[None, :, None]
-            boxes = query_boxes = losses.box_corners(data["target_boxes_cxcywh"])[None] * scale
+            boxes = query_boxes = boxes.box_corners(data["target_boxes_cxcywh"])[None] * scale
         return FrozenFeatures(
             maps=[torch.cat([data[f"feat{view}.level{level}"] for view in views]) for level in range(levels)],
             pixel_mask=mask.flatten(0, 1),

@@ -64,7 +64,7 @@ def child(log: str, options: dict[str, Any], env: dict[str, str], kill_at_flush:
 
     from siamese_detr import load_verb
     from siamese_detr.errors import UserError
-    from siamese_detr.training import checkpoint
+    from siamese_detr.runtime import checkpoint
 
     multiprocessing.set_start_method("fork", force=True)  # data workers: as outside, not through another server
     os.environ.update(env)

@@ -31,6 +31,10 @@ UNMASKED = ("rt-detr", "rt-detr-v2", "d-fine", "deimv2", "lw-detr", "rf-detr")
 """Families whose encoder or projector knows no padding mask: the adapters empty the padding, stock models do not."""
 every_detector = pytest.mark.parametrize("case", CASES)
 
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_convolution_pointwise"), reason="this build of PyTorch lacks oneDNN"
+)
+
 
 def tiny_backbone(family: str = "") -> PretrainedConfig:
     """A ResNet, or the ViT that alone fits the family."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 
 from siamese_detr import VERBS, __version__, load_config, load_verb
 from siamese_detr.errors import UserError
-from siamese_detr.training.signals import EXIT_PREEMPTED, Preempted, stoppable
+from siamese_detr.runtime.signals import EXIT_PREEMPTED, Preempted, stoppable
 
 CONTINUED = ("propose", "pretrain", "finetune", "compare")
 """Commands that, started again, go on where they were."""

@@ -1,8 +1,8 @@
 """Stock Hugging Face detectors behind one small interface."""
 
-from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from .backbones import Backbone, resolve_backbone
-from .build import FAMILIES, LoadReport, build_detector, load_detector, plan_detector
+from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from siamese_detr.detectors.backbones import Backbone, resolve_backbone
+from siamese_detr.detectors.build import FAMILIES, LoadReport, build_detector, load_detector, plan_detector
 
 __all__ = [
     "FAMILIES",

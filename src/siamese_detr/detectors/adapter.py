@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import attention, deformable_attention, layer_norm, linear, saving
-from .backbones import Backbone
-from .frozen import FrozenBackbone
-from .functional import level_mask
-from .structures import Decoded, DetectorSize, Memory
+from siamese_detr.detectors import saving
+from siamese_detr.detectors.backbones import Backbone
+from siamese_detr.detectors.functional import level_mask
+from siamese_detr.detectors.structures import Decoded, DetectorSize, Memory
+from siamese_detr.kernels import attention, deformable_attention, layer_norm, linear
+from siamese_detr.kernels.frozen import FrozenBackbone
 
 __all__ = ["Decoded", "DetectorAdapter", "DetectorSize", "Memory"]
 

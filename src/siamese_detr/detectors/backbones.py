@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, PretrainedConfig, TimmBackboneConfig
 
+from siamese_detr.detectors.saving import quiet
+from siamese_detr.detectors.weights import read_weights
 from siamese_detr.errors import UserError
-
-from .saving import quiet
-from .weights import read_weights
 
 log = logging.getLogger(__name__)
 

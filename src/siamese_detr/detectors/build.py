@@ -20,12 +20,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from siamese_detr.detectors import initialise
+from siamese_detr.detectors.adapter import DetectorAdapter, DetectorSize
+from siamese_detr.detectors.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, resolve_backbone
+from siamese_detr.detectors.saving import quiet
 from siamese_detr.errors import UserError
-
-from . import initialise
-from .adapter import DetectorAdapter, DetectorSize
-from .backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, resolve_backbone
-from .saving import quiet
 
 FAMILIES = {
     "detr": "detr:DetrAdapter",

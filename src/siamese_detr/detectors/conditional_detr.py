@@ -7,11 +7,17 @@ import torch
 from torch import Tensor, nn
 from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
 
-from . import initialise
-from .adapter import Decoded, Memory
-from .detr import DetrAdapter
-from .functional import additive_mask, at_least_float32, inverse_sigmoid, padding_mask, sine_embedding
-from .layers import decoder_layer
+from siamese_detr.detectors import initialise
+from siamese_detr.detectors.adapter import Decoded, Memory
+from siamese_detr.detectors.detr import DetrAdapter
+from siamese_detr.detectors.functional import (
+    additive_mask,
+    at_least_float32,
+    inverse_sigmoid,
+    padding_mask,
+    sine_embedding,
+)
+from siamese_detr.detectors.layers import decoder_layer
 
 
 class ConditionalDetrAdapter(DetrAdapter):

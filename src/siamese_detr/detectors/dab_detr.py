@@ -7,9 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DabDetrConfig, DabDetrForObjectDetection, PretrainedConfig
 
-from . import initialise
-from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from .functional import additive_mask, at_least_float32, inverse_sigmoid, padding_mask, sine_embedding
+from siamese_detr.detectors import initialise
+from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from siamese_detr.detectors.functional import (
+    additive_mask,
+    at_least_float32,
+    inverse_sigmoid,
+    padding_mask,
+    sine_embedding,
+)
 
 
 class DabDetrAdapter(DetectorAdapter):

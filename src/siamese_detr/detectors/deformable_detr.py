@@ -12,13 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, PretrainedConfig
 
-from siamese_detr.errors import UserError
-
-from . import initialise
-from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from .deformable_attention import DeformableAttention
-from .dropout import dropout
-from .functional import (
+from siamese_detr.detectors import initialise
+from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from siamese_detr.detectors.functional import (
     additive_mask,
     at_least_float32,
     inverse_sigmoid,
@@ -26,8 +22,11 @@ from .functional import (
     sine_positions,
     valid_ratios,
 )
-from .layers import decoder_layer, encoder_layer
-from .packing import find_packing
+from siamese_detr.detectors.layers import decoder_layer, encoder_layer
+from siamese_detr.errors import UserError
+from siamese_detr.kernels.deformable_attention import DeformableAttention
+from siamese_detr.kernels.dropout import dropout
+from siamese_detr.kernels.packing import find_packing
 
 
 class DeformableDetrAdapter(DetectorAdapter):

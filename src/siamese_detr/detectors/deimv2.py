@@ -11,10 +11,9 @@ from typing import Any
 from torch import nn
 from transformers import Deimv2Config, Deimv2ForObjectDetection, PretrainedConfig, PreTrainedModel
 
+from siamese_detr.detectors.adapter import DetectorSize
+from siamese_detr.detectors.rt_detr import DFineAdapter
 from siamese_detr.errors import UserError
-
-from .adapter import DetectorSize
-from .rt_detr import DFineAdapter
 
 
 class Deimv2Adapter(DFineAdapter):

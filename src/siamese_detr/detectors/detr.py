@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import DetrConfig, DetrForObjectDetection, PretrainedConfig, PreTrainedModel
 
-from . import initialise
-from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from .dropout import dropout
-from .functional import additive_mask, at_least_float32, padding_mask, sine_positions
-from .layers import decoder_layer, encoder_layer
+from siamese_detr.detectors import initialise
+from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from siamese_detr.detectors.functional import additive_mask, at_least_float32, padding_mask, sine_positions
+from siamese_detr.detectors.layers import decoder_layer, encoder_layer
+from siamese_detr.kernels.dropout import dropout
 
 
 class DetrAdapter(DetectorAdapter):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siamese_detr.gpu import send
+from siamese_detr.runtime.gpu import send
 
 
 def at_least_float32(x: Tensor) -> Tensor:

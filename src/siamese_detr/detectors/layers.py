@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .feed_forward import feed_forward
-from .layer_norm import add_norm
+from siamese_detr.kernels.feed_forward import feed_forward
+from siamese_detr.kernels.layer_norm import add_norm
 
 
 def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:

@@ -24,12 +24,11 @@ from transformers import (
     RfDetrForObjectDetection,
 )
 
+from siamese_detr.detectors import initialise
+from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from siamese_detr.detectors.backbones import Backbone
+from siamese_detr.detectors.functional import at_least_float32, level_arguments, spread_tokens, valid_ratios
 from siamese_detr.errors import UserError
-
-from . import initialise
-from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from .backbones import Backbone
-from .functional import at_least_float32, level_arguments, spread_tokens, valid_ratios
 
 
 def refine(boxes: Tensor, deltas: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from transformers import (
     RTDetrV2ForObjectDetection,
 )
 
-from . import initialise
-from .adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from .functional import additive_mask, at_least_float32, constant, level_arguments, spread_tokens
+from siamese_detr.detectors import initialise
+from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from siamese_detr.detectors.functional import additive_mask, at_least_float32, constant, level_arguments, spread_tokens
 
 SIDE = 32
 """Sides of the input must be multiples of this, or the levels of the encoder do not fit on each other."""

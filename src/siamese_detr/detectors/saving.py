@@ -18,7 +18,7 @@ from siamese_detr.errors import UserError
 from siamese_detr.files import TEMPORARY
 
 if TYPE_CHECKING:
-    from .adapter import DetectorAdapter
+    from siamese_detr.detectors.adapter import DetectorAdapter
 
 UNTOUCHED = "what was there is untouched: make room, or see to its permissions, and start again (a run: with --resume)"
 

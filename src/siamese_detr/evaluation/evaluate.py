@@ -20,7 +20,7 @@ from siamese_detr.evaluation.evaluate_config import EvaluateConfig
 from siamese_detr.evaluation.inference import Detector, Job, gather, gather_problems, run
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, read_labels
-from siamese_detr.training.processes import join, lost_process_explained
+from siamese_detr.runtime.processes import join, lost_process_explained
 
 # The same things under PASCAL VOC's and COCO's names.
 SYNONYMS = {

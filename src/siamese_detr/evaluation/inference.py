@@ -26,8 +26,8 @@ from siamese_detr.detectors.saving import quiet
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
-from siamese_detr.training.memory import kept_memory
-from siamese_detr.training.processes import begin_worker, machine_explained
+from siamese_detr.runtime.memory import kept_memory
+from siamese_detr.runtime.processes import begin_worker, machine_explained
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from rich.progress import track
 from rich.table import Table
 
 from siamese_detr.config import verb
-from siamese_detr.cores import usable_cores
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.files import write_json
 from siamese_detr.images.duplicates import Fingerprint, equal_groups, fingerprints, similar_groups
 from siamese_detr.images.labels import DetectionDataset, find_labels, read_labels
 from siamese_detr.images.listing import existing, list_images
 from siamese_detr.images.problems import ACTIONS, MAX_EXAMPLES
+from siamese_detr.runtime.cores import usable_cores
 
 
 @dataclass

@@ -18,8 +18,7 @@ from torch import Tensor
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.weights import read_weights, strip_prefixes
 from siamese_detr.errors import UserError
-
-from .names import resnet_name, table
+from siamese_detr.interchange.names import resnet_name, table
 
 FAMILIES = ("detr", "conditional-detr", "deformable-detr")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError
 from siamese_detr.pretext.base import Pretext, PretextConfig, PretextOutput
 from siamese_detr.pretext.detreg import DetRegConfig, DetRegPretext
 from siamese_detr.pretext.features import FrozenFeatures
-from siamese_detr.pretext.matching import NonFiniteError
 from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
 from siamese_detr.pretext.up_detr import UpDetrConfig, UpDetrPretext
 

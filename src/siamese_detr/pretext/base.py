@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from siamese_detr.detection.matching import MatchCosts, match
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import heads, losses
 from siamese_detr.pretext.features import FrozenFeatures, check_queries, freeze
-from siamese_detr.pretext.matching import MatchCosts, match
 
 if TYPE_CHECKING:
     from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, Memory

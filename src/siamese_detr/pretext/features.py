@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from siamese_detr.detection.boxes import full_precision, normalise_boxes
 from siamese_detr.errors import UserError
-from siamese_detr.pretext.losses import full_precision, normalise_boxes
 
 if TYPE_CHECKING:
     from siamese_detr.detectors.adapter import DetectorAdapter

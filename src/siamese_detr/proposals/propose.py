@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from siamese_detr.config import check_numbers, verb, write_config
-from siamese_detr.cores import usable_cores
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import ImageList, list_images
 from siamese_detr.images.shards import location
@@ -34,6 +33,7 @@ from siamese_detr.proposals.shard import Failure, Row, atomic_file
 from siamese_detr.proposals.store import ProposalStore, StoreSettings, part_name
 from siamese_detr.proposals.worker import Job, Outcome, begin, compute
 from siamese_detr.proposals.writer import StoreWriter
+from siamese_detr.runtime.cores import usable_cores
 
 FAILURES = "failures.txt"
 _CHUNK = 16  # images handed to a worker at a time

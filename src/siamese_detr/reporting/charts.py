@@ -11,8 +11,8 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure as Plot
 
-from siamese_detr.evaluation.plots import COLOURS, DASHES, GRID, INK, STYLE, legend_below, new_axes, whole_numbers
-from siamese_detr.evaluation.summary import Curve
+from siamese_detr.compare.plots import COLOURS, DASHES, GRID, INK, STYLE, legend_below, new_axes, whole_numbers
+from siamese_detr.compare.summary import Curve
 from siamese_detr.reporting.page import Figure
 
 SIZE = (4.8, 3.2)

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from siamese_detr.errors import UserError
-from siamese_detr.evaluation import plots
-from siamese_detr.evaluation.cells import Init, parse_init
-from siamese_detr.evaluation.summary import (
+from siamese_detr.compare import plots
+from siamese_detr.compare.cells import Init, parse_init
+from siamese_detr.compare.summary import (
     CellResult,
     convergence_curves,
     label_curves,
     percent_of,
     summary_table,
 )
+from siamese_detr.errors import UserError
 from siamese_detr.reporting.charts import describe, inline
 from siamese_detr.reporting.page import Block, Figure, Grid, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.runs import AP_EXPLAINED, read_config, what_was_run

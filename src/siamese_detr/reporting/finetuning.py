@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from siamese_detr.compare.plots import COLOURS as SERIES
+from siamese_detr.compare.summary import Curve
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.analysis import (
     NO_ROWS,
@@ -22,16 +24,14 @@ from siamese_detr.evaluation.analysis import (
 from siamese_detr.evaluation.coco import ClassMetrics, Detections
 from siamese_detr.evaluation.evaluate import evaluate_detector
 from siamese_detr.evaluation.inference import Detector
-from siamese_detr.evaluation.plots import COLOURS as SERIES
-from siamese_detr.evaluation.summary import Curve
 from siamese_detr.images.decode import read_image
 from siamese_detr.images.labels import DetectionDataset, LabelledImage, read_labels
 from siamese_detr.reporting.charts import bar_chart, line_chart
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box
 from siamese_detr.reporting.runs import AP_EXPLAINED, located, log_section, read_config, what_was_run
+from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.detection_trainer import best_of
-from siamese_detr.training.journal import JsonLines
 
 IOU = 0.5
 

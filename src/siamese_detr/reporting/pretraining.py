@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from siamese_detr.config import validate
+from siamese_detr.detection.boxes import box_corners
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.images.decode import read_image
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import Pretext
-from siamese_detr.pretext.losses import at_matches, box_corners
+from siamese_detr.pretext.losses import at_matches
 from siamese_detr.proposals.store import ProposalStore, Selection, StoredImage
 from siamese_detr.randomness import seed_torch
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box, Photo
 from siamese_detr.reporting.runs import located, log_section, read_config, what_was_run
-from siamese_detr.training import checkpoint as checkpoints
-from siamese_detr.training.journal import JsonLines
+from siamese_detr.runtime import checkpoint as checkpoints
+from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.pretrain import build
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.views.augment import prepare

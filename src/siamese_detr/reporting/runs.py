@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
+from siamese_detr.compare.summary import Curve
 from siamese_detr.errors import UserError
-from siamese_detr.evaluation.summary import Curve
 from siamese_detr.images.listing import existing
 from siamese_detr.reporting.charts import line_chart
 from siamese_detr.reporting.page import Block, Code, Facts, Grid, Missing, Section
-from siamese_detr.training.journal import JsonLines
+from siamese_detr.runtime.journal import JsonLines
 
 AXES = {"step", "epoch", "seconds"}
 NAMES = {

@@ -14,15 +14,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from siamese_detr.detection.criterion import CriterionConfig, SetCriterion, Targets
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.saving import image_processor
 from siamese_detr.evaluation.evaluate import evaluate_detector
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.files import write_json, write_text
 from siamese_detr.images.labels import DetectionDataset
+from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.compiling import sizes_vary
-from siamese_detr.training.criterion import CriterionConfig, SetCriterion, Targets
-from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.labelled_dataset import EpochBatches, TrainingImages, collate, prepare
 from siamese_detr.training.settings import RunSettings
 from siamese_detr.training.trainer import BaseTrainer

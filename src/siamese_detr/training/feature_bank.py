@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from siamese_detr.errors import UserError, too_many_unreadable
 from siamese_detr.pretext.features import FrozenFeatures
-from siamese_detr.training.journal import JsonLines
-from siamese_detr.training.processes import begin_worker, machine_explained
+from siamese_detr.runtime.journal import JsonLines
+from siamese_detr.runtime.processes import begin_worker, machine_explained
 from siamese_detr.views.two_views import TwoViewDataset, collate
 
 FORMAT = 3

@@ -20,16 +20,16 @@ from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
+from siamese_detr.runtime.journal import JsonLines
+from siamese_detr.runtime.processes import lost_process_explained, meet
+from siamese_detr.runtime.progress import ProgressBar
+from siamese_detr.runtime.rundir import begin, check_place, check_session
+from siamese_detr.runtime.signals import RunLock
 from siamese_detr.training.detection_trainer import DetectionTrainer, best_of
 from siamese_detr.training.finetune_config import FinetuneConfig
-from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.labelled_dataset import TrainingImages
 from siamese_detr.training.optimizer import adamw
-from siamese_detr.training.processes import lost_process_explained, meet
-from siamese_detr.training.progress import ProgressBar
-from siamese_detr.training.rundir import begin, check_place, check_session
 from siamese_detr.training.settings import check_precision, check_trackers
-from siamese_detr.training.signals import RunLock
 from siamese_detr.training.source import checksum
 
 

@@ -235,8 +235,8 @@ class FinetuneConfig:
 
     def settings(self, images: int, evaluates: bool) -> RunSettings:
         """The trainer's part, for a training set of so many images."""
+        from siamese_detr.runtime.processes import default_workers
         from siamese_detr.training.optimizer import lr_factor
-        from siamese_detr.training.processes import default_workers
         from siamese_detr.training.settings import RunSettings
 
         per_epoch = images / self.batch_size

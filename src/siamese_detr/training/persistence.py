@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json
-from siamese_detr.training import checkpoint as checkpoints
-from siamese_detr.training.journal import WindowMeans
+from siamese_detr.runtime import checkpoint as checkpoints
+from siamese_detr.runtime.journal import WindowMeans
 from siamese_detr.training.settings import RunSettings
 
 STATE_KEYS = ["epoch", "global_step", "max_steps", "logging_steps", "save_steps", "eval_steps", "train_batch_size"]

@@ -23,15 +23,15 @@ from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import FrozenFeatures, Pretext, PretextOutput, build_pretext
 from siamese_detr.proposals.store import ProposalStore, Selection, StoreSettings
 from siamese_detr.randomness import seed_torch
+from siamese_detr.runtime.journal import JsonLines
+from siamese_detr.runtime.processes import Team, default_workers, lost_process_explained, meet
+from siamese_detr.runtime.progress import ProgressBar
+from siamese_detr.runtime.rundir import begin, check_place, check_session, sessions
+from siamese_detr.runtime.signals import RunLock
 from siamese_detr.training.compiling import sizes_vary
-from siamese_detr.training.journal import JsonLines
 from siamese_detr.training.optimizer import adamw, lr_factor
 from siamese_detr.training.pretrain_config import VIEWS, PretrainConfig
-from siamese_detr.training.processes import Team, default_workers, lost_process_explained, meet
-from siamese_detr.training.progress import ProgressBar
-from siamese_detr.training.rundir import begin, check_place, check_session, sessions
 from siamese_detr.training.settings import RunSettings, check_batch_size, check_precision, check_trackers
-from siamese_detr.training.signals import RunLock
 from siamese_detr.training.sizes import DROPOUTS, given
 from siamese_detr.training.source import checksum, find_source
 from siamese_detr.training.trainer import BaseTrainer

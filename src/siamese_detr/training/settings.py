@@ -13,9 +13,8 @@ from typing import Any, Protocol
 import transformers
 
 from siamese_detr.errors import UserError
-from siamese_detr.hardware import emulates_bf16
-
-from .processes import on_cpu
+from siamese_detr.runtime.hardware import emulates_bf16
+from siamese_detr.runtime.processes import on_cpu
 
 
 class Batches(Protocol):
@@ -47,7 +46,7 @@ class RunSettings:
         evaluations: calls of :meth:`BaseTrainer.evaluate`, evenly over the run, the last at its end (0: none).
         max_bad_share: largest share of unreadable images that a run tolerates, 0 to 1.
         compile: run the model through ``torch.compile``.
-        use_kernels: compiled kernels where there are some; see :func:`siamese_detr.detectors.kernels.use_kernels`.
+        use_kernels: compiled kernels where there are some; see :func:`siamese_detr.kernels.hub.use_kernels`.
         report_to: further experiment trackers known to Transformers, e.g. ``wandb``.
     """
 

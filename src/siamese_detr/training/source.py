@@ -18,10 +18,10 @@ from transformers import PretrainedConfig
 
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import FrozenFeatures, Pretext
+from siamese_detr.runtime.processes import Team, default_workers
 from siamese_detr.training import feature_bank
 from siamese_detr.training.feature_bank import FeatureBank
 from siamese_detr.training.pretrain_config import PretrainConfig
-from siamese_detr.training.processes import Team, default_workers
 from siamese_detr.views.augment import prepare
 from siamese_detr.views.two_views import TwoViewDataset, collate
 

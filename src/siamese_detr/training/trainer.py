@@ -23,21 +23,21 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from siamese_detr.detectors.kernels import use_kernels
+from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError, too_many_unreadable
 from siamese_detr.files import write_json
-from siamese_detr.gpu import send
-from siamese_detr.pretext.matching import NonFiniteError
+from siamese_detr.kernels.hub import use_kernels
 from siamese_detr.randomness import seed_torch
-from siamese_detr.training import checkpoint as checkpoints
+from siamese_detr.runtime import checkpoint as checkpoints
+from siamese_detr.runtime.gpu import send
+from siamese_detr.runtime.journal import Journal, JsonLines
+from siamese_detr.runtime.memory import kept_memory
+from siamese_detr.runtime.processes import begin_worker, machine_explained
+from siamese_detr.runtime.signals import Locked, Preempted, RunLock, StopRequest
 from siamese_detr.training.ahead import AheadLoader
 from siamese_detr.training.diagnose import watch
-from siamese_detr.training.journal import Journal, JsonLines
-from siamese_detr.training.memory import kept_memory
 from siamese_detr.training.persistence import FIRST, PersistentTrainer
-from siamese_detr.training.processes import begin_worker, machine_explained
 from siamese_detr.training.settings import Batches, RankBatches, RunSettings, check_batch_size, skip
-from siamese_detr.training.signals import Locked, Preempted, RunLock, StopRequest
 
 SHOWN = 10
 """Unreadable images that a process tells of on the screen; all are in ``skipped.jsonl``."""

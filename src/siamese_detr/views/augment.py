@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from siamese_detr.gpu import runs_kernels, send
+from siamese_detr.runtime.gpu import runs_kernels, send
 from siamese_detr.views.batch import ViewBatch, ViewInputs, valid_mask
 from siamese_detr.views.photometric import augment, processing_order
 from siamese_detr.views.photometric_cpu import augment_picture, normalise_into
@@ -189,7 +189,7 @@ def _views_by_kernel(
     images: Tensor, sizes: Tensor, mask: Tensor, parameters: NDArray[np.float32], norm: _Normalise
 ) -> Tensor:
     """All views, each pixel read and written once."""
-    from siamese_detr.views import gpu_photometric
+    from siamese_detr.kernels import gpu_photometric
 
     return gpu_photometric.augment(images.flatten(0, 1), parameters, sizes, norm.mean, norm.std)
 
@@ -198,7 +198,7 @@ def _crops_by_kernel(
     images: Tensor, sizes: Tensor, boxes: Tensor, parameters: NDArray[np.float32], norm: _Normalise, size: int
 ) -> Tensor:
     """All crops cut by RoIAlign, then as the views."""
-    from siamese_detr.views import gpu_photometric
+    from siamese_detr.kernels import gpu_photometric
 
     cut = _cut(images, sizes, boxes, torch.arange(len(parameters), device=images.device), size)
     return gpu_photometric.augment(cut, parameters, sizes.new_full((len(cut), 2), size), norm.mean, norm.std)

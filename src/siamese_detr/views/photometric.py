@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siamese_detr.gpu import send
+from siamese_detr.runtime.gpu import send
 from siamese_detr.views.batch import PHOTOMETRIC
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA = range(len(PHOTOMETRIC))

@@ -1,0 +1,1 @@
+"""The verb ``compare``: the same fine-tuning from several initialisations."""

@@ -1,0 +1,117 @@
+"""The results of a comparison's runs on disk: written as they end, read back by key, summed up in tables and plots."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from siamese_detr.compare import plots
+from siamese_detr.compare.cells import Protocol, Task
+from siamese_detr.compare.schedule import Ended
+from siamese_detr.compare.summary import CellResult, to_csv, to_json, to_markdown
+from siamese_detr.errors import UserError
+from siamese_detr.files import write_json, write_text
+from siamese_detr.runtime.journal import JsonLines
+
+RESULT = "result.json"
+METRIC = "AP"
+"""What table and plots show."""
+
+
+def finished(task: Task) -> bool:
+    """Whether the task's result is there, under its present key."""
+    return read_json(task.run / RESULT).get("status") == "done"
+
+
+def conclude(task: Task, ended: Ended, protocol: Protocol) -> None:
+    """Write a task's result: in its run if it is done, and for a cell always beside it.
+
+    Raises:
+        UserError: the run ended well, but has no metrics.
+    """
+    record: dict[str, Any] = {
+        "key": task.key,
+        "status": ended.outcome,
+        "reason": ended.reason,
+        "seconds": round(ended.seconds, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "run": str(task.run.relative_to(protocol.out)),
+        "verb": task.verb,
+        "configuration": dict(task.options),
+    }
+    if task.cell:
+        record |= dict(zip(("init", "fraction", "seed"), task.cell, strict=True))
+        record["images"] = protocol.counts[task.cell[1:]]
+    if ended.outcome == "done":
+        if task.cell:
+            record |= harvest(task.run)
+        write_json(task.run / RESULT, record)
+    if task.cell:
+        if ended.outcome == "done":  # checkpoints serve to continue
+            shutil.rmtree(task.run / "checkpoints", ignore_errors=True)
+        write_json(task.folder / RESULT, record)
+
+
+def harvest(run: Path) -> dict[str, Any]:
+    """What a fine-tuning measured: best and last metrics, and the history of evaluations."""
+    metrics = read_json(run / "metrics.json")
+    if not metrics:
+        raise UserError(f"{run} has no metrics.json: it measured nothing")
+    history = JsonLines(run / "history.jsonl").read()
+    return {
+        "best": numbers(metrics["best"]),
+        "last": numbers(metrics["last"]),
+        "history": [{"epoch": record["epoch"], "step": record["step"]} | numbers(record) for record in history],
+    }
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """COCO's overall numbers of an evaluation's record."""
+    return {k: v for k, v in record.items() if k.startswith(("AP", "AR")) and (v is None or isinstance(v, int | float))}
+
+
+def read_cell(task: Task, evaluation: str = "last") -> CellResult:
+    """The result of a cell under its present key, or that it is missing."""
+    assert task.cell is not None
+    record = read_json(task.run / RESULT) or read_json(task.folder / RESULT)
+    if record.get("key") != task.key:
+        return CellResult(*task.cell, key=task.key)
+    return CellResult(
+        *task.cell,
+        key=task.key,
+        status=record["status"],
+        reason=record["reason"],
+        metrics=record.get(evaluation, {}),
+        history=record.get("history", []),
+        images=record.get("images"),
+        seconds=record["seconds"],
+        run=record["run"],
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none, or none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_tables(out: Path, cells: Sequence[CellResult]) -> None:
+    """Write table.md, table.csv and results.json of what is done so far."""
+    write_text(out / "table.md", to_markdown(cells, METRIC))
+    write_text(out / "table.csv", to_csv(cells))
+    write_json(out / "results.json", to_json(cells, METRIC))
+
+
+def write_plots(out: Path, cells: Sequence[CellResult]) -> None:
+    """Write the plots of what is done so far, each as SVG and PNG."""
+    if (figure := plots.label_plot(cells, METRIC)) is not None:
+        plots.save(figure, out / "ap-against-labels")
+    for fraction, figure in plots.convergence_plots(cells, METRIC).items():
+        plots.save(figure, out / f"convergence-{fraction:g}")

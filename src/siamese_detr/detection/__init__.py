@@ -1,0 +1,1 @@
+"""Boxes, matching and criteria: what pre-training and fine-tuning share."""

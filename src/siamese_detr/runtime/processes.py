@@ -1,0 +1,145 @@
+"""The processes of a run, on one machine or many."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from siamese_detr.errors import UserError
+from siamese_detr.runtime.cores import usable_cores
+from siamese_detr.runtime.memory import hand_back_memory
+from siamese_detr.runtime.signals import ignore_signals
+
+DEATH_HEARD = 1.0
+"""Seconds within which the main process hears of the death of a data process whose connection broke off."""
+
+
+class Team:
+    """The processes of this run.
+
+    Args:
+        state: Accelerate's.
+    """
+
+    def __init__(self, state: PartialState) -> None:
+        self.state, self.main = state, state.is_main_process
+        self.rank, self.size = state.process_index, state.num_processes
+        # A group of its own: the default one gives up after minutes, and computing proposals may take days.
+        self._group: Any = None
+        if self.size > 1:
+            with lost_process_explained():
+                self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier(self._group)
+
+
+def begin_worker(worker: int) -> None:
+    """A data process's ``worker_init_fn``."""
+    ignore_signals()
+    hand_back_memory()  # unlike the process it comes from: of a large picture, there are many of them
+
+
+def on_cpu(device: str) -> bool:
+    """Whether a run computes on the CPU: it is to, or there is no accelerator."""
+    return device == "cpu" or not torch.accelerator.is_available()
+
+
+def join(device: str) -> bool:
+    """Meet the other processes, if a launcher (torchrun, accelerate launch) started several; whether this is the main.
+
+    Args:
+        device: ``cpu``, or anything else for the accelerators, if there are any.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    return meet(device).is_main_process
+
+
+def meet(device: str) -> PartialState:
+    """Accelerate's state, for which the processes look for each other; `device` as in :func:`join`."""
+    with lost_process_explained():
+        return PartialState(cpu=on_cpu(device))
+
+
+@contextlib.contextmanager
+def lost_process_explained() -> Iterator[None]:
+    """Turn the failure of a collective operation, which is how a process learns that another has ended, into one line.
+
+    The process that ended, or whoever killed it, has said why; the launcher ends what still runs.
+
+    Raises:
+        UserError: in place of the communication library's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL's errors have a type; gloo's are told by the source file they name.
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).splitlines()[0].rpartition("] ")[2].split(" This is ")[0]
+        raise UserError(
+            f"another process of this run ended or cannot be reached ({reason[:150]}): its own message, if it had time "
+            "for one, tells why; checkpoints are intact, continue with --resume"
+        ) from error
+
+
+@contextlib.contextmanager
+def machine_explained(then: str) -> Iterator[None]:
+    """Turn what machines do to long runs into one line each.
+
+    Args:
+        then: what to do when that is mended.
+
+    Raises:
+        UserError: memory ended, a data process was killed, nothing could be compiled, or the operating system refused.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of memory on the accelerator: raise accumulate, lower batch_size or the images' size, use bf16 or "
+            f"checkpoint_activations, and {then}"
+        ) from error
+    # A data process that was killed while it handed a batch over shows as a connection that breaks off.
+    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
+        if "can't allocate memory" in str(error):  # PyTorch's words for the host's
+            raise UserError(
+                f"out of memory: raise accumulate, lower batch_size, workers or the images' size, and {then}"
+            ) from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            said = " ".join(str(error).strip().split("\n\n")[0].split())[:300]
+            raise UserError(
+                f"torch.compile failed ({said}): give it what it misses or leave out compile, and {then}"
+            ) from error
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        reason: Exception = error
+        if isinstance(error, ConnectionError | EOFError):
+            # PyTorch raises what the signal of its death says wherever the main process then is: better here than in
+            # the middle of cleaning up.
+            try:
+                time.sleep(DEATH_HEARD)
+            except RuntimeError as death:
+                reason = death
+        raise UserError(
+            f"a data process ended ({' '.join(str(reason).split())[:200] or 'out of memory'}): if memory ran out, "
+            f"lower workers; {then}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{error}; mend that and {then}") from error
+
+
+def default_workers() -> int:
+    """All cores but one, shared by the processes of this machine, at most 8."""
+    return max(1, min(8, (usable_cores() - 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

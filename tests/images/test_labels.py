@@ -1,0 +1,447 @@
+"""Reading labels: the three forms agree, faults are counted or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import textured
+from label_files import write_voc, write_yolo
+from siamese_detr.errors import UserError
+from siamese_detr.images import DetectionDataset, read_labels
+from siamese_detr.images.check import check
+
+
+def kinds(dataset: DetectionDataset) -> dict[str, int]:
+    return {problem.kind: problem.count for problem in dataset.problems}
+
+
+def edited(path: Path, edit: Callable[[dict], object]) -> Path:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def assert_same_labels(a: DetectionDataset, b: DetectionDataset, tolerance: float = 0) -> None:
+    assert a.class_names == b.class_names
+    assert [i.path.name for i in a.images] == [i.path.name for i in b.images]
+    for one, other in zip(a.images, b.images, strict=True):
+        assert (one.width, one.height) == (other.width, other.height)
+        np.testing.assert_allclose(one.boxes, other.boxes, atol=tolerance)
+        np.testing.assert_array_equal(one.classes, other.classes)
+
+
+def test_coco(coco: Path, photos: Path) -> None:
+    dataset = read_labels(coco)
+    assert dataset.class_names == ["cat", "dog"]
+    assert dataset.category_ids == [3, 7]
+    assert [image.id for image in dataset.images] == [10, 11, 12, 13, 14, 15]
+    image = dataset.images[1]
+    assert image.path == photos / "1.jpg"
+    assert image.path.is_absolute()
+    assert (image.width, image.height) == (160, 120)
+    assert image.boxes.tolist() == [[10, 25, 50, 55], [15, 25, 55, 55]]
+    assert image.classes.tolist() == [1, 0]
+    assert (image.boxes.dtype, image.classes.dtype, image.crowd.dtype) == (np.float32, np.int64, bool)
+    assert not image.crowd.any()
+    assert dataset.problems == []
+    assert dataset.class_counts().tolist() == [[6, 6], [3, 3]]
+
+
+def test_the_three_forms_agree(coco: Path, tmp_path: Path) -> None:
+    edited(coco, lambda c: c["annotations"][0].update(iscrowd=1))
+    dataset = read_labels(coco)
+    voc = write_voc(tmp_path / "voc", dataset)
+    yolo = write_yolo(tmp_path / "yolo", dataset)
+    assert_same_labels(dataset, read_labels(voc))
+    assert [i.crowd.tolist() for i in dataset.images] == [i.crowd.tolist() for i in read_labels(voc).images]
+    first, last = dataset.take(1), dataset.take(1)
+    first.images, last.images = dataset.images[:4], dataset.images[4:]
+    for train, val in (
+        (read_labels(voc, split="train"), read_labels(voc, split="val")),
+        (read_labels(voc / "ImageSets/Main/train.txt"), read_labels(voc / "ImageSets/Main/val.txt")),
+        (read_labels(yolo), read_labels(yolo, split="val")),
+        (read_labels(yolo), read_labels(yolo, default_split="val")),
+        (read_labels(yolo.parent, split="train"), read_labels(yolo.parent, split="val")),
+    ):
+        assert_same_labels(first, train, 1e-3)
+        assert_same_labels(last, val, 1e-3)
+    assert_same_labels(dataset, read_labels(voc, images=str(coco.parent / "photos")))
+
+
+def test_round_trip_through_coco(coco: Path, tmp_path: Path) -> None:
+    edited(coco, lambda c: c["annotations"][0].update(iscrowd=1, area=77.5))
+    dataset = read_labels(coco)
+    for original in (False, True):
+        content = dataset.to_coco(original_ids=original)
+        assert [c["id"] for c in content["categories"]] == ([3, 7] if original else [0, 1])
+        path = coco.parent / "again.json"
+        path.write_text(json.dumps(content))
+        again = read_labels(path, images=str(dataset.root))
+        assert again.images[0].areas.tolist() == [77.5]
+        assert again.images[0].crowd.tolist() == [True]
+        assert_same_labels(dataset, again)
+        assert [i.id for i in again.images] == [i.id for i in dataset.images]
+
+
+def test_faulty_boxes_are_dropped_or_clipped_and_counted(coco: Path) -> None:
+    faults = {
+        "malformed box": [
+            None,
+            "box",
+            [1, 2, 3],
+            [1, 2, 3, "4"],
+            [1, 2, math.nan, 4],
+            [1, 2, 3, math.inf],
+            [True] * 4,
+            {"x": 1},
+        ],
+        "box of zero size": [[5, 5, 0, 10], [5, 5, 10, -3]],
+        "box outside the image": [[500, 5, 10, 10], [-50, -50, 20, 20]],
+        "box partly outside the image": [[-10, 100, 1000, 1000]],
+    }
+
+    faults["malformed box"].append([1, 2, 3, 10**400])
+
+    def edit(content: dict) -> None:
+        common = {"image_id": 11, "category_id": 3}
+        content["annotations"] += [{**common, "bbox": box} for boxes in faults.values() for box in boxes]
+        content["annotations"] += [
+            {"image_id": i, "category_id": 3, "bbox": [1, 1, 9, 9]} for i in (99, None, [], "11")
+        ]
+        content["annotations"] += [{"image_id": 11, "category_id": i, "bbox": [1, 1, 9, 9]} for i in (4, None, {}, "3")]
+        content["annotations"] += [{"bbox": [1, 1, 9, 9]}, 17]
+        content["annotations"] += [{**common, "bbox": [0.2, 0, 160.4, 120.9]}]  # rounding, clipped without a word
+
+    dataset = read_labels(edited(coco, edit))
+    assert kinds(dataset) == {
+        "malformed box": len(faults["malformed box"]) + 1,
+        "box of zero size": 2,
+        "box outside the image": 2,
+        "box partly outside the image": 1,
+        "box of an unknown image": 5,
+        "box of an unknown class": 4,
+    }
+    assert dataset.images[1].boxes[2:].tolist() == [[0, 100, 160, 120], [np.float32(0.2), 0, 160, 120]]
+    for problem in dataset.problems:
+        assert problem.action
+        assert 1 <= len(problem.examples) <= 5
+        assert problem.kind in str(problem)
+
+
+def test_duplicate_ids(coco: Path) -> None:
+    def edit(content: dict) -> None:
+        content["images"].append(dict(content["images"][0]))  # harmless: the same entry again
+        content["images"].append({"id": 11, "file_name": "photos/5.jpg"})  # whose are the boxes of 11?
+        first = content["annotations"][0]
+        content["annotations"] += [dict(first), {**first, "bbox": [1, 2, 30, 40]}]
+
+    dataset = read_labels(edited(coco, edit))
+    assert [image.id for image in dataset.images] == [10, 12, 13, 14, 15]
+    assert kinds(dataset)["duplicate image id"] == 2
+    assert kinds(dataset)["repeated box"] == 1
+    assert kinds(dataset)["duplicate annotation id"] == 1
+    assert len(dataset.images[0].boxes) == 2
+    ids = [annotation["id"] for annotation in dataset.to_coco()["annotations"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_faulty_images_are_left_out(coco: Path, photos: Path) -> None:
+    (photos / "1.jpg").unlink()
+    (photos / "2.jpg").write_bytes(b"broken")
+
+    def edit(content: dict) -> None:
+        for entry in content["images"]:
+            del entry["width"]
+        content["images"][3].update(width="160", height=None)
+        content["images"] += [{"id": 50}, {"file_name": "photos/0.jpg"}, 3, {"id": 51, "file_name": "\0"}, {"id": []}]
+
+    dataset = read_labels(edited(coco, edit))
+    assert kinds(dataset) == {"malformed image entry": 5, "missing image": 1, "unreadable image": 1}
+    assert [(i.id, i.width, i.height) for i in dataset.images] == [
+        (10, 120, 160),
+        (13, 120, 160),
+        (14, 160, 120),
+        (15, 160, 120),
+    ]
+
+
+def test_many_images_of_one_folder_are_looked_up_together(tmp_path: Path) -> None:
+    entries = [{"id": n, "file_name": f"{n}.jpg", "width": 10, "height": 10} for n in range(400)]
+    for entry in entries[::2]:
+        (tmp_path / entry["file_name"]).touch()
+    boxes = [{"image_id": n, "category_id": 1, "bbox": [1, 1, 5, 5]} for n in range(400)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"images": entries, "annotations": boxes, "categories": [{"id": 1, "name": "x"}]}))
+    dataset = read_labels(path)
+    assert [i.id for i in dataset.images] == list(range(0, 400, 2))
+    assert kinds(dataset) == {"missing image": 200}
+
+
+def test_string_image_ids_are_numbered_anew(coco: Path) -> None:
+    def edit(content: dict) -> None:
+        for entry in content["images"]:
+            entry["id"] = f"image {entry['id']}"
+        for entry in content["annotations"]:
+            entry["image_id"] = f"image {entry['image_id']}"
+
+    dataset = read_labels(edited(coco, edit))
+    assert [i.id for i in dataset.images] == [1, 2, 3, 4, 5, 6]
+    assert sum(len(i.boxes) for i in dataset.images) == 9
+
+
+def test_repeated_class_names_stay_apart(coco: Path) -> None:
+    dataset = read_labels(edited(coco, lambda c: c["categories"].append({"id": 0, "name": "cat"})))
+    assert dataset.class_names == ["cat", "cat 3", "dog"]
+    assert dataset.images[0].classes.tolist() == [1]
+    dataset = read_labels(
+        edited(coco, lambda c: c["categories"].extend([{"id": 0, "name": "cat"}, {"id": 9, "name": "cat 3"}]))
+    )
+    assert len(set(dataset.class_names)) == 4
+    assert "cat 3" in dataset.class_names  # whose name it is
+
+
+def test_chosen_classes(coco: Path) -> None:
+    dataset = read_labels(coco, class_names=["dog", "bird"])
+    assert dataset.class_names == ["dog", "bird"]
+    assert dataset.class_counts()[:, 0].tolist() == [3, 0]
+    assert kinds(dataset) == {"box of an unknown class": 6}
+    assert len(set(dataset.category_ids)) == 2
+    assert dataset.category_ids[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.pop("images"), "no list 'images'"),
+        (lambda c: c.pop("annotations"), "no list 'annotations'"),
+        (lambda c: c.update(categories=None), "no list 'categories'"),
+        (lambda c: c.update(categories=[]), "names no class"),
+        (lambda c: c.update(categories=[{"id": "a"}, {"name": "b"}, 4]), "names no class"),
+        (lambda c: c["categories"].append({"id": 3, "name": "cow"}), "'cat' and 'cow'"),
+        (lambda c: c.update(images=[]), "no usable image"),
+        (lambda c: c.update(annotations=[]), "no usable box in 6 images"),
+        (lambda c: [a.update(bbox=None) for a in c["annotations"]], "no usable box .*malformed box: 9"),
+        (
+            lambda c: [a.update(bbox=[v / 200 for v in a["bbox"]]) for a in c["annotations"] if len(a["bbox"]) == 4],
+            "not shares",
+        ),
+        (lambda c: [i.update(file_name="x" + i["file_name"]) for i in c["images"]], "none of its images"),
+    ],
+)
+def test_unusable_coco(coco: Path, edit: Callable[[dict], object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read_labels(edited(coco, edit))
+    assert "labels.json" in str(caught.value)
+
+
+def test_not_labels(tmp_path: Path, photos: Path) -> None:
+    for content in ("", "{", "[1, 2]", '"text"'):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(UserError, match=r"a\.json"):
+            read_labels(tmp_path / "a.json")
+    for path in (photos, photos / "0.jpg"):
+        with pytest.raises(UserError, match="no known labels"):
+            read_labels(path)
+    with pytest.raises(UserError, match="does not exist"):
+        read_labels(tmp_path / "b.json")
+    (tmp_path / "b.json").touch()
+    with pytest.raises(UserError, match=r"several label files.*a\.json, b\.json"):
+        read_labels(tmp_path)
+
+
+def test_take_is_nested_covering_and_reproducible(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    entries, boxes = [], []
+    for n in range(300):
+        entries.append({"id": n, "file_name": f"{n}.jpg", "width": 10, "height": 10})
+        (tmp_path / f"{n}.jpg").touch()
+        for class_ in {int(random.geometric(0.4)), int(random.geometric(0.4))} if n % 5 else ():
+            boxes.append({"image_id": n, "category_id": min(class_, 9), "bbox": [1, 1, 5, 5]})
+    boxes.append({"image_id": 17, "category_id": 10, "bbox": [1, 1, 5, 5], "iscrowd": 1})
+    categories = [{"id": i, "name": f"class {i}"} for i in range(1, 12)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"images": entries, "annotations": boxes, "categories": categories}))
+    dataset = read_labels(path)
+    existing = {c for image in dataset.images for c in image.classes.tolist()}
+    assert len(existing) == 10
+    for seed in range(5):
+        before: set[int] = set()
+        for fraction in (1e-9, 0.01, 0.05, 0.1, 0.5, 1):
+            part = dataset.take(fraction, seed)
+            ids = [image.id for image in part.images]
+            assert ids == sorted(ids)
+            assert before <= set(ids)
+            assert len(ids) == round(300 * fraction) or len(ids) <= 10
+            assert {c for image in part.images for c in image.classes.tolist()} == existing
+            assert [image.id for image in dataset.take(fraction, seed).images] == ids
+            before = set(ids)
+        assert before == set(range(300))
+    assert dataset.take(0.5, 0).images[0].boxes is not None
+    assert [i.id for i in dataset.take(0.5, 0).images] != [i.id for i in dataset.take(0.5, 1).images]
+    for fraction in (0, -1, 1.5, math.nan):
+        with pytest.raises(UserError, match="fraction"):
+            dataset.take(fraction)
+    with pytest.raises(UserError, match="seed"):
+        dataset.take(0.5, -1)
+
+
+def test_voc_details(coco: Path, tmp_path: Path) -> None:
+    voc = write_voc(tmp_path / "voc", read_labels(coco))
+    annotations = voc / "Annotations"
+    (annotations / "0.xml").write_text(
+        "<annotation><filename>renamed.png</filename><size><width>0</width><height>0</height></size>"
+        "<object><name>zebra</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>120</xmax><ymax>160</ymax></bndbox></object>"
+        "<object><name>zebra</name><bndbox><xmin>nan</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+        "<object><name></name></object><object/></annotation>"
+    )
+    (annotations / "1.xml").write_text("<annotation><object>")
+    (annotations / "2.xml").write_text(
+        '<!DOCTYPE a [<!ENTITY b "boom"><!ENTITY c "&b;&b;">]><annotation><filename>&c;</filename></annotation>'
+    )
+    (annotations / "3.xml").write_bytes(b"\xff\xfe<\0a\0")
+    dataset = read_labels(voc)
+    assert kinds(dataset) == {"unreadable label file": 3, "malformed box": 3}
+    assert any("DOCTYPE" in example for problem in dataset.problems for example in problem.examples)
+    assert dataset.class_names == ["cat", "dog", "zebra"]
+    # The picture of the same name stands in for the missing one, its own size for the zeros.
+    assert (dataset.images[0].path.name, dataset.images[0].width, dataset.images[0].height) == ("0.jpg", 120, 160)
+    assert dataset.images[0].boxes.tolist() == [[0, 0, 120, 160]]
+    # The classes are the folder's, whatever the split: train and val agree.
+    assert read_labels(voc, split="val").class_names == ["cat", "dog", "zebra"]
+    with pytest.raises(UserError, match=r"splits are train, val"):
+        read_labels(voc, split="test")
+    (voc / "ImageSets/Main/alien.txt").write_text("000001\n")
+    with pytest.raises(UserError, match="none of the images of split 'alien'"):
+        read_labels(voc, split="alien")
+    for year in ("VOC2007", "VOC2012"):
+        (tmp_path / "VOCdevkit" / year / "Annotations").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"VOC folders: name one \(VOC2007, VOC2012\)"):
+        read_labels(tmp_path / "VOCdevkit")
+    (voc / "JPEGImages").rename(voc / "elsewhere")
+    with pytest.raises(UserError, match="JPEGImages"):
+        read_labels(voc)
+
+
+def test_yolo_details(coco: Path, tmp_path: Path) -> None:
+    path = write_yolo(tmp_path / "yolo", read_labels(coco), names={7: "dog", 3: "cat"})
+    labels = tmp_path / "yolo/labels/train"
+    (labels / "0.txt").write_text(
+        "3 0.5 0.5 0.5 0.5\n\n7 0.1 0.1 0.5 0.1 0.5 0.6 0.2 0.3\n3 0.5 0.5 0.5 0.5\n3 0.5 0.5\n"
+        "3.5 .5 .5 .1 .1\nx 1 1 1 1\n3 nan 0.5 0.5 0.5\n4 0.5 0.5 0.5 0.5\n3 1.0 0.5 0.5 0.5\n"
+        "3 1.5 0.5 0.5 0.5\n3 0.5 0.5 0 0.5\n"
+    )
+    (labels / "1.txt").unlink()
+    (labels / "2.txt").write_bytes(b"\xff\xfe\x80")
+    (labels / "3.txt").write_text("")
+    dataset = read_labels(path)
+    assert dataset.class_names == ["cat", "dog"]
+    assert dataset.category_ids == [3, 7]
+    assert [i.path.name for i in dataset.images] == ["0.jpg", "1.jpg", "3.jpg"]
+    boxes = dataset.images[0].boxes
+    np.testing.assert_allclose(boxes, [[30, 40, 90, 120], [12, 16, 60, 96], [90, 40, 120, 120]], atol=1e-4)
+    assert dataset.images[0].classes.tolist() == [0, 1, 0]
+    assert kinds(dataset) == {
+        "malformed box": 4,
+        "repeated box": 1,
+        "box of an unknown class": 1,
+        "box partly outside the image": 1,
+        "box outside the image": 1,
+        "box of zero size": 1,
+        "missing label file": 1,
+        "unreadable label file": 1,
+    }
+
+
+def test_what_is_not_listed_of_yolo_images_is_told(coco: Path, tmp_path: Path) -> None:
+    path = write_yolo(tmp_path / "yolo", read_labels(coco))
+    (tmp_path / "yolo/images/train/more").symlink_to("more")
+    (problem,) = read_labels(path).problems
+    assert (problem.kind, problem.count) == ("images not listed", 1)
+    assert "train/more: Too many levels of symbolic links" in problem.examples[0]
+
+
+def test_yolo_paths(coco: Path, tmp_path: Path) -> None:
+    expected = read_labels(write_yolo(tmp_path / "yolo", read_labels(coco)))
+    names = "names: [cat, dog]\n"
+    lists = "".join(f"./images/train/{n}.jpg\n" for n in range(4))
+    (tmp_path / "yolo/train.txt").write_text(lists)
+    (tmp_path / "config").mkdir()
+    for folder, content in {
+        "yolo": "train: ../images/train\n",  # as some exporters write it
+        "config": "path: ../yolo\ntrain: images/train\n",
+        "": f"path: {tmp_path}/yolo\ntrain: [images/train]\n",
+        "yolo/images": "train: train\n",
+        "yolo/": "train: train.txt\n",
+    }.items():
+        path = tmp_path / folder / "some.yaml"
+        path.write_text(names + content)
+        assert_same_labels(expected, read_labels(path))
+    beside = tmp_path / "beside"  # no folder called images: labels lie beside the pictures
+    beside.mkdir()
+    textured(0).save(beside / "a.jpg")
+    (beside / "a.txt").write_text("1 0.5 0.5 0.5 0.5")
+    (tmp_path / "beside.yaml").write_text(names + "train: beside\n")
+    assert len(read_labels(tmp_path / "beside.yaml").images[0].boxes) == 1
+
+
+BOMB = "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 31))  # a billion leaves
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "not valid YAML"),
+        ("", "no 'names'"),
+        ("a: 1", "no 'names'"),
+        ("names: []\ntrain: images/train", "'names' must be"),
+        ("names: cat\ntrain: images/train", "'names' must be"),
+        ("names: [cat, cat]\ntrain: images/train", "'names' must be"),
+        ("names: [cat, [dog]]\ntrain: images/train", "'names' must be"),
+        ("names: {a: b}\ntrain: images/train", "'names' must be"),
+        ("names: [cat]\nval: images/val", "no split 'train': it has val"),
+        ("names: [cat]\ntrain: 5", "must name a folder"),
+        ("names: [cat]\ntrain: nowhere", "does not exist"),
+        ("names: [cat]\ntrain: pictures", "no image in"),
+        ("names: !!python/object/apply:os.system ['true']\ntrain: images/train", "not valid YAML"),
+        ("names: [cat]\ntrain: images/unlabelled", "has a label file"),
+        ("names: &a [*a]\ntrain: images/train", "'names' must be"),
+        (BOMB + "names: *a30\ntrain: images/train", "'names' must be"),
+    ],
+)
+def test_unusable_yolo(coco: Path, tmp_path: Path, content: str, message: str) -> None:
+    root = write_yolo(tmp_path / "yolo", read_labels(coco)).parent
+    (root / "pictures").mkdir()
+    (root / "images/unlabelled").mkdir()
+    textured(0).save(root / "images/unlabelled/a.jpg")
+    (root / "data.yaml").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_labels(root / "data.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_size_in_the_labels_is_named(coco: Path) -> None:
+    """A COCO JSON that gives another size than the picture has: boxes that leave it are kept where the picture has
+    room for them, and the cause is told where it has not."""
+    content = json.loads(coco.read_text())
+    for n in range(3):
+        content["images"][n].update(width=30, height=30)  # boxes begin at (10, 20 + 5 n), 40x30 pixels
+    content["annotations"].append({"id": 90, "image_id": 12, "category_id": 3, "bbox": [500, 500, 10, 10]})
+    coco.write_text(json.dumps(content))
+    dataset = read_labels(coco)
+    found = {problem.kind: problem for problem in dataset.problems}
+    assert found["wrong size in the labels"].count == 2
+    assert "0.jpg: 30x30, the picture is 120x160" in found["wrong size in the labels"].examples[0]
+    assert found["size differs from the picture's"].count == 1
+    assert "2.jpg: 30x30, the picture is 160x120" in found["size differs from the picture's"].examples[0]
+    assert [(image.width, image.height) for image in dataset.images[:3]] == [(120, 160), (160, 120), (30, 30)]
+    assert dataset.images[0].boxes.tolist() == [[10, 20, 50, 50]]
+    assert found["box outside the image"].count == 2
+    report = check(str(coco))
+    assert {("data", kind) for kind in found} <= {(finding.where, finding.kind) for finding in report.findings}

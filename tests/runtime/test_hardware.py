@@ -1,0 +1,78 @@
+"""What is said of this machine's processors is what they do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from siamese_detr.runtime import hardware
+from siamese_detr.runtime.hardware import emulates_bf16, prefers_onednn
+from siamese_detr.training import settings
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    prefers_onednn.cache_clear()
+    yield
+    prefers_onednn.cache_clear()
+
+
+@needs_onednn
+def test_bf16_is_emulated_where_onednn_cannot_compute_in_it() -> None:
+    x, weight = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(2, 8, dtype=torch.bfloat16)
+    try:
+        torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    except RuntimeError:
+        assert emulates_bf16("cpu")
+    else:
+        assert not emulates_bf16("cpu")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_emulated_by_gpus_without_it(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not emulates_bf16("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or supported)
+    assert emulates_bf16("cuda") != supported
+
+
+@pytest.mark.parametrize(
+    ("maker", "flags", "preferred"),
+    [("AuthenticAMD", "avx2 avx512f", True), ("AuthenticAMD", "avx2", False), ("GenuineIntel", "avx2 avx512f", False)],
+)
+@needs_onednn
+def test_onednn_is_preferred_on_amd_processors_with_wide_vectors_only(
+    maker: str, flags: str, preferred: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {maker}\nflags : fpu {flags} aes\n")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert prefers_onednn() == preferred
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "main", "said"),
+    [
+        ("bf16", "cpu", True, "use precision fp32"),
+        ("bf16", "cuda", True, "use precision fp16"),
+        ("bf16", "cpu", False, None),
+        ("fp32", "cpu", True, None),
+    ],
+)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_run_in_an_emulated_precision_says_that_it_is_slow(
+    precision: str, device: str, main: bool, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "on_cpu", lambda device: device == "cpu")
+    monkeypatch.setattr(settings, "emulates_bf16", lambda asked: asked == device)
+    with pytest.warns(UserWarning, match=said) if said else contextlib.nullcontext():
+        settings.check_precision(precision, device, main)
+    monkeypatch.setattr(settings, "emulates_bf16", lambda asked: False)
+    settings.check_precision(precision, device, main)

@@ -1,0 +1,366 @@
+"""Fine-tuning: it learns, continues exactly, keeps what was pre-trained, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForObjectDetection
+
+from siamese_detr.config import read_sources, recipe_names, validate
+from siamese_detr.detectors.build import build_detector
+from siamese_detr.errors import UserError
+from siamese_detr.evaluation.inference import Detector
+from siamese_detr.runtime.signals import Preempted
+from siamese_detr.training.finetune import finetune
+from siamese_detr.training.finetune_config import FinetuneConfig
+from tiny_finetuning import CLASSES, QUICK, TINY, learned, write_scenes
+
+HEAD = ("class_labels_classifier", "class_embed")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines(run / "log.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory) -> str:
+    return str(write_scenes(tmp_path_factory.mktemp("data") / "scenes", 6))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """What a pre-training run leaves: a detector with one nameless class, inside a run directory."""
+    run = tmp_path_factory.mktemp("pretrained")
+    build_detector("conditional-detr", "random:efficientnet-lite0", seed=3, **TINY).save(run / "detector")
+    return run
+
+
+def test_it_learns():
+    result, _ = learned()
+    history = [loss for _, loss, _ in losses(result.out)]
+    assert sum(history[-5:]) < 0.5 * sum(history[:5])
+    assert result.metrics["AP50"] > 0.1
+    assert result.metrics["AP"] == max(record["AP"] for record in result.history)
+    assert [record["step"] for record in result.history] == [30, 60]
+    metrics = json.loads((result.out / "metrics.json").read_text())
+    assert metrics["best"]["AP"] == result.metrics["AP"]
+    assert [row["name"] for row in metrics["last"]["classes"]] == list(CLASSES)
+    assert lines(result.out / "history.jsonl") == result.history
+
+
+def test_the_detector_knows_its_classes_and_size():
+    result, _ = learned()
+    for name in ("best", "last"):
+        model = AutoModelForObjectDetection.from_pretrained(result.out / name)
+        assert model.config.id2label == dict(enumerate(CLASSES))
+        processor = json.loads((result.out / name / "preprocessor_config.json").read_text())
+        assert {k: v for k, v in processor["size"].items() if v} == {"height": 96, "width": 96}
+
+
+def test_a_frozen_backbone_stays_as_it_was():
+    result, _ = learned()
+    trained = load_file(result.out / "last" / "model.safetensors")
+    fresh = build_detector("conditional-detr", "efficientnet-lite0", num_labels=2, seed=0, **TINY).model.state_dict()
+    backbone = [name for name in trained if ".backbone." in name or "backbone" in name.split(".")]
+    assert len(backbone) > 100
+    differing = [name for name in fresh if name in trained and not torch.equal(fresh[name], trained[name])]
+    assert differing
+    assert not set(differing) & set(backbone)
+
+
+def test_only_the_class_head_is_made_anew(pretrained, labels, tmp_path):
+    out = tmp_path / "run"
+    # At a learning rate of zero every tensor stays where it started.
+    finetune(train=labels, out=str(out), model=str(pretrained), steps=1, **{**QUICK, "lr": 0.0})
+    before = load_file(pretrained / "detector" / "model.safetensors")
+    after = load_file(out / "last" / "model.safetensors")
+    assert before.keys() == after.keys()
+    differing = {name for name in before if not torch.equal(before[name], after[name])}
+    assert differing
+    assert all(any(part in name for part in HEAD) for name in differing)
+    start = json.loads((out / "start.json").read_text())
+    assert sorted(start["class_head"]) == sorted(differing)
+    assert start["kept"] + len(differing) >= len(before)
+    assert start["missing"] == start["ignored"] == []
+
+
+def test_a_run_goes_on_when_the_detector_it_started_from_has_moved(pretrained, labels, tmp_path):
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    shutil.copytree(pretrained / "detector", first)
+    options = {**QUICK, "train": labels, "out": str(tmp_path / "run"), "save_every": 1, "schedule": "constant"}
+    finetune(**options, model=str(first), steps=1)
+    first.rename(moved)
+    finetune(**options, model=str(moved), steps=2, resume=True)
+    finetune(**{**options, "out": str(tmp_path / "whole")}, model=str(moved), steps=2)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    with pytest.raises(UserError, match="has done 2 updates already, more than the 1 asked for"):
+        finetune(**options, model=str(moved), steps=1, resume=True)
+    build_detector("conditional-detr", "random:efficientnet-lite0", seed=4, **TINY).save(first)
+    with pytest.raises(UserError, match="began with other starting detector"):
+        finetune(**options, model=str(first), steps=3, resume=True)
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(labels, tmp_path):
+    options = {**TINY, **QUICK, "dropout": 0.1, "crop": 0.5, "square": False, "image_size": 64, "backbone_lr": 1e-4}
+    options |= {"train": labels, "val": labels, "steps": 7, "save_every": 2, "eval_every": 2}
+    whole = finetune(out=str(tmp_path / "whole"), **options)
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps({**options, "out": str(tmp_path / "killed"), "workers": 2}))
+    script = (
+        "import json, os, signal, sys\n"
+        "from siamese_detr.training.detection_trainer import DetectionTrainer\n"
+        "from siamese_detr.training.finetune import finetune\n"
+        "terms = DetectionTrainer.terms\n"
+        "def killed(self, *args):\n"
+        "    if self.state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return terms(self, *args)\n"
+        "DetectionTrainer.terms = killed\n"
+        "finetune(**json.load(open(sys.argv[1])))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    threads = torch.get_num_threads()
+    process = subprocess.run([sys.executable, "-c", script, str(config)], env=environment, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    assert (tmp_path / "killed" / "checkpoints" / "checkpoint-4").is_dir()
+    again = finetune(**{**options, "out": str(tmp_path / "killed"), "resume": True})
+    if threads == 1:  # sums over several threads are added in another order than over one
+        assert losses(again.out) == losses(whole.out)
+        assert again.history == whole.history
+        for name in ("best", "last"):
+            one = load_file(whole.out / name / "model.safetensors")
+            other = load_file(again.out / name / "model.safetensors")
+            assert all(torch.equal(one[key], other[key]) for key in one)
+    finished = finetune(**{**options, "out": str(tmp_path / "killed"), "resume": True})
+    assert finished.history == again.history
+    assert losses(finished.out) == losses(again.out)
+
+
+def test_sigterm_saves_and_ends_with_the_documented_code(labels, tmp_path):
+    out = tmp_path / "run"
+    options = [f"--{k}={v}" for k, v in {"train": labels, "out": out, "steps": 500, "save_every": 500}.items()]
+    quick = {k: v for k, v in QUICK.items() if not isinstance(v, bool)} | {"image_size": 64}
+    options += [f"--{k}={v}" for k, v in {**TINY, **quick}.items()] + ["--no-progress"]
+    process = subprocess.Popen([sys.executable, "-m", "siamese_detr.cli", "finetune", *options], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not (out / "log.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors.decode()[-2000:]
+    assert list((out / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_stop_in_an_evaluation_waits_for_one_batch_and_the_evaluation_is_done_again(labels, tmp_path, monkeypatch):
+    """Asked to stop at the second image; continued, again at the first; then all is as if nothing had been."""
+    options = {**TINY, **QUICK, "dropout": 0.1, "crop": 0.5, "train": labels, "val": labels, "steps": 7}
+    options |= {"save_every": 100, "eval_every": 2, "eval_batch_size": 1}
+    whole = finetune(out=str(tmp_path / "whole"), **options)
+    assert [record["step"] for record in whole.history] == [4, 7]
+    options |= {"out": str(tmp_path / "run"), "resume": True}
+    for count in (2, 1):
+        detect, calls = Detector.detect, []
+
+        def asked_to_stop(*args, count=count, detect=detect, calls=calls):
+            calls.append(1)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return detect(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Detector, "detect", asked_to_stop)
+            with pytest.raises(Preempted, match=r"SIGTERM: saved at step 4 of 7.*--resume"):
+                finetune(**options)
+        assert len(calls) == count
+        assert not lines(tmp_path / "run" / "history.jsonl")
+    again = finetune(**options)
+    assert again.history == whole.history
+    assert losses(again.out) == losses(whole.out)
+    for name in ("best", "last"):
+        one, other = (load_file(run.out / name / "model.safetensors") for run in (whole, again))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_labels_of_a_fraction_are_kept(labels, tmp_path):
+    out = tmp_path / "run"
+    finetune(train=labels, out=str(out), fraction=0.34, steps=1, **TINY, **QUICK)
+    part = json.loads((out / "train.json").read_text())
+    assert len(part["images"]) == 2
+    assert {a["category_id"] for a in part["annotations"]} == {5, 6}
+    assert not (out / "best").exists()
+    assert not (out / "metrics.json").exists()
+
+
+def test_a_run_is_not_continued_on_other_labels(tmp_path):
+    """One box moved, in as many images; the same labels elsewhere are the same."""
+    labels = write_scenes(tmp_path / "scenes", 4)
+    options = {**TINY, **QUICK, "out": str(tmp_path / "run"), "image_size": 64}
+    finetune(**options, train=str(labels), steps=1)
+    content = json.loads(labels.read_text())
+    shutil.copytree(labels.with_suffix(""), tmp_path / "moved" / "scenes")
+    (tmp_path / "moved" / "scenes.json").write_text(json.dumps(content))
+    content["annotations"][0]["bbox"][0] -= 1
+    labels.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="began with other training labels"):
+        finetune(**options, train=str(labels), steps=2, resume=True)
+    with pytest.raises(UserError, match="began with other validation labels"):
+        finetune(**options, train=str(tmp_path / "moved" / "scenes.json"), val=str(labels), steps=2, resume=True)
+    finetune(**options, train=str(tmp_path / "moved" / "scenes.json"), steps=2, resume=True)
+
+
+def test_unreadable_validation_images_are_told_of_and_listed(tmp_path, capsys):
+    labels, validation = write_scenes(tmp_path / "a", 4), write_scenes(tmp_path / "b", 4, seed=1)
+    (tmp_path / "b" / "2.jpg").write_bytes(b"gone")
+    options = {**TINY, **QUICK, "image_size": 64, "eval_every": 1, "steps": 2}
+    finetune(**options, train=str(labels), val=str(validation), out=str(tmp_path / "run"))
+    (record,) = map(json.loads, (tmp_path / "run" / "skipped-validation.jsonl").read_text().splitlines())
+    assert record["path"].endswith("2.jpg")
+    assert record["reason"]
+    assert capsys.readouterr().err.count("1 of 4 validation images cannot be read") == 1
+
+
+def test_a_replay_leaves_the_history(tmp_path):
+    """A run that went on after the step that is replayed keeps what it measured since."""
+    labels = str(write_scenes(tmp_path / "scenes", 4))
+    options = {**TINY, **QUICK, "image_size": 64, "eval_every": 1, "save_every": 1, "keep": 0, "steps": 3}
+    options |= {"train": labels, "val": labels, "out": str(tmp_path / "run")}
+    history = finetune(**options).history
+    assert len(history) == 3
+    document = tmp_path / "run" / "nonfinite.json"  # as if the second step had been stopped
+    document.write_text(json.dumps({"step": 1, "processes": 1, "checkpoint": "checkpoints/checkpoint-1"}))
+    assert "step 2 " in (finetune(**options, replay=str(document)).replay or "").replace("step 2:", "step 2 ")
+    assert [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()] == history
+
+
+def test_unreadable_images_are_skipped_and_listed(tmp_path):
+    labels = write_scenes(tmp_path / "scenes", 6)
+    (tmp_path / "scenes" / "2.jpg").write_bytes((tmp_path / "scenes" / "2.jpg").read_bytes()[:300])
+    result = finetune(
+        train=str(labels), val=str(labels), out=str(tmp_path / "run"), steps=3, max_bad_share=0.5, **TINY, **QUICK
+    )
+    assert result.skipped == 1
+    (line,) = lines(result.out / "skipped.jsonl")  # once, though three epochs met it
+    assert line["path"].endswith("2.jpg")
+    with pytest.raises(UserError, match="max_bad_share"):
+        finetune(train=str(labels), out=str(tmp_path / "strict"), steps=9, max_bad_share=0.01, **TINY, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "nowhere"}, "nowhere"),
+        ({"model": "a", "init": "b"}, "one of them"),
+        ({"train": "missing.json"}, "missing.json"),
+        ({"detector": "conditional-dert"}, "conditional-detr"),
+        ({"lr": -1.0}, "lr must be 0 or more"),
+        ({"epochs": float("nan")}, "epochs must be above 0"),
+        ({"eval_every": float("nan")}, "eval_every must be 0 or more"),
+        ({"steps": 0}, "steps must be above 0"),
+        ({"log_every": 0}, "log_every must be above 0"),
+        ({"report_to": ["abacus"]}, "no tracker 'abacus'"),
+        ({"keep": -1}, "keep must be 0 or more"),
+        ({"dropout": 2.0}, "dropout must be between 0 and 1"),
+        ({"num_queries": 0}, "num_queries must be above 0"),
+        ({"seed": 10**400}, "seed must be below"),
+        ({"lr": float("inf")}, "lr must be 0 or more"),
+        ({"fraction": 0.0}, "fraction"),
+        ({"image_size": 8}, "image_size"),
+        ({"min_size": 200}, "min_size"),
+        ({"image_size": None, "min_size": 2000}, "min_size 2000 is above the image size"),
+        ({"learning_rate": 1.0}, "learning_rate"),
+        ({"batch_size": 3, "accumulate": 2}, "multiple"),
+    ],
+)
+def test_mistakes_are_named(labels, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        finetune(**{"train": labels, "out": str(tmp_path / "run"), "steps": 1, **TINY, **QUICK, **options})
+
+
+def test_a_directory_belongs_to_one_run(labels, tmp_path):
+    options = {"train": labels, "out": str(tmp_path / "run"), "steps": 1, **TINY, **QUICK}
+    finetune(**options)
+    with pytest.raises(UserError, match="--resume"):
+        finetune(**options)
+    with pytest.raises(UserError, match=r"lr: 0\.001 -> 0\.1"):
+        finetune(**{**options, "lr": 0.1, "resume": True})
+
+
+def test_validation_without_a_known_class_is_refused_before_training(labels, tmp_path):
+    other = json.loads(Path(labels).read_text())
+    for category in other["categories"]:
+        category["name"] += " of another kind"
+    path = Path(labels).with_name("other.json")
+    path.write_text(json.dumps(other))
+    with pytest.raises(UserError, match="no name in common"):
+        finetune(
+            train=labels,
+            val=str(path),
+            val_images=str(Path(labels).with_suffix("")),
+            out=str(tmp_path / "run"),
+            **QUICK,
+        )
+
+
+@pytest.mark.parametrize(("images", "epochs", "eval_every"), [(402, 20, 10), (40, 40, 1), (33, 50, 1), (3, 9, 0.5)])
+def test_evaluations_are_even_and_end_with_the_run(images: int, epochs: float, eval_every: float) -> None:
+    config = FinetuneConfig(train="t.json", out="o", val="v.json", epochs=epochs, eval_every=eval_every)
+    settings = config.settings(images, evaluates=True)
+    at = [step for step in range(1, settings.steps + 1) if settings.evaluates_at(step)]
+    assert len(at) == min(round(epochs / eval_every), settings.steps)
+    assert at[-1] == settings.steps
+    gaps = {after - before for before, after in zip([0, *at], at, strict=False)}
+    assert max(gaps) - min(gaps) <= 1
+    config.eval_every = 0
+    last = config.settings(images, evaluates=True)
+    assert [step for step in range(1, last.steps + 1) if last.evaluates_at(step)] == [last.steps]
+    assert not config.settings(images, evaluates=False).evaluates_at(last.steps)
+
+
+def test_every_update_is_in_the_log_and_in_an_evaluations_loss(labels, tmp_path):
+    out = tmp_path / "run"
+    finetune(train=labels, val=labels, out=str(out), steps=5, eval_every=1, **TINY, **{**QUICK, "log_every": 4})
+    evaluated = [line["step"] for line in lines(out / "history.jsonl")]
+    assert evaluated[-1] == 5
+    assert [line["step"] for line in lines(out / "log.jsonl") if "loss" in line] == sorted({4, *evaluated})
+    assert all(line["train_loss"] > 0 for line in lines(out / "history.jsonl"))
+
+
+def recipe(name: str) -> FinetuneConfig:
+    return validate(FinetuneConfig, read_sources(FinetuneConfig, name, None) | {"train": "a", "out": "b"}, name)
+
+
+def test_every_recipe_is_valid() -> None:
+    names = recipe_names(FinetuneConfig)
+    assert set(names) == {"paper", "paper-10-percent", "laptop", "demo"}
+    for name in names:
+        recipe(name)
+
+
+@pytest.mark.parametrize(("name", "fraction", "epochs"), [("paper", 1.0, 50), ("paper-10-percent", 0.1, 400)])
+def test_recipes_are_those_of_the_papers(name: str, fraction: float, epochs: int) -> None:
+    config = recipe(name)
+    expected = {
+        **{"fraction": fraction, "epochs": epochs, "steps": None, "detector": "conditional-detr"},
+        **{"lr": 1e-4, "backbone_lr": 5e-5, "weight_decay": 1e-4, "clip": 0.1, "warmup": 0},
+        **{"batch_size": 16, "image_size": 800, "max_size": 1333, "min_size": 480, "colour_jitter": 0},
+    }
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert not config.square
+    settings = config.settings(1600, evaluates=True)
+    assert settings.steps == 100 * epochs
+    drop = settings.steps * 4 // 5  # of 50 epochs at 40
+    factors = [settings.lr_factor(step) for step in (0, drop - 1, drop, settings.steps - 1)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1])
