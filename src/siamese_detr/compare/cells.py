@@ -17,8 +17,8 @@ import yaml
 from siamese_detr.config import read_sources, validate, validate_value
 from siamese_detr.detectors import plan_detector
 from siamese_detr.detectors.build import DetectorPlan
+from siamese_detr.detectors.loading import find_detector
 from siamese_detr.errors import UserError
-from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import ImageList
 from siamese_detr.proposals.propose import ProposeConfig
 from siamese_detr.training.finetune_config import FinetuneConfig
@@ -362,7 +362,7 @@ def detector_key(directory: str) -> str:
     """Hash of a detector's configuration and weights."""
     path = find_detector(directory)
     digest = hashlib.sha256()
-    for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
+    for file in sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]):
         with open(file, "rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
