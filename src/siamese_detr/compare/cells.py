@@ -20,11 +20,11 @@ from siamese_detr.detectors.build import DetectorPlan
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import ImageList
+from siamese_detr.pretext import find_pretext, is_pretext, pretext_names
 from siamese_detr.proposals.propose import ProposeConfig
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.pretrain_config import PretrainConfig
 
-METHODS = ("siamese", "up-detr", "detreg")
 OPERATION = {
     *("out", "resume", "replay", "workers", "device", "progress", "report_to", "keep", "save_every", "log_every"),
     *("max_bad_share", "eval_batch_size", "checkpoint_activations", "use_kernels", "shard_size", "flush_seconds"),
@@ -36,7 +36,7 @@ SHARED = {
     *("dropout", "attention_dropout", "activation_dropout", "detector_options"),
 }
 """Settings of the detector, which pre-training and fine-tuning have in common."""
-INLINE = re.compile(rf"((?:.*\+)?(?:{'|'.join(METHODS)})):(\w+=.*)")
+INLINE = re.compile(r"((?:.*\+)?[\w-]+):(\w+=.*)")
 """A method and options of its pre-training, ``siamese:discrimination=none,iou=0.3``."""
 OPTION = re.compile(r"(\w+)=(.*?)(?:,(?=\w+=)|$)")
 NEW = ("scratch", "backbone")
@@ -145,8 +145,7 @@ def parse_init(name: str, variants: Mapping[str, Mapping[str, Any]]) -> Init:
     options = dict(variants.get(name, {}))
     method = options.pop("method", None)
     if method is not None:
-        if method not in METHODS:
-            raise UserError(f"variant {name!r} has method {method!r}; there are: {', '.join(METHODS)}")
+        find_pretext(method)
         start = str(options.pop("init", "backbone"))
         return Init(name, start, method, options)
     if name in NEW:
@@ -156,15 +155,15 @@ def parse_init(name: str, variants: Mapping[str, Mapping[str, Any]]) -> Init:
     bare, written = split_init(name)
     if written:  # what the variants say of the method holds for it with these options too
         options = {**variants.get(bare, {}), **options, **written}
-    if bare in METHODS:
+    if is_pretext(bare):
         return Init(name, "backbone", bare, options)
     path, plus, last = bare.rpartition("+")
-    if plus and last in METHODS:
+    if plus and is_pretext(last):
         return Init(name, path, last, options)
     if not Path(name).expanduser().exists():
         raise UserError(
-            f"initialisation {name!r} is neither scratch, backbone, one of {', '.join(METHODS)} (alone or as in "
-            "siamese:iou=0.3), a variant, nor the path of a detector (nor PATH+METHOD)"
+            f"initialisation {name!r} is neither scratch, backbone, a method ({', '.join(pretext_names())}; alone or as "
+            "in siamese:iou=0.3), a variant, nor the path of a detector (nor PATH+METHOD)"
         )
     return Init(name, name, None, {})
 
@@ -251,8 +250,10 @@ def pretrain_task(protocol: Protocol, init: Init, seed: int, made: dict[str, Tas
     if name in made:
         return made[name]
     overrides = dict(init.options)
-    if init.method == "detreg":  # its paper's proposals, unless told otherwise
-        overrides.setdefault("proposal_method", "selective-search")
+    assert init.method is not None
+    paper_proposals = find_pretext(init.method).paper_proposals
+    if paper_proposals not in (None, PretrainConfig.proposal_method):
+        overrides.setdefault("proposal_method", paper_proposals)
     fixed: dict[str, Any] = {"images": protocol.images, "out": "-", "method": init.method, "seed": seed}
     start_key = ""
     if init.stored:
