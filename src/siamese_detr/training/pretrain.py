@@ -241,9 +241,8 @@ def complete_proposals(config: PretrainConfig, out: Path, begun: bool) -> None:
         return
     method: str = config.proposal_method
     seed = config.seed
-    if (
-        find_pretext(config.method).paper_proposals is None or config.box_source == "random"
-    ):  # no box is used, so any will do
+    if find_pretext(config.method).paper_proposals is None or config.box_source == "random":
+        # No box is used, so any will do.
         method = there.method if there is not None else "random"
     if there is not None and there.method == method:
         seed = there.parameters.get("seed", seed)
