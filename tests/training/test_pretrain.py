@@ -748,7 +748,7 @@ def test_the_flat_configuration_is_that_of_its_parts() -> None:
     documented = PretrainConfig.__doc__ or ""
     assert all(f"        {name}: " in documented for name in names)
     changed = PretrainConfig(images="a", out="b", jitter_queries=False, box_jitter=0.2, view_size=96)
-    assert not changed.pretext().jitter  # type: ignore[attr-defined]
+    assert not changed.pretext().jitter_queries  # type: ignore[attr-defined]
     assert (changed.views().box_jitter, changed.views().view_size) == (0.2, 96)
 
 
