@@ -18,9 +18,9 @@ from siamese_detr.compare.keys import detector_key, family_of, images_key, key_o
 from siamese_detr.config import read_sources, validate, validate_value
 from siamese_detr.detectors import plan_detector
 from siamese_detr.detectors.build import DetectorPlan
+from siamese_detr.detectors.loading import find_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.evaluate import class_map
-from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.labels import dataset_key, read_labels
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import find_pretext

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
-from siamese_detr.detectors.build import build_detector, load_detector
+from siamese_detr.detectors.build import build_detector
+from siamese_detr.detectors.loading import load_detector
 from siamese_detr.errors import UserError
-from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import build_pretext, find_pretext
 from siamese_detr.pretext.base import Pretext, PretextOutput
@@ -193,7 +193,7 @@ def build(config: PretrainConfig) -> Pretext:
     if config.init is None:
         detector = build_detector(config.detector, config.backbone, seed=config.seed, **config.sizes())
     else:
-        detector = load_detector(find_detector(config.init), family=config.detector, **given(config, DROPOUTS))
+        detector = load_detector(config.init, family=config.detector, **given(config, DROPOUTS))
     config.check_queries(detector.num_queries)
     if config.checkpoint_activations:
         model = detector.model  # the newer name first: the older one warns where both exist
