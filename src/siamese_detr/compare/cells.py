@@ -21,6 +21,7 @@ from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import ImageList
 from siamese_detr.proposals.propose import ProposeConfig
+from siamese_detr.proposals.registry import find_method
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.pretrain_config import PretrainConfig
 
@@ -235,6 +236,7 @@ def check_detectors(tasks: Sequence[Task]) -> None:
 
 
 def propose_task(protocol: Protocol, method: str, made: dict[str, Task]) -> Task:
+    find_method(method)
     name = f"proposals {method}"
     if name not in made:
         options = plain(protocol.propose) | {"images": protocol.images, "method": method}
