@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from siamese_detr.compare import plots
-from siamese_detr.compare.cells import Init, parse_init
+from siamese_detr.compare.inits import Init, parse_init
 from siamese_detr.compare.summary import (
     CellResult,
     convergence_curves,
@@ -51,7 +51,7 @@ def comparison_page(run: Path) -> Page:
     done = [cell for cell in cells if cell.status == "done"]
     sections = [
         Section("Result", [Text(ABOUT), Text(AP_EXPLAINED), *table_blocks(cells, metric)]),
-        Section("What is compared", [inits_table(names, config.get("variants") or {})]),
+        Section("What is compared", [inits_table(names, config.get("pretrain_at") or {})]),
         Section("Plots", plot_blocks(cells, metric)),
         Section("Cells", [cell_table(cells, metric)]),
         what_was_run(run, facts, config),
@@ -88,8 +88,8 @@ def plot_blocks(cells: list[CellResult], metric: str) -> list[Block]:
     return [Grid(figures, 330)] if figures else [Missing("Plots", "no cell is done")]
 
 
-def inits_table(names: Sequence[str], variants: Mapping[str, Mapping[str, Any]]) -> Table:
-    rows = [[name, meaning(name, variants)] for name in names]
+def inits_table(names: Sequence[str], pretrain_at: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = [[name, meaning(name, pretrain_at)] for name in names]
     return Table("What fine-tuning begins with", ["initialisation", "weights"], rows, long=frozenset([1]))
 
 
@@ -111,10 +111,10 @@ def cell_table(cells: list[CellResult], metric: str) -> Table:
     return Table("Every fine-tuning", headers, rows, long=frozenset([len(headers) - 1]))
 
 
-def meaning(name: str, variants: Mapping[str, Mapping[str, Any]]) -> str:
+def meaning(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> str:
     """What an initialisation is, for whoever has not read the manual."""
     try:
-        init = parse_init(name, variants)
+        init = parse_init(name, pretrain_at)
     except UserError:  # a detector that has been moved since
         init = Init(name, name, None, {})
     start = STARTS.get(init.start, f"the detector in {init.start}")
