@@ -81,7 +81,8 @@ def _check_numbers(values: dict[str, Any]) -> None:
     """Raise for numbers that would only fail, or never end, when the model is built or run."""
     for name, value in values.items():
         if isinstance(value, int | float):
-            low, high = (0, 1) if "dropout" in name else (0 if re.search("heads|layers|num_|dim", name) else -1000, 10**6)
+            low, high = (0, 1) if "dropout" in name else (-1000, 10**6)
+            low = 0 if re.search("heads|layers|num_|dim", name) else low
             if (isinstance(value, int) or high == 1) and not low <= value <= high:
                 raise ValueError(f"{name} must be between {low} and {high}, not {value!r}")
 
