@@ -18,7 +18,6 @@ from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, ResNetConfig, ResNetModel, pipeline
 
 from siamese_detr.detectors import build_detector, load_detector
-from siamese_detr.detectors.saving import image_processor
 from siamese_detr.detectors.weights import read_weights
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
@@ -87,9 +86,9 @@ def test_normalisation_of_the_backbone_is_the_processors(tmp_path):
 
 def test_square_families_take_sides_that_fit():
     detector = tiny_detector("rt-detr")
-    assert dict(image_processor(detector, shortest_edge=128, longest_edge=200).size) == {"height": 128, "width": 128}
+    assert dict(detector.image_processor(shortest_edge=128, longest_edge=200).size) == {"height": 128, "width": 128}
     with pytest.raises(UserError, match="multiple of 32"):
-        image_processor(detector, shortest_edge=100)
+        detector.image_processor(shortest_edge=100)
 
 
 def test_a_failed_save_leaves_what_was_there(saved, monkeypatch):

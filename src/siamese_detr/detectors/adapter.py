@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -18,6 +19,7 @@ from siamese_detr.detectors import saving
 from siamese_detr.detectors.backbones import Backbone
 from siamese_detr.detectors.functional import level_mask
 from siamese_detr.detectors.structures import Decoded, DetectorSize, Memory
+from siamese_detr.errors import UserError
 from siamese_detr.kernels import attention, deformable_attention, layer_norm, linear
 from siamese_detr.kernels.frozen import FrozenBackbone
 
@@ -145,9 +147,69 @@ class DetectorAdapter(nn.Module):
         self.config.id2label = dict(enumerate(names))
         self.config.label2id = {name: i for i, name in enumerate(names)}
 
-    def save(self, directory: str | Path, **processor: Any) -> None:
-        """Write an ordinary Hugging Face directory; see `saving.save_detector` for the arguments and errors."""
-        saving.save_detector(self, directory, **processor)
+    def image_processor(
+        self,
+        *,
+        shortest_edge: int | None = None,
+        longest_edge: int | None = None,
+        square: bool = False,
+    ) -> Any:
+        """The family's stock image processor, with this detector's normalisation.
+
+        Args:
+            shortest_edge, longest_edge: resize to this short side in pixels unless the long side then exceeds
+                `longest_edge`; default: the detector's `input_size`.
+            square: resize to a square of `shortest_edge` pixels, whatever the aspect ratio. Some families always do.
+
+        Raises:
+            UserError: a side the family cannot take.
+        """
+        size = dict(self.input_size)
+        if shortest_edge is not None:
+            if self.square_side is not None and shortest_edge % self.square_side:
+                raise UserError(
+                    f"{self.family} takes squares whose side is a multiple of {self.square_side} pixels, "
+                    f"not {shortest_edge}; use {max(1, round(shortest_edge / self.square_side)) * self.square_side}"
+                )
+            if square or self.square_side is not None:
+                size = {"height": shortest_edge, "width": shortest_edge}
+            else:
+                size = {
+                    "shortest_edge": shortest_edge,
+                    "longest_edge": longest_edge or round(shortest_edge * 1333 / 800),
+                }
+        return getattr(transformers, self.processor_class)(
+            do_resize=True,
+            size=size,
+            do_rescale=True,
+            do_normalize=True,
+            image_mean=list(self.image_mean),
+            image_std=list(self.image_std),
+            do_pad="height" not in size,
+        )
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        class_names: list[str] | None = None,
+        provenance: dict[str, Any] | None = None,
+        **size: Any,
+    ) -> None:
+        """Write an ordinary Hugging Face directory (see `saving.save_detector` for its files and errors).
+
+        Args:
+            directory: created if need be; files of the same names in it are replaced.
+            class_names: stored in the model (default: those it has).
+            provenance: plain values added to siamese_detr.json.
+            **size: of the images, for `image_processor`; kept as the detector's `input_size`.
+        """
+        if class_names is not None:
+            self.name_classes(class_names)
+        processor = self.image_processor(**size)
+        self.input_size = {name: side for name, side in dict(processor.size).items() if side is not None}
+        self.provenance.update(provenance or {})
+        saving.save_detector(self.model, processor, self.provenance, directory)
 
     # --- what is common -------------------------------------------------------------------------------------------
     @property

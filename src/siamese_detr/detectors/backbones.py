@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, PretrainedConfig, TimmBackboneConfig
 
-from siamese_detr.detectors.saving import quiet
-from siamese_detr.detectors.weights import read_weights
+from siamese_detr.detectors.weights import quiet, read_weights
 from siamese_detr.errors import UserError
 
 log = logging.getLogger(__name__)

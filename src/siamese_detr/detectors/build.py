@@ -23,7 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import DetectorAdapter, DetectorSize
 from siamese_detr.detectors.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, resolve_backbone
-from siamese_detr.detectors.saving import quiet
+from siamese_detr.detectors.weights import quiet
 from siamese_detr.errors import UserError
 
 FAMILIES = {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -65,3 +67,18 @@ def strip_prefixes(state: dict[str, Tensor], prefixes: Iterable[str]) -> dict[st
         if inside:
             state = inside
     return state
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers without its progress bars and load reports: what matters of them is reported by the caller."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
-from siamese_detr.detectors.saving import quiet
+from siamese_detr.detectors.weights import quiet
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from siamese_detr.detection.criterion import CriterionConfig, SetCriterion, Targets
 from siamese_detr.detectors.adapter import DetectorAdapter
-from siamese_detr.detectors.saving import image_processor
 from siamese_detr.evaluation.evaluate import evaluate_detector
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.files import write_json, write_text
@@ -81,7 +80,7 @@ class DetectionTrainer(BaseTrainer):
         self.validation = validation
         self.input_size = input_size
         self.evaluation_batch = evaluation_batch
-        self.processor = image_processor(detector, **dataclasses.asdict(input_size))
+        self.processor = detector.image_processor(**dataclasses.asdict(input_size))
         self.evaluated = -1  # step of the last evaluation
         self.history = JsonLines(settings.out / "history.jsonl")
         super().__init__(

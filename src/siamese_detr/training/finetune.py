@@ -15,7 +15,7 @@ from rich.console import Console
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector, load_detector
-from siamese_detr.detectors.saving import quiet
+from siamese_detr.detectors.weights import quiet
 from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.files import write_json

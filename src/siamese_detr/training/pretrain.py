@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector, load_detector
-from siamese_detr.detectors.saving import image_processor
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import list_images
@@ -135,7 +134,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     check_trackers(config.report_to)
     check_batch_size(config.batch_size, config.accumulate, team.size)
     pretext = build(config).to(team.state.device)
-    image_processor(pretext.detector, **input_size(config))
+    pretext.detector.image_processor(**input_size(config))
     with lost_process_explained(), contextlib.ExitStack() as stack:
         if team.main and config.replay is None:
             check_place(out)
