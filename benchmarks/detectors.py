@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from siamese_detr.runtime.memory import keep_memory
 from transformers import LwDetrViTConfig, RfDetrDinov2Config
 
 from siamese_detr.detectors import FAMILIES, build_detector
 from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.pretext.siamese import SiamesePretext
-from siamese_detr.runtime.memory import keep_memory
 
 REGIONS = 10
 VITS = {

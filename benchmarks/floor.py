@@ -25,13 +25,13 @@ from unittest.mock import patch
 
 import cv2
 import torch
+from siamese_detr.runtime.memory import keep_memory
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_path import BATCH, Rows, shipped_photos
 from plain import stock_modules
 from siamese_detr.kernels import deformable_attention, frozen, linear
 from siamese_detr.runtime.hardware import emulates_bf16
-from siamese_detr.runtime.memory import keep_memory
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig
 from step import CASES, Clock, Scale, make_inputs, make_pretext, make_step, to_device
 

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from siamese_detr.runtime.memory import hand_back_memory, keep_memory
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,7 +41,6 @@ from siamese_detr.kernels.frozen import is_norm
 from siamese_detr.pretext.heads import BatchNorm
 from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
 from siamese_detr.runtime.hardware import emulates_bf16
-from siamese_detr.runtime.memory import hand_back_memory, keep_memory
 from siamese_detr.training.optimizer import adamw
 from siamese_detr.views.batch import ViewInputs
 

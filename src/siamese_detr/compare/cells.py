@@ -27,7 +27,7 @@ from siamese_detr.training.pretrain_config import PretrainConfig
 METHODS = ("siamese", "up-detr", "detreg")
 OPERATION = {
     *("out", "resume", "replay", "workers", "device", "progress", "report_to", "keep", "save_every", "log_every"),
-    *("max_bad_share", "eval_batch_size", "checkpoint_activations", "use_kernels", "shard_size", "flush_seconds"),
+    *("max_bad_share", "eval_batch_size", "checkpoint_activations", "kernels", "shard_size", "flush_seconds"),
     *("retry_failed", "bank_dir", "compile"),
 }
 """Settings of the verbs that do not change what is computed: they are no part of a key."""

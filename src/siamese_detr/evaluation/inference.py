@@ -26,7 +26,7 @@ from siamese_detr.detectors.weights import quiet
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
-from siamese_detr.runtime.memory import kept_memory
+from siamese_detr.kernels import accelerate
 from siamese_detr.runtime.processes import begin_worker, machine_explained
 
 
@@ -125,7 +125,8 @@ class Detector:
                 f"{path}: the weights lack {len(missing)} tensors, e.g. {sorted(missing)[0]}: it is damaged"
             )
         place = choose_device(device)
-        return cls(model.to(place).eval(), processor, place)
+        accelerate(model.to(place).eval(), place)
+        return cls(model, processor, place)
 
     @torch.no_grad()  # not inference_mode: position embeddings that models cache must stay usable in training
     def detect(self, inputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], top_k: int) -> list:
@@ -252,7 +253,7 @@ def run(
         worker_init_fn=begin_worker,
     )
     explained = machine_explained("start it again (with --resume, where the command has that)")
-    with kept_memory(detector.device), explained:
+    with explained:
         for samples in itertools.chain(loader, itertools.repeat([], idle)):
             each_batch()
             # Files may differ from what the labels say of their size: trust the tensors.
