@@ -24,7 +24,6 @@ import torchvision.transforms.functional as plain
 from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.table import Table
-from siamese_detr.runtime.memory import keep_memory
 
 from siamese_detr.images import list_images, read_size
 from siamese_detr.images.decode import read_image
@@ -209,7 +208,6 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_memory()  # as the training does that augments; to data processes it makes no difference
     with tempfile.TemporaryDirectory() as temporary:
         if options.images:
             listed = list_images(options.images)
@@ -217,7 +215,7 @@ def main() -> None:
         else:
             paths = shipped_photos(Path(temporary), options.count)
         store = Rows(paths)
-        config = ViewConfig.imagenet()
+        config = ViewConfig()
         summary = {
             "cpu": platform.processor() or platform.machine(),
             "images": len(paths),

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from siamese_detr.runtime.memory import keep_memory
 from transformers import LwDetrViTConfig, RfDetrDinov2Config
 
 from siamese_detr.detectors import FAMILIES, build_detector
@@ -104,7 +103,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_memory()  # as a training does
     warnings.simplefilter("ignore")
     names = ["conditional-detr", *(name for name in arguments.only if name != "conditional-detr")]
     steps = {name: Step(*VARIANTS[name], arguments) for name in names}

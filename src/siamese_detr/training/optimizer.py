@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import nn
+from siamese_detr.config import check_numbers
+
+if TYPE_CHECKING:  # loads PyTorch, for which --help need not wait
+    import torch
+    from torch import nn
 
 DROP = 0.1
 """What a dropped learning rate is multiplied by."""
@@ -16,11 +21,40 @@ GEOMETRY_RATE = 0.1
 """Their share of the learning rate."""
 
 
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and the learning rate's schedule.
+
+    Args:
+        lr: learning rate; a tenth of it for the geometry of deformable attention.
+        weight_decay: of linear and convolutional weights.
+        decay_all: decay norms, biases and embeddings too, as the papers' code does.
+        clip: largest gradient norm (0: no clipping).
+        schedule: step (x 0.1 at DROP_AT), constant, cosine or one-cycle.
+        drop_at: share of the run after which the rate drops, 0 to 1; step only.
+        warmup: updates over which the rate grows linearly; not one-cycle.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    decay_all: bool = False
+    clip: float = 0.1
+    schedule: Literal["step", "constant", "cosine", "one-cycle"] = "step"
+    drop_at: float = 2 / 3
+    warmup: int = 0
+
+    def check(self) -> None:
+        """Raise :class:`UserError`, naming the setting, for numbers out of their range."""
+        check_numbers(self, positive=("lr",), not_negative=("weight_decay", "clip", "warmup"), shares=("drop_at",))
+
+
 def decayed_names(model: nn.Module) -> set[str]:
     """Parameters that weight decay is meant for: the weights of linear and convolutional layers.
 
     Norms, biases and embeddings (object queries, levels) are scales and positions: pulling them to zero is no prior.
     """
+    from torch import nn
+
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
@@ -48,6 +82,8 @@ def adamw(
         backbone: the part of ``model`` that learns at ``backbone_lr``.
         backbone_lr: its learning rate.
     """
+    import torch
+
     decayed = decayed_names(model)
     inside = set() if backbone is None else {id(parameter) for parameter in backbone.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
