@@ -18,13 +18,14 @@ from siamese_detr.compare.keys import detector_key, family_of, images_key, key_o
 from siamese_detr.config import read_sources, validate, validate_value
 from siamese_detr.detectors import plan_detector
 from siamese_detr.detectors.build import DetectorPlan
+from siamese_detr.detectors.loading import find_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.evaluate import class_map
-from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.labels import dataset_key, read_labels
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import find_pretext
 from siamese_detr.proposals.propose import ProposeConfig
+from siamese_detr.proposals.registry import find_method
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.pretrain_config import PretrainConfig
 
@@ -132,6 +133,7 @@ class Plan:
         return self._tasks.setdefault(task.name, task)
 
     def add_proposals(self, method: str) -> Task:
+        find_method(method)
         options = plain(self.propose) | {"images": str(self.images), "method": method}
         # With the place of the images: a store finds its images only there.
         key = key_of("propose", options, images=self.images_key, place=str(self.images))

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
-from siamese_detr.detectors.build import build_detector, load_detector
+from siamese_detr.detectors.build import build_detector
+from siamese_detr.detectors.loading import load_detector
 from siamese_detr.errors import UserError
-from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import build_pretext, find_pretext
 from siamese_detr.pretext.base import Pretext, PretextOutput
 from siamese_detr.pretext.features import FrozenFeatures
+from siamese_detr.proposals.registry import find_method
 from siamese_detr.proposals.store import ProposalStore, Selection, StoreSettings
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime.journal import JsonLines
@@ -128,6 +129,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     team = Team(meet(config.device))
     # Mistakes are found before anything is written, and before hours of proposals.
     check_precision(config.precision, config.device, team.main)
+    find_method(config.proposal_method)
     images = list_images(config.images)
     if team.main and config.proposals is not None:  # else propose tells of them
         for problem in images.problems[:3]:
@@ -193,7 +195,7 @@ def build(config: PretrainConfig) -> Pretext:
     if config.init is None:
         detector = build_detector(config.detector, config.backbone, seed=config.seed, **config.sizes())
     else:
-        detector = load_detector(find_detector(config.init), family=config.detector, **given(config, DROPOUTS))
+        detector = load_detector(config.init, family=config.detector, **given(config, DROPOUTS))
     config.check_queries(detector.num_queries)
     if config.checkpoint_activations:
         model = detector.model  # the newer name first: the older one warns where both exist
