@@ -36,13 +36,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from siamese_detr.training.trainer import BaseTrainer
 from transformers import TrainerCallback
 
 from data_path import shipped_photos
 from floor import operations
 from siamese_detr.training import ahead
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
-from siamese_detr.training.trainer import BaseTrainer
 from step import CASES, Clock, Scale, make_inputs, make_pretext, make_step, set_dropout, spread, to_device
 
 VARIANTS = ("plain", "fp32", "bf16", "compiled")

@@ -310,12 +310,12 @@ def test_the_death_of_a_data_process_may_be_heard_of_after_its_connection_broke_
 
 
 def test_an_allocation_too_large(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from siamese_detr.training.pretrain import PretextTrainer, pretrain
+    from siamese_detr.training.pretrain import PretextTask, pretrain
 
-    def terms(self: PretextTrainer, *args: Any) -> Any:
+    def step(self: PretextTask, *args: Any) -> Any:
         return torch.empty(2**50)
 
-    monkeypatch.setattr(PretextTrainer, "terms", terms)
+    monkeypatch.setattr(PretextTask, "step", step)
     with pytest.raises(UserError, match=r"out of memory.*--resume"):
         pretrain(**base | {"out": str(tmp_path / "run"), "steps": 1})
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from siamese_detr.training.ahead import AheadLoader
 from torch.testing import assert_close
 
 import siamese_detr
@@ -26,7 +27,6 @@ from siamese_detr.errors import UserError
 from siamese_detr.kernels.frozen import FrozenBackbone, is_norm, run
 from siamese_detr.kernels.fused import CudnnConv2d
 from siamese_detr.pretext import Pretext, build_pretext
-from siamese_detr.training.ahead import AheadLoader
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
 from siamese_detr.views import TwoViewDataset, augment, collate
 from tiny_detectors import gradients_in_half_precision_are_numbers
