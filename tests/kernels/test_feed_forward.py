@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from siamese_detr.training.diagnose import watch
 from torch import Tensor, nn
 from transformers import DeformableDetrConfig
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrMLP
@@ -17,6 +16,7 @@ from siamese_detr.kernels import feed_forward as module
 from siamese_detr.kernels import linear
 from siamese_detr.kernels.dropout import LEVELS
 from siamese_detr.kernels.feed_forward import feed_forward
+from siamese_detr.training.nonfinite import watch
 
 
 def stock_block(seed: int = 0, activation_dropout: float = 0.0, activation: str = "relu") -> Any:

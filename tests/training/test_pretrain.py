@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -25,7 +26,7 @@ from siamese_detr.errors import UserError
 from siamese_detr.pretext import PRETEXTS, SiamesePretext
 from siamese_detr.proposals.propose import propose
 from siamese_detr.proposals.store import ProposalStore, StoredImage
-from siamese_detr.runtime.processes import machine_explained
+from siamese_detr.runtime.processes import Team, machine_explained
 from siamese_detr.runtime.rundir import sessions
 from siamese_detr.training import pretrain as module
 from siamese_detr.training.feature_bank import FeatureBank, fingerprint
@@ -33,6 +34,7 @@ from siamese_detr.training.loop import Loop
 from siamese_detr.training.optimizer import lr_factor
 from siamese_detr.training.pretrain import pretrain
 from siamese_detr.training.pretrain_config import PretrainConfig
+from siamese_detr.training.source import find_source
 from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.sampler import ViewBatchSampler
 from siamese_detr.views.two_views import TwoViewDataset
@@ -504,6 +506,33 @@ def test_images_that_a_bank_could_not_read_are_tried_again(base: dict[str, Any],
     assert np.fromfile(bank / "state", np.uint8).tolist() == [1] * 20
 
 
+def test_each_process_computes_its_share_of_a_bank(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes, one has half the entries, as many at a time as it trains on."""
+    seen: list[int] = []
+
+    class Second(Team):
+        rank, size = property(lambda _: 1, lambda *_: None), property(lambda _: 2, lambda *_: None)  # type: ignore[assignment]
+
+        def wait(self) -> None:
+            pass
+
+    def noted(task: SiamesePretext, inputs: Any) -> Any:
+        seen.append(len(inputs.pixel_values) // 2)  # of each image two views
+        return features(task, inputs)
+
+    features = SiamesePretext.frozen_features
+    monkeypatch.setattr(SiamesePretext, "frozen_features", noted)
+    monkeypatch.setattr(module, "find_source", lambda *given: find_source(*given[:3], Second(given[3].state)))
+    options = {**base, "feature_bank": 1, "bank_dir": str(tmp_path / "banks"), "steps": 1, "max_bad_share": 1.0}
+    with contextlib.suppress(UserError):
+        pretrain(**options, out=str(tmp_path / "run"))
+    assert seen[1:] == [2, 2, 1]  # the first only shows what an entry looks like
+    (bank,) = (tmp_path / "banks").iterdir()
+    assert np.fromfile(bank / "state", np.uint8).tolist() == [0, 1] * 5
+
+
 @pytest.mark.parametrize("changed", ["path", "width", "height", "boxes", "scores"])
 def test_a_bank_is_of_its_images_and_proposals(changed: str) -> None:
     rows = [StoredImage(f"{n}.jpg", 120, 90, np.full((3, 4), n, np.float32), np.ones(3, np.float32)) for n in (0, 1)]
@@ -744,7 +773,7 @@ def test_recipes_are_those_of_the_papers(name: str) -> None:
 def test_every_micro_batch_of_every_process_draws_its_own_dropout(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gradients, forward, drawn, rank = Loop._gradients, SiamesePretext.forward, [], 0
+    gradients, forward, drawn, rank = Loop.gradients, SiamesePretext.forward, [], 0
 
     def gradients_of_rank(loop: Loop, *arguments: Any) -> Any:
         loop.team.rank = rank
@@ -754,7 +783,7 @@ def test_every_micro_batch_of_every_process_draws_its_own_dropout(
         drawn.append(torch.rand(()).item())
         return forward(*arguments)
 
-    monkeypatch.setattr(Loop, "_gradients", gradients_of_rank)
+    monkeypatch.setattr(Loop, "gradients", gradients_of_rank)
     monkeypatch.setattr(SiamesePretext, "forward", noted)
     for rank in range(2):
         pretrain(**{**base, "out": str(tmp_path / str(rank)), "steps": 2, "accumulate": 2})

@@ -19,15 +19,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
 from siamese_detr.detectors.weights import quiet
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
+from siamese_detr.runtime.loading import Loader
 from siamese_detr.runtime.memory import kept_memory
-from siamese_detr.runtime.processes import begin_worker, machine_explained
+from siamese_detr.runtime.processes import machine_explained
 
 
 @dataclass(frozen=True)
@@ -243,14 +244,7 @@ def run(
     everyones = same_shape_batches(shapes, batch_size)
     batches = everyones[rank::world]
     idle = -(-len(everyones) // world) - len(batches)
-    loader = DataLoader(
-        InferenceImages(jobs, detector.processor),
-        batch_sampler=batches,
-        collate_fn=list,
-        num_workers=min(workers, len(batches)),
-        pin_memory=False,
-        worker_init_fn=begin_worker,
-    )
+    loader = Loader(InferenceImages(jobs, detector.processor), batches, list, min(workers, len(batches)))
     explained = machine_explained("start it again (with --resume, where the command has that)")
     with kept_memory(detector.device), explained:
         for samples in itertools.chain(loader, itertools.repeat([], idle)):

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from siamese_detr.errors import UserError
 from siamese_detr.runtime.cores import usable_cores
@@ -67,28 +66,6 @@ class Team:
         if self.size > 1:
             dist.all_reduce(values)
         return values.tolist()
-
-
-def data_loader(
-    dataset: Any, batches: Any, collate: Callable[[list[Any]], Any], workers: int, pin_memory: bool = False
-) -> DataLoader:
-    """Batches made by data processes.
-
-    Args:
-        dataset: indexed by the keys that ``batches`` holds.
-        batches: lists of keys.
-        collate: samples -> batch.
-        workers: data processes (0: this one).
-        pin_memory: put batches where a GPU can fetch them from.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        worker_init_fn=begin_worker,
-        pin_memory=pin_memory,
-    )
 
 
 def begin_worker(worker: int) -> None:

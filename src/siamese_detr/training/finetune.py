@@ -30,6 +30,7 @@ from siamese_detr.training.detection_task import DetectionTask, best_of
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.labelled_dataset import TrainingImages
 from siamese_detr.training.loop import Loop
+from siamese_detr.training.nonfinite import replay
 from siamese_detr.training.optimizer import OptimizerConfig, adamw
 from siamese_detr.training.run_config import RunConfig, part
 from siamese_detr.training.source import checksum
@@ -103,7 +104,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         often = min(math.ceil(steps / max(task.evaluations, 1)), 500)
         loop = Loop(task, part(RunConfig, config), optimizer, part(OptimizerConfig, config), team, steps, often)
         if config.replay is not None:
-            diagnosis = loop.replay(Path(config.replay))
+            diagnosis = replay(loop, Path(config.replay))
             console.print(diagnosis, markup=False)
             return FinetuneResult(out, replay=diagnosis)
         loop.run()

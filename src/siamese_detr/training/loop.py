@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 import traceback
@@ -22,7 +21,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError
@@ -31,12 +29,13 @@ from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime import checkpoint as checkpoints
 from siamese_detr.runtime.gpu import send
 from siamese_detr.runtime.journal import Journal
+from siamese_detr.runtime.loading import Loader
 from siamese_detr.runtime.memory import kept_memory
-from siamese_detr.runtime.processes import Team, data_loader, default_workers, machine_explained
+from siamese_detr.runtime.processes import Team, default_workers, machine_explained
 from siamese_detr.runtime.progress import ProgressBar
 from siamese_detr.runtime.signals import Preempted, StopRequest
 from siamese_detr.training.checks import check_batch_size
-from siamese_detr.training.nonfinite import keep_for_replay, watch
+from siamese_detr.training.nonfinite import keep_for_replay
 from siamese_detr.training.optimizer import OptimizerConfig, lr_factor
 from siamese_detr.training.run_config import RunConfig
 from siamese_detr.training.state import RunState, newest_checkpoint, note_first
@@ -138,9 +137,9 @@ class Loop:
         self.model.train()
         if self.team.any(self.team.main and self.task.lacks_evaluation(state.step)):
             self.task.evaluate(self)
-        batches = self._batches(state.step)
+        batches = self.batches(state.step)
         for step in range(state.step, self.steps):
-            update = self._gradients(step, [next(batches) for _ in range(config.accumulate)])
+            update = self.gradients(step, [next(batches) for _ in range(config.accumulate)])
             verdict = self._agree(update)
             if not verdict.finite:
                 raise self._nonfinite(update)
@@ -159,11 +158,11 @@ class Loop:
             state.step = step + 1
             self._step_done(rate, verdict.stop)
 
-    def _gradients(self, step: int, micro_batches: list[dict[str, Any]], replaying: bool = False) -> Update:
+    def gradients(self, step: int, micro_batches: list[dict[str, Any]], replaying: bool = False) -> Update:
         """The forward and backward passes of an update: the gradient becomes that of the micro-batches' mean loss."""
         team, update = self.team, Update(norm=torch.zeros((), device=self.team.device))
         # A process with nothing to learn from would hold up the others' collectives: all leave that micro-batch out.
-        readable = team.all(*(self.unreadable.take(batch, step + 1) > 0 for batch in micro_batches))
+        readable = team.all(*(self.unreadable.take(batch, step + 1, not replaying) > 0 for batch in micro_batches))
         kept = [position for position, usable in enumerate(readable) if usable]
         for position in kept:
             seed_torch(self.config.seed, step, position, team.rank)
@@ -214,9 +213,9 @@ class Loop:
         if stop and not last:
             raise self._preempted()
 
-    def _batches(self, start: int) -> Iterator[dict[str, Any]]:
+    def batches(self, start: int) -> Iterator[dict[str, Any]]:
         """This process's share of the micro-batches, from update ``start`` on."""
-        loader: DataLoader = data_loader(
+        loader = Loader(
             self.task.dataset,
             RankBatches(self.task.batches, self.team.rank, self.team.size, start * self.config.accumulate),
             self.task.collate,
@@ -347,37 +346,3 @@ class Loop:
                 return UserError("loss or gradient is not finite: stopped, see the main process")
             losses, norm = [str(loss.item()) for loss in update.losses], str(update.norm.item())
         return keep_for_replay(self.state, self.task, self.config, self.team, losses, norm, terms)
-
-    def replay(self, document: Path) -> str:
-        """Do the step that ended a run again from its saved state, watching for the first non-finite number.
-
-        Args:
-            document: the ``nonfinite.json`` of the run.
-
-        Returns:
-            what was found. No update is made and nothing is written.
-        """
-        try:
-            values = json.loads(document.read_text(encoding="utf-8"))
-            checkpoint = document.parent / values["checkpoint"]
-            step = int(values["step"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read {document}: give the nonfinite.json of a run ({error})") from error
-        checkpoints.verify(checkpoint)
-        if values.get("processes", 1) != self.team.size:
-            print(
-                f"the step was done by {values['processes']} processes, and this is {self.team.size}: dropout is "
-                "drawn otherwise",
-                file=sys.stderr,
-            )
-        self.state.restore(checkpoint, self.team.device)
-        self.model.train()
-        batches = self._batches(step)
-        with watch(self.task.model) as found:
-            try:
-                update = self._gradients(step, [next(batches) for _ in range(self.config.accumulate)], replaying=True)
-                losses = [loss.item() for loss in update.losses]
-                outcome = f"loss {losses}, gradient norm {update.norm.item()}; no update made"
-            except (RuntimeError, NonFiniteError) as error:
-                outcome = str(error).splitlines()[0]
-        return f"step {step + 1}: {outcome}" + "".join(f"\n  not finite: {name}" for name in found[:10])

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json
-from siamese_detr.runtime.checkpoint import PREFIX
+from siamese_detr.runtime.checkpoint import PREFIX, verify
 from siamese_detr.runtime.processes import Team
 from siamese_detr.runtime.signals import Locked, RunLock
 from siamese_detr.training.run_config import RunConfig
 from siamese_detr.training.state import RunState
 from siamese_detr.training.task import Task, skip
+
+if TYPE_CHECKING:
+    from siamese_detr.training.loop import Loop
 
 
 def keep_for_replay(
@@ -83,6 +89,42 @@ def replay_command(verb: str, out: Path, world: int) -> str:
     words += ["-m siamese_detr.cli" if world > 1 else "siamese-detr", verb]
     options = {"config": out / "config.yaml", "out": out, "replay": out / "nonfinite.json"}
     return " ".join([*words, *(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())])
+
+
+def replay(loop: Loop, document: Path) -> str:
+    """Do the step that ended a run again from its saved state, watching for the first non-finite number.
+
+    Args:
+        loop: of the same task and configuration.
+        document: the ``nonfinite.json`` of the run.
+
+    Returns:
+        what was found. No update is made and nothing is written.
+    """
+    try:
+        values = json.loads(document.read_text(encoding="utf-8"))
+        checkpoint = document.parent / values["checkpoint"]
+        step = int(values["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {document}: give the nonfinite.json of a run ({error})") from error
+    verify(checkpoint)
+    if values.get("processes", 1) != loop.team.size:
+        print(
+            f"the step was done by {values['processes']} processes, and this is {loop.team.size}: dropout is drawn "
+            "otherwise",
+            file=sys.stderr,
+        )
+    loop.state.restore(checkpoint, loop.team.device)
+    loop.model.train()
+    batches = loop.batches(step)
+    with watch(loop.task.model) as found:
+        try:
+            update = loop.gradients(step, [next(batches) for _ in range(loop.config.accumulate)], replaying=True)
+            losses = [loss.item() for loss in update.losses]
+            outcome = f"loss {losses}, gradient norm {update.norm.item()}; no update made"
+        except (RuntimeError, NonFiniteError) as error:
+            outcome = str(error).splitlines()[0]
+    return f"step {step + 1}: {outcome}" + "".join(f"\n  not finite: {name}" for name in found[:10])
 
 
 @contextmanager

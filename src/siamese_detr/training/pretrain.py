@@ -28,6 +28,7 @@ from siamese_detr.runtime.rundir import begin, check_place, check_session, sessi
 from siamese_detr.runtime.signals import RunLock
 from siamese_detr.training.checks import check_batch_size, check_precision, check_trackers
 from siamese_detr.training.loop import Loop
+from siamese_detr.training.nonfinite import replay
 from siamese_detr.training.optimizer import OptimizerConfig, adamw
 from siamese_detr.training.pretrain_config import VIEWS, PretrainConfig
 from siamese_detr.training.run_config import RunConfig, part
@@ -146,7 +147,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         optimizer = adamw(pretext, config.lr, config.weight_decay, config.decay_all)
         loop = Loop(task, part(RunConfig, config), optimizer, part(OptimizerConfig, config), team, steps)
         if config.replay is not None:
-            diagnosis = loop.replay(Path(config.replay))
+            diagnosis = replay(loop, Path(config.replay))
             print(diagnosis)
             return result(out, diagnosis)
         loop.run()

@@ -40,13 +40,15 @@ class UnreadableImages:
         self._reasons = {record["path"]: record["reason"] for record in records}
         self._before = len(self._reasons)
 
-    def take(self, batch: dict[str, Any], step: int) -> int:
-        """Take ``skipped`` out of a micro-batch of update ``step`` and list its new images; how many could be read."""
+    def take(self, batch: dict[str, Any], step: int, writes: bool = True) -> int:
+        """Take ``skipped`` out of a micro-batch of update ``step``, and list its new images if the run ``writes``; how
+        many could be read.
+        """
         skipped = {str(path): str(reason) for path, reason in batch.pop("skipped", None) or ()}
         readable = count_images(batch)
         self._unreadable += len(skipped)
         self._readable += readable
-        if skipped.keys() - self._reasons.keys():
+        if writes and skipped.keys() - self._reasons.keys():
             # Another process may have met them in another epoch.
             self._reasons |= {record["path"]: record["reason"] for record in self.lines.read()}
             new = {path: reason for path, reason in skipped.items() if path not in self._reasons}
@@ -66,10 +68,10 @@ class UnreadableImages:
         return counts
 
     def check(self, step: int, found: float, unreadable: float, readable: float) -> None:
-        """Raise :class:`UserError` after update ``step`` (1, 2, ...) if too many images, or all lately, are not readable.
+        """Raise :class:`UserError` after an update if too many images, or all of the last ones, cannot be read.
 
         Args:
-            step: number of the update.
+            step: number of the update (1, 2, ...).
             found, unreadable, readable: :meth:`counts`, summed over all processes.
         """
         self._in_a_row = 0 if readable else self._in_a_row + int(unreadable)
