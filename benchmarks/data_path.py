@@ -217,7 +217,7 @@ def main() -> None:
         else:
             paths = shipped_photos(Path(temporary), options.count)
         store = Rows(paths)
-        config = ViewConfig.imagenet()
+        config = ViewConfig()
         summary = {
             "cpu": platform.processor() or platform.machine(),
             "images": len(paths),

@@ -131,7 +131,7 @@ def worker_floor(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         paths = shipped_photos(Path(folder), count)
         store: Any = Rows(paths)
-        dataset = TwoViewDataset(store, ViewConfig.imagenet(), 0)
+        dataset = TwoViewDataset(store, ViewConfig(), 0)
         batches = list(ViewBatchSampler(store, dataset.config, min(BATCH, count), max(1, count // BATCH), 0))
         keys = [key for batch in batches for key in batch]
         decode = best(lambda: [cv2.imread(str(paths[row])) for _, row in keys]) / len(keys)

@@ -30,18 +30,16 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from siamese_detr.training.trainer import BaseTrainer
-from transformers import TrainerCallback
 
 from data_path import shipped_photos
 from floor import operations
-from siamese_detr.training import ahead
+from siamese_detr.training.loop import Loop
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
 from step import CASES, Clock, Scale, make_inputs, make_pretext, make_step, set_dropout, spread, to_device
 
@@ -144,7 +142,7 @@ def measure_steps(case: str, variant: str, scale: Scale, rounds: int, device: to
     return found
 
 
-class Meter(TrainerCallback):
+class Meter:
     """Times the second half of a run: in the first, buffers are still being allocated for batches of new sizes.
 
     Args:
@@ -166,32 +164,26 @@ class Meter(TrainerCallback):
                 self.busy.append(torch.cuda.utilization())
                 time.sleep(0.1)
 
-    def waiting(self, batches: Iterable[Any], *arguments: Any) -> ahead.CopiedAhead:
-        """In the place of ``CopiedAhead``: times how long the next batch is waited for."""
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Time how long the next batch is waited for."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += (time.perf_counter() - start) * self.measuring
+            yield batch
 
-        def timed() -> Iterator[Any]:
-            iterator = iter(batches)
-            while True:
-                start = time.perf_counter()
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-                self.waited += (time.perf_counter() - start) * self.measuring
-                yield batch
-
-        return self.stock(timed(), *arguments)
-
-    stock = ahead.CopiedAhead
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        if state.global_step == self.first:
+    def step_done(self, step: int) -> None:
+        """Called after each update."""
+        if step == self.first:
             synchronize(self.device)
             self.measuring, self.seconds = True, -time.perf_counter()
             self.waits.__enter__()
             if self.device.type == "cuda":
                 threading.Thread(target=self.watch, daemon=True).start()
-        elif state.global_step == self.last:
+        elif step == self.last:
             self.waits.__exit__(None, None, None)
             synchronize(self.device)
             self.seconds += time.perf_counter()
@@ -203,17 +195,17 @@ def measure_run(case: str, photos: Path, options: argparse.Namespace, device: to
     family, sizes = CASES[case]
     detector_options = {name: value for name, value in sizes.items() if name != "num_queries"}
     meter = Meter(options.run_steps, device)
-    set_up = BaseTrainer.__init__
+    batches, step_done = Loop.batches, Loop._step_done
 
-    def metered(trainer: BaseTrainer, *arguments: Any, **keywords: Any) -> None:
-        set_up(trainer, *arguments, **keywords)
-        trainer.add_callback(meter)
+    def metered(loop: Loop, *arguments: Any) -> None:
+        meter.step_done(loop.state.step)
+        step_done(loop, *arguments)
 
     small = dict(short_sides=[96], max_size=128, crop_size=64, hidden_size=32, heads=4, ffn_size=64)
     with (
         tempfile.TemporaryDirectory() as out,
-        patch.object(BaseTrainer, "__init__", metered),
-        patch.object(ahead, "CopiedAhead", meter.waiting),
+        patch.object(Loop, "_step_done", metered),
+        patch.object(Loop, "batches", lambda loop, start: meter.waiting(batches(loop, start))),
     ):
         pretrain(
             PretrainConfig(

@@ -56,7 +56,7 @@ def timed(action: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[
 
 def images_and_samples(folder: Path, photos: int, samples: int) -> dict[str, Any]:
     """CPU milliseconds per image of `propose` and per training sample, by number of images."""
-    config, rows = ViewConfig.imagenet(), {}
+    config, rows = ViewConfig(), {}
     for factor in FACTORS:
         images = folder / f"photos-{factor}"
         images.mkdir()
@@ -93,7 +93,7 @@ def begin(directory: Path, listed: Path, config: ViewConfig) -> int:
 def start_up(folder: Path, rows: int) -> dict[str, Any]:
     """CPU seconds before the first batch is asked for, by number of images, which do not exist."""
     boxes, scores = np.tile(np.float32([10, 20, 200, 180]), (20, 1)), np.linspace(1, 0.1, 20, dtype=np.float32)
-    config, figures = ViewConfig.imagenet(), {}
+    config, figures = ViewConfig(), {}
     for factor in FACTORS:
         names = [f"n{number // 1300:05d}/{number:08d}.jpg" for number in range(rows * factor)]
         (folder / names[0]).parent.mkdir(exist_ok=True)

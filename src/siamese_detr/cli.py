@@ -112,7 +112,7 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
         bare = len(fields)
     named = [word for field, value in zip(fields, argv[:bare], strict=False) for word in (f"--{field.name}", value)]
     argv = named + argv[bare:]
-    argv, sources = take_options(argv, ("--config", "--recipe"))
+    argv, sources = take_options(argv, tuple(name for name in ("--config", "--recipe") if name[2:] not in names))
     options = [word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")]
     for option in options:
         if option not in names and option.removeprefix("no_") not in names and option not in ("help", ""):

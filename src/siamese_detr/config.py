@@ -61,6 +61,8 @@ def verb(config_class: type[Config]) -> Callable[[Callable[[Config], Result]], V
             given = dict(zip(names, args, strict=False))
             if twice := given.keys() & options.keys():
                 raise TypeError(f"{', '.join(sorted(twice))} given twice")
+            if "recipe" in names and recipe is not None:  # the verb applies it itself
+                options, recipe = options | {"recipe": recipe}, None
             values = read_sources(config_class, recipe, config) | given | options
             return function(validate(config_class, values, "arguments"))
 
@@ -88,6 +90,7 @@ def signature(config_class: type, result: Any) -> inspect.Signature:
     sources = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | Path | None)
         for name in ("config", "recipe")
+        if name not in types
     ]
     return inspect.Signature(fields + sources, return_annotation=result)
 
@@ -101,7 +104,8 @@ def document(function: Callable, config_class: type) -> str:
         "config: path of a YAML file with values for these arguments.",
         f"recipe: values that those of ``config`` and the arguments override: {names}or the path of a YAML file.",
     ]
-    lines = [f"    {line}" for line in sources]
+    own = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    lines = [f"    {line}" for line in sources if line.partition(":")[0] not in own]
     return "\n".join([f"{about}\n\nArgs:\n{arguments}", *lines]) + raises + errors
 
 

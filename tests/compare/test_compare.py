@@ -16,8 +16,8 @@ import yaml
 
 from siamese_detr import cli
 from siamese_detr.compare import compare as module
-from siamese_detr.compare.cells import Task
-from siamese_detr.compare.compare import CompareConfig, CompareResult, apply_preset, compare
+from siamese_detr.compare.compare import CompareConfig, CompareResult, apply_recipe, compare
+from siamese_detr.compare.plan import Task
 from siamese_detr.compare.schedule import Job
 from siamese_detr.detectors import build_detector
 from siamese_detr.errors import UserError
@@ -58,8 +58,8 @@ def options(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     monkeypatch.setenv("RUNS", str(runs))
     monkeypatch.delenv("BREAK", raising=False)
 
-    def job_of(task: Task) -> Job:
-        job = real(task)
+    def job_of(task: Task, missing: dict[str, Task]) -> Job:
+        job = real(task, missing)
         # Without site packages a stand-in starts in no time; yaml alone is looked up.
         code = f"import sys; sys.path.append({str(Path(yaml.__file__).parents[1])!r})\n{STAND_IN}"
         return Job(job.name, (sys.executable, "-S", "-c", code, job.command[-1], job.name), job.output, job.needs)
@@ -240,9 +240,9 @@ def test_classes_are_matched_by_name(options: dict[str, Any], data: Path, tmp_pa
         run(options, train=str(tmp_path / "alien.json"), **given)
 
 
-def test_variants_are_initialisations(options: dict[str, Any]) -> None:
-    variants = {"without crops": {"method": "siamese", "region_target": "roi"}, "detreg": {"embedding_weight": 2.0}}
-    run(options, inits=("without crops", "detreg"), variants=variants, fractions=(1.0,), seeds=(0,))
+def test_names_defined_in_pretrain_at_are_initialisations(options: dict[str, Any]) -> None:
+    pretrain_at = {"without crops": {"method": "siamese", "region_target": "roi"}, "detreg": {"embedding_weight": 2.0}}
+    run(options, inits=("without crops", "detreg"), pretrain_at=pretrain_at, fractions=(1.0,), seeds=(0,))
     out = Path(options["out"])
     found = {f.parts[-2]: yaml.safe_load(f.read_text()) for f in (out / "pretrained").glob("*/run-*.yaml")}
     assert {v["method"] for v in found.values()} == {"siamese", "detreg"}
@@ -260,11 +260,12 @@ def test_variants_are_initialisations(options: dict[str, Any]) -> None:
         ({"fractions": (0.0,)}, "fractions"),
         ({"finetune": {"epoch": 3}}, "did you mean 'epochs'"),
         ({"finetune": {"epochs": "many"}}, "epochs"),
-        ({"finetune": {"fraction": 0.1}}, "comparison sets it"),
+        ({"finetune": {"fraction": 0.1}}, "compare sets fraction itself"),
         ({"finetune_at": {"0.3": {}}}, "0.3"),
-        ({"variants": {"detreg": {}}}, "not among inits"),
+        ({"pretrain_at": {"detreg": {}}}, "not among inits"),
         ({"train": "nowhere.json"}, "nowhere.json"),
-        ({"preset": "paper-table-9"}, "paper-table-9"),
+        ({"recipe": "paper-table-9"}, "paper-table-9"),
+        ({"pretrain": {"short_sides": "[80, 96"}}, "short_sides='\\[80, 96' in pretrain options is not valid YAML"),
         ({"inits": ("siamese:iuo=0.3",)}, "did you mean 'iou'"),
         ({"inits": ("siamese:discrimination=all",)}, "discrimination='all'"),
         ({"inits": ("siamese:num_regions=200",)}, "too few queries"),
@@ -282,15 +283,15 @@ def test_mistakes_are_found_before_anything_is_run(
 
 
 @pytest.mark.parametrize("name", ["paper-table-1", "paper-table-2"])
-def test_presets_state_the_papers_protocol(
+def test_recipes_state_the_papers_protocol(
     options: dict[str, Any], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = CompareConfig(**{k: options[k] for k in ("images", "train", "val", "out")}, preset=name, seeds=(3,))
-    filled = apply_preset(config)
+    config = CompareConfig(**{k: options[k] for k in ("images", "train", "val", "out")}, recipe=name, seeds=(3,))
+    filled = apply_recipe(config)
     assert filled.inits == ("backbone", "up-detr", "detreg", "siamese")
     assert filled.seeds == (3,)  # the user's word
-    assert apply_preset(dataclasses.replace(config, seeds=(0, 1))).seeds == (0, 1)  # also where it is the usual one
-    run({k: options[k] for k in ("images", "train", "val", "out")}, preset=name, dry_run=True)
+    assert apply_recipe(dataclasses.replace(config, seeds=(0, 1))).seeds == (0, 1)  # also where it is the usual one
+    run({k: options[k] for k in ("images", "train", "val", "out")}, recipe=name, dry_run=True)
     assert not Path(options["out"]).exists()
     told = capsys.readouterr().err
     for part in ("Published AP", "8 in ", "steps 300000, batch_size 256", "detreg: proposal_method selective-search"):
@@ -337,8 +338,8 @@ def test_a_detector_of_another_family_may_be_among_them(options: dict[str, Any],
     assert (written["detector"], written["init"]) == ("detr", path)
 
 
-def test_a_preset_is_changed_from_the_shell(options: dict[str, Any]) -> None:
-    arguments = ["compare", options["images"], options["train"], options["val"], options["out"], "--preset", "laptop"]
+def test_a_recipe_is_changed_from_the_shell(options: dict[str, Any]) -> None:
+    arguments = ["compare", options["images"], options["train"], options["val"], options["out"], "--recipe", "laptop"]
     arguments += ["--inits", "siamese", "--fractions", "1", "--seeds", "0"]
     arguments += ["--pretrain", "detector", "rt-detr", "detector_options", "{}"]
     assert cli.main(arguments) == 0
@@ -351,12 +352,12 @@ def test_a_preset_is_changed_from_the_shell(options: dict[str, Any]) -> None:
     assert pretrained["view_size"] == 192
 
 
-def test_what_the_user_says_is_not_lost_in_a_preset(options: dict[str, Any]) -> None:
-    given = {**options, "preset": "laptop", "inits": ("siamese",), "fractions": (1.0,)}
-    config = apply_preset(CompareConfig(**given, finetune_at={"1": {"epochs": 7}}))
+def test_the_users_options_override_a_recipe(options: dict[str, Any]) -> None:
+    given = {**options, "recipe": "laptop", "inits": ("siamese",), "fractions": (1.0,)}
+    config = apply_recipe(CompareConfig(**given, finetune_at={"1": {"epochs": 7}}))
     assert config.finetune_at == {"1": {"epochs": 7}}
-    assert config.variants == {}  # the preset's are of others
-    for changes in ({"variants": {"siames": {}}}, {"finetune_at": {"0.1": {}}}, {"finetune_at": {"all": {}}}):
+    assert config.pretrain_at == {}  # the recipe's are for other initialisations
+    for changes in ({"pretrain_at": {"siames": {}}}, {"finetune_at": {"0.1": {}}}, {"finetune_at": {"all": {}}}):
         with pytest.raises(UserError, match=r"not among inits|none of the fractions"):
             run(given, **changes)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from siamese_detr.compare.schedule import Job, Slot, device_slots, run_jobs
+from siamese_detr.compare.schedule import Job, device_slots, run_jobs
 
 
 def job(name: str, code: str, folder: Path, *needs: str) -> Job:
@@ -19,20 +19,20 @@ def job(name: str, code: str, folder: Path, *needs: str) -> Job:
 
 
 def test_a_failure_skips_what_needs_it_and_nothing_else(tmp_path: Path) -> None:
-    told = []
+    ended_jobs = []
     jobs = [
         job("fine-tune a", "print('a')", tmp_path, "pre-train"),
         job("pre-train", "raise ValueError('no proposals')", tmp_path),
-        job("fine-tune b", "print('b')", tmp_path, "earlier"),
+        job("fine-tune b", "print('b')", tmp_path),
     ]
-    ended = run_jobs(jobs, [Slot({})], lambda job, end: told.append((job.name, end.outcome)), done=["earlier"])
+    ended = run_jobs(jobs, [{}], lambda job, end: ended_jobs.append((job.name, end.outcome)))
     assert ended["pre-train"].outcome == "failed"
     assert "ValueError: no proposals" in ended["pre-train"].reason
     assert ended["fine-tune a"].outcome == "skipped"
     assert "no proposals" in ended["fine-tune a"].reason
     assert ended["fine-tune b"].outcome == "done"
     assert (tmp_path / "fine-tune b.txt").read_text() == "b\n"
-    assert sorted(told) == sorted((name, end.outcome) for name, end in ended.items())
+    assert sorted(ended_jobs) == sorted((name, end.outcome) for name, end in ended.items())
 
 
 def test_slots_confine_jobs_to_their_device(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ assert time.time() < end
     # Each waits until the other runs too: they end only if both slots are used at once.
     ended = run_jobs(
         [job("x", wait, tmp_path), job("y", wait, tmp_path)],
-        [Slot({"CUDA_VISIBLE_DEVICES": "0"}), Slot({"CUDA_VISIBLE_DEVICES": "1"})],
+        [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}],
     )
     assert {end.outcome for end in ended.values()} == {"done"}
     assert sorted((tmp_path / f"{n}.txt").read_text() for n in "xy") == ["0\n", "1\n"]
@@ -56,10 +56,10 @@ assert time.time() < end
 
 def test_slots_follow_the_visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in device_slots()] == ["3", "5"]
-    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in device_slots(4)] == ["3", "5", "3", "5"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in device_slots()] == ["3", "5"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in device_slots(4)] == ["3", "5", "3", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert device_slots() == [Slot({})]
+    assert device_slots() == [{}]
 
 
 def test_a_result_that_cannot_be_read_is_a_failure(tmp_path: Path) -> None:
@@ -67,21 +67,22 @@ def test_a_result_that_cannot_be_read_is_a_failure(tmp_path: Path) -> None:
         if getattr(ended, "outcome", "") == "done":
             raise OSError("no metrics.json")
 
-    assert run_jobs([job("a", "pass", tmp_path)], [Slot({})], finished)["a"].reason == "no metrics.json"
+    assert run_jobs([job("a", "pass", tmp_path)], [{}], finished)["a"].reason == "no metrics.json"
 
 
-def test_a_need_that_nobody_meets_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no job"):
-        run_jobs([job("a", "pass", tmp_path, "b")], [Slot({})])
+@pytest.mark.parametrize(("needs", "message"), [({"a": "b"}, "no job"), ({"a": "b", "b": "a"}, "cycle")])
+def test_needs_that_cannot_be_met_are_an_error(tmp_path: Path, needs: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_jobs([job(name, "pass", tmp_path, need) for name, need in needs.items()], [{}])
 
 
 SCHEDULER = """
 import sys
 from pathlib import Path
-from siamese_detr.compare.schedule import Job, Slot, run_jobs
+from siamese_detr.compare.schedule import Job, run_jobs
 folder = Path(sys.argv[1])
 child = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(120)"
-run_jobs([Job("a", (sys.executable, "-c", child), folder / "a.txt")], [Slot({})])
+run_jobs([Job("a", (sys.executable, "-c", child), folder / "a.txt")], [{}])
 """
 
 

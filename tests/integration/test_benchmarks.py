@@ -76,7 +76,7 @@ def test_both_data_paths_make_the_same_pictures(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(data_path, "BATCH", 3)
     store = data_path.Rows(data_path.shipped_photos(tmp_path, 6))
-    summary = data_path.compare(store, data_path.ViewConfig.imagenet(), rounds=1)
+    summary = data_path.compare(store, data_path.ViewConfig(), rounds=1)
     assert summary["ratios"]["worker"]["median"] > 1
     # The plain path rounds rectangles to pixels and colours to 8 bits: a few hundredths of a standard deviation.
     assert all(0 < value < 0.1 for value in summary["mean difference, normalised units"].values())

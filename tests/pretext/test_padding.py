@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pretext_cases import CHANNELS, randomise, small_detector
-from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
+from siamese_detr.pretext import SiameseConfig
+from siamese_detr.pretext.siamese import SiamesePretext
 from siamese_detr.views import TwoViewDataset, ViewInputs, collate
 from siamese_detr.views.augment import prepare
 from view_cases import SMALL, photo_store
@@ -19,7 +20,7 @@ def batches(photos: Path) -> tuple[ViewInputs, ViewInputs]:
     """Three images, and the same three beside a larger one, which pads them further; float64, without crops."""
     store = photo_store(photos)
     small = [TwoViewDataset(store, SMALL, 0)[0, index] for index in range(3)]
-    large = TwoViewDataset(store, SMALL.with_changes(short_sides=(300,), max_size=400, area_range=(1, 1)), 0)[0, 3]
+    large = TwoViewDataset(store, replace(SMALL, short_sides=(300,), max_size=400, area_range=(1, 1)), 0)[0, 3]
     alone, accompanied = (
         prepare(collate(samples), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), None) for samples in (small, [*small, large])
     )
@@ -30,7 +31,7 @@ def batches(photos: Path) -> tuple[ViewInputs, ViewInputs]:
 
 def double(inputs: ViewInputs) -> ViewInputs:
     names = ("pixel_values", "boxes", "query_boxes")
-    return dataclasses.replace(inputs, **{name: getattr(inputs, name).double() for name in names})
+    return replace(inputs, **{name: getattr(inputs, name).double() for name in names})
 
 
 def boxes(pretext: SiamesePretext, inputs: ViewInputs) -> Tensor:

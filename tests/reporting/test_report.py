@@ -194,8 +194,8 @@ def test_comparison_page(runs: dict[str, Path], tmp_path: Path) -> None:
     ],
 )
 def test_initialisations_are_explained(name: str, told: str) -> None:
-    variants = {"siamese": {"num_queries": 20}, "wide": {"method": "siamese", "init": "coco", "iou": 0.7}}
-    assert meaning(name, variants).endswith(told)
+    pretrain_at = {"siamese": {"num_queries": 20}, "wide": {"method": "siamese", "init": "coco", "iou": 0.7}}
+    assert meaning(name, pretrain_at).endswith(told)
 
 
 def test_a_folder_without_a_run_is_a_users_mistake(tmp_path: Path) -> None:

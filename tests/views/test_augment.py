@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -236,8 +238,8 @@ def test_prepare_takes_parameters_from_the_tensor_if_the_host_copy_is_missing(ba
 
 def test_one_view_of_the_older_methods():
     for config in (
-        SMALL.with_changes(views="patches", num_regions=10),
-        SMALL.with_changes(views="proposals", num_regions=30),
+        replace(SMALL, views="patches", num_regions=10),
+        replace(SMALL, views="proposals", num_regions=30),
     ):
         image = np.asarray(textured(1, 160, 120))
         plan = plan_sample(config, stored("-", 160, 120), 0, 0, 0)

@@ -1,4 +1,4 @@
-"""What ``compare`` can be told; apart from the verb, so that ``--help`` need not load PyTorch."""
+"""The options of ``compare``, apart from the verb so that ``--help`` need not load PyTorch."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ class CompareConfig:
         images: unlabelled images to pre-train on: folder, list file (.txt) or COCO JSON.
         train: labels to fine-tune on: COCO JSON, VOC folder or YOLO data.yaml.
         val: labels to measure on.
-        out: directory of the comparison; what is there already is not run again.
+        out: directory of the comparison; results already there are not computed again.
         inits: what to compare: scratch (everything random), backbone (pre-trained backbone, random Transformer: the
             papers' "scratch"), siamese, up-detr or detreg (pre-trained here), PATH (a detector as it is, e.g. one
             supervised on COCO), PATH+siamese (that detector after our pre-training); a method with options of pretrain
-            of its own, siamese:iou=0.3,num_regions=5; or the name of a variant. Default: backbone siamese.
+            of its own, siamese:iou=0.3,num_regions=5; or a name defined in pretrain_at. Default: backbone siamese.
         fractions: parts of the training images, each above 0 to 1. Default: 0.01 0.1 1.
         seeds: of the part of the images, new weights and training; results are averaged over them. Default: 0 1.
-        preset: start from a protocol: the paper's, paper-table-1 or paper-table-2, or laptop. Its mappings are changed
-            entry by entry (those of a --recipe as a whole). With --dry-run, it tells what it is.
+        recipe: a whole comparison to start from: paper-table-1, paper-table-2, laptop, or a YAML file. Your options
+            override its own; mappings are merged entry by entry. Add --dry-run to see what it does.
         propose: options of propose.
         pretrain_recipe: recipe of pretrain, a name or a YAML file.
         pretrain: further options of pretrain; those of the detector hold for all initialisations.
-        variants: options of pretrain for one initialisation, by its name; with a method they define a new one (in YAML,
-            `variants: {boxes only: {method: siamese, discrimination: none}}`).
+        pretrain_at: options of pretrain for one initialisation, by its name; with a method they define a new one (in
+            YAML, `pretrain_at: {boxes only: {method: siamese, discrimination: none}}`).
         finetune_recipe: recipe of finetune, a name or a YAML file.
         finetune: further options of finetune.
-        finetune_at: options of finetune at one label fraction, by its number, for all initialisations alike.
-        pretrain_each_seed: pre-train anew for every seed (default: one pre-training serves all seeds).
+        finetune_at: options of finetune for one label fraction, by its number; they hold for all initialisations.
+        pretrain_each_seed: pre-train again for every seed (default: one pre-training serves all seeds).
         evaluation: count each cell's last evaluation, or its best (which flatters noisy runs).
         parallel: runs at a time (default: one per visible GPU, or one on the CPU).
-        dry_run: only tell the protocol, and what would be run.
+        dry_run: only show the protocol, and what would be run.
     """
 
     images: str
     train: str
     val: str
     out: str
-    # None: not said. What the user says is told from what a preset may fill in.
+    # None: not given, so that a recipe may fill it in.
     inits: tuple[str, ...] | None = None
     fractions: tuple[float, ...] | None = None
     seeds: tuple[int, ...] | None = None
-    preset: str | None = None
+    recipe: str | None = None
     propose: dict[str, Value] = field(default_factory=dict)
     pretrain_recipe: str | None = None
     pretrain: dict[str, Value] = field(default_factory=dict)
-    variants: dict[str, dict[str, Value]] = field(default_factory=dict)
+    pretrain_at: dict[str, dict[str, Value]] = field(default_factory=dict)
     finetune_recipe: str | None = None
     finetune: dict[str, Value] = field(default_factory=dict)
     finetune_at: dict[str, dict[str, Value]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The results of a comparison's runs on disk: written as they end, read back by key, summed up in tables and plots."""
+"""The results of a comparison on disk: written as runs end, read back by key, summarised in tables and plots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from siamese_detr.compare import plots
-from siamese_detr.compare.cells import Protocol, Task
+from siamese_detr.compare.plan import Task
 from siamese_detr.compare.schedule import Ended
 from siamese_detr.compare.summary import CellResult, to_csv, to_json, to_markdown
 from siamese_detr.errors import UserError
@@ -23,15 +23,15 @@ METRIC = "AP"
 
 
 def finished(task: Task) -> bool:
-    """Whether the task's result is there, under its present key."""
+    """Whether there is a result under the task's key."""
     return read_json(task.run / RESULT).get("status") == "done"
 
 
-def conclude(task: Task, ended: Ended, protocol: Protocol) -> None:
-    """Write a task's result: in its run if it is done, and for a cell always beside it.
+def conclude(task: Task, ended: Ended, out: Path) -> None:
+    """Write a task's result: into its run if it is done, and for a cell always beside it.
 
     Raises:
-        UserError: the run ended well, but has no metrics.
+        UserError: the run succeeded, but has no metrics.
     """
     record: dict[str, Any] = {
         "key": task.key,
@@ -39,19 +39,19 @@ def conclude(task: Task, ended: Ended, protocol: Protocol) -> None:
         "reason": ended.reason,
         "seconds": round(ended.seconds, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "run": str(task.run.relative_to(protocol.out)),
+        "run": str(task.run.relative_to(out)),
         "verb": task.verb,
         "configuration": dict(task.options),
     }
     if task.cell:
         record |= dict(zip(("init", "fraction", "seed"), task.cell, strict=True))
-        record["images"] = protocol.counts[task.cell[1:]]
+        record["images"] = task.images
     if ended.outcome == "done":
         if task.cell:
             record |= harvest(task.run)
         write_json(task.run / RESULT, record)
     if task.cell:
-        if ended.outcome == "done":  # checkpoints serve to continue
+        if ended.outcome == "done":  # they only serve to continue
             shutil.rmtree(task.run / "checkpoints", ignore_errors=True)
         write_json(task.folder / RESULT, record)
 
@@ -60,7 +60,7 @@ def harvest(run: Path) -> dict[str, Any]:
     """What a fine-tuning measured: best and last metrics, and the history of evaluations."""
     metrics = read_json(run / "metrics.json")
     if not metrics:
-        raise UserError(f"{run} has no metrics.json: it measured nothing")
+        raise UserError(f"{run} has no metrics.json; was it removed?")
     history = JsonLines(run / "history.jsonl").read()
     return {
         "best": numbers(metrics["best"]),

@@ -1,5 +1,4 @@
-"""Run commands that depend on each other, side by side on the devices there are; one failing does not stop the
-others."""
+"""Run commands that depend on each other, side by side on the available devices."""
 
 from __future__ import annotations
 
@@ -9,16 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Literal
 
 from siamese_detr.runtime.cores import usable_cores
-from siamese_detr.runtime.signals import Preempted
+from siamese_detr.runtime.signals import Preempted, StopRequest
 
-Outcome = Literal["done", "failed", "skipped"]
+Slot = Mapping[str, str]
+"""Environment variables that confine one job at a time to its device."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Job:
     Args:
         name: unique among the jobs.
         command: program and arguments.
-        output: file that receives its standard output and error.
+        output: file to which its standard output and error are appended.
         needs: names of the jobs that must have succeeded before.
     """
 
@@ -48,23 +49,16 @@ class Ended:
         seconds: wall time.
     """
 
-    outcome: Outcome
+    outcome: Literal["done", "failed", "skipped"]
     reason: str = ""
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A place where one job runs at a time: the environment variables that confine it to its device."""
-
-    environment: Mapping[str, str]
-
-
 class Stopped(Preempted):
-    """The jobs were asked to stop (SIGTERM) and have ended; the same command goes on later."""
+    """A signal asked the jobs to stop, and they have ended."""
 
-    def __init__(self) -> None:
-        super().__init__("SIGTERM: the runs under way have saved themselves; the same command goes on")
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name}: the active runs have been stopped and saved; start the same command to continue")
 
 
 def device_slots(parallel: int | None = None) -> list[Slot]:
@@ -80,75 +74,82 @@ def device_slots(parallel: int | None = None) -> list[Slot]:
     if visible is None:
         devices = [str(number) for number in range(torch.cuda.device_count())]
     if devices:
-        return [Slot({"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]}) for i in range(parallel or len(devices))]
+        return [{"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} for i in range(parallel or len(devices))]
     count = parallel or 1
     if count == 1 or "OMP_NUM_THREADS" in os.environ:
-        return [Slot({})] * count
-    return [Slot({"OMP_NUM_THREADS": str(max(usable_cores() // count, 1))})] * count
+        return [{}] * count
+    return [{"OMP_NUM_THREADS": str(max(usable_cores() // count, 1))}] * count
 
 
 def run_jobs(
     jobs: Sequence[Job],
     slots: Sequence[Slot],
     finished: Callable[[Job, Ended], None] = lambda job, ended: None,
-    done: Sequence[str] = (),
 ) -> dict[str, Ended]:
-    """Run every job whose needs succeed, in the order given, one per slot at a time.
+    """Run every job whose needs succeed, the first in the list first, one per slot at a time.
 
     Args:
-        finished: told of each job as it ends, in this process, before jobs that need it start. If it raises
-            an exception the job counts as failed.
-        done: names that ``needs`` may mention and that have been done before.
+        jobs: what to run; a failure skips the jobs that need it, and no others.
+        slots: where.
+        finished: called in this thread when a job has ended, before any job that needs it starts. If it raises an
+            exception, the job counts as failed.
+
+    Returns:
+        how each job ended, by name.
 
     Raises:
-        ValueError: a need is no job's name, or jobs need each other in a circle.
-        Stopped: SIGTERM came; the running jobs were passed it and have ended.
+        ValueError: a job needs an unknown job, or jobs need each other in a circle.
+        Stopped: a signal (SIGTERM, SIGUSR1) came; the running jobs were stopped.
         KeyboardInterrupt: likewise.
     """
-    results: dict[str, Ended] = {name: Ended("done") for name in done}
-    waiting = list(jobs)
+    place = {job.name: number for number, job in enumerate(jobs)}
+    graph = TopologicalSorter({job.name: job.needs for job in jobs})
+    if unknown := {name for job in jobs for name in job.needs} - place.keys():
+        raise ValueError(f"{min(unknown)!r} is needed, but there is no job of that name")
+    graph.prepare()
+    results: dict[str, Ended] = {}
+    ready: list[Job] = []
     free = list(slots)
-    running: list[tuple[Job, Slot, subprocess.Popen[bytes], float]] = []
+    running: dict[Future[int], tuple[Job, Slot, subprocess.Popen[bytes], float]] = {}
 
     def end(job: Job, ended: Ended) -> None:
         try:
             finished(job, ended)
         except Exception as error:
-            ended = Ended("failed", " ".join(str(error).split()) or type(error).__name__, ended.seconds)
-            finished(job, ended)
+            ended = Ended("failed", str(error) or type(error).__name__, ended.seconds)
         results[job.name] = ended
+        graph.done(job.name)
 
-    with stop_requests() as stopping:
+    with StopRequest() as stop, ThreadPoolExecutor(len(slots)) as pool:
         try:
-            while waiting or running:
-                if stopping():
-                    raise Stopped
-                for job in list(waiting):
-                    lacking = [name for name in job.needs if name in results and results[name].outcome != "done"]
-                    if lacking:
-                        waiting.remove(job)
-                        end(job, Ended("skipped", f"{lacking[0]}: {results[lacking[0]].reason}"))
-                    elif free and all(name in results for name in job.needs):
-                        waiting.remove(job)
+            while graph.is_active():
+                ready = sorted(
+                    [*ready, *(jobs[place[name]] for name in graph.get_ready())], key=lambda j: place[j.name]
+                )
+                for job in list(ready):
+                    broken = next((name for name in job.needs if results[name].outcome != "done"), None)
+                    if broken is not None:
+                        end(job, Ended("skipped", f"{broken}: {results[broken].reason}"))
+                    elif free:
                         slot = free.pop(0)
-                        running.append((job, slot, start(job, slot), time.monotonic()))
-                for entry in list(running):
-                    job, slot, process, began = entry
-                    if process.poll() is None:
+                        # Started in this thread: Linux would end the job together with the thread that started it.
+                        process = start(job, slot)
+                        running[pool.submit(process.wait)] = (job, slot, process, time.monotonic())
+                    else:
                         continue
-                    running.remove(entry)
+                    ready.remove(job)
+                ended_now, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
+                if stop.requested:
+                    raise Stopped(stop.requested)
+                for future in ended_now:
+                    job, slot, process, began = running.pop(future)
                     free.append(slot)
                     seconds = time.monotonic() - began
-                    if process.returncode == 0:
-                        end(job, Ended("done", "", seconds))
-                    else:
-                        end(job, Ended("failed", failure(process.returncode, job.output), seconds))
-                if running:
-                    time.sleep(0.05)
-                elif waiting and not any(set(job.needs) <= results.keys() for job in waiting):
-                    raise ValueError(f"{waiting[0].name} needs what is no job, or itself: {waiting[0].needs}")
+                    code = future.result()
+                    failed = Ended("failed", failure(code, job.output), seconds)
+                    end(job, failed if code else Ended("done", "", seconds))
         finally:
-            stop([process for _, _, process, _ in running])
+            terminate([process for _, _, process, _ in running.values()])
     return {job.name: results[job.name] for job in jobs}
 
 
@@ -160,18 +161,18 @@ def start(job: Job, slot: Slot) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **slot.environment},
+            env={**os.environ, **slot},
             preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
 
 
 def die_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the parent is killed: no orphan goes on writing into what a restart continues."""
+    """Ask Linux for SIGTERM when the parent is killed: no orphan may write into what a restart continues."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]], patience: float = 120.0) -> None:
-    """SIGTERM, upon which runs save themselves; SIGKILL for what is still there after ``patience`` seconds."""
+def terminate(processes: Sequence[subprocess.Popen[bytes]], patience: float = 120.0) -> None:
+    """Send SIGTERM, on which runs save themselves, and SIGKILL to those still running after ``patience`` seconds."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + patience
@@ -183,28 +184,8 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], patience: float = 120.0) 
             process.wait()
 
 
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Context giving a function that tells whether SIGTERM came (only where Python lets us listen: the main thread)."""
-    came = False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal came
-        came = True
-
-    try:
-        previous = signal.signal(signal.SIGTERM, note)
-    except ValueError:
-        yield lambda: False
-        return
-    try:
-        yield lambda: came
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def failure(code: int, output: Path) -> str:
-    """One line telling why a command failed: the last line it wrote, else how it ended."""
+    """One line: how a command ended (exit code or signal), and the last line it wrote."""
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     try:
         with open(output, "rb") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from siamese_detr.compare import plots
-from siamese_detr.compare.cells import Init, parse_init
+from siamese_detr.compare.inits import Init, parse_init
 from siamese_detr.compare.summary import (
     CellResult,
     convergence_curves,
@@ -17,6 +17,7 @@ from siamese_detr.compare.summary import (
     summary_table,
 )
 from siamese_detr.errors import UserError
+from siamese_detr.pretext import find_pretext
 from siamese_detr.reporting.charts import describe, inline
 from siamese_detr.reporting.page import Block, Figure, Grid, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.runs import AP_EXPLAINED, read_config, what_was_run
@@ -29,7 +30,6 @@ STARTS = {
     "scratch": "every weight random",
     "backbone": "pre-trained backbone, random Transformer",
 }
-METHODS = {"siamese": "Siamese DETR", "up-detr": "UP-DETR", "detreg": "DETReg"}
 
 
 def comparison_page(run: Path) -> Page:
@@ -51,7 +51,7 @@ def comparison_page(run: Path) -> Page:
     done = [cell for cell in cells if cell.status == "done"]
     sections = [
         Section("Result", [Text(ABOUT), Text(AP_EXPLAINED), *table_blocks(cells, metric)]),
-        Section("What is compared", [inits_table(names, config.get("variants") or {})]),
+        Section("What is compared", [inits_table(names, config.get("pretrain_at") or {})]),
         Section("Plots", plot_blocks(cells, metric)),
         Section("Cells", [cell_table(cells, metric)]),
         what_was_run(run, facts, config),
@@ -88,8 +88,8 @@ def plot_blocks(cells: list[CellResult], metric: str) -> list[Block]:
     return [Grid(figures, 330)] if figures else [Missing("Plots", "no cell is done")]
 
 
-def inits_table(names: Sequence[str], variants: Mapping[str, Mapping[str, Any]]) -> Table:
-    rows = [[name, meaning(name, variants)] for name in names]
+def inits_table(names: Sequence[str], pretrain_at: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = [[name, meaning(name, pretrain_at)] for name in names]
     return Table("What fine-tuning begins with", ["initialisation", "weights"], rows, long=frozenset([1]))
 
 
@@ -111,14 +111,15 @@ def cell_table(cells: list[CellResult], metric: str) -> Table:
     return Table("Every fine-tuning", headers, rows, long=frozenset([len(headers) - 1]))
 
 
-def meaning(name: str, variants: Mapping[str, Mapping[str, Any]]) -> str:
+def meaning(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> str:
     """What an initialisation is, for whoever has not read the manual."""
     try:
-        init = parse_init(name, variants)
+        init = parse_init(name, pretrain_at)
     except UserError:  # a detector that has been moved since
         init = Init(name, name, None, {})
     start = STARTS.get(init.start, f"the detector in {init.start}")
     if init.method is None:
         return start
     told = ", ".join(f"{key} {value}" for key, value in init.options.items())
-    return f"{start}, then pre-trained without labels by {METHODS[init.method]}{f' with {told}' if told else ''}"
+    method = find_pretext(init.method).title
+    return f"{start}, then pre-trained without labels by {method}{f' with {told}' if told else ''}"

@@ -1,0 +1,83 @@
+"""What fine-tuning can start from: the initialisations that a comparison compares."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from siamese_detr.errors import UserError
+from siamese_detr.pretext import is_pretext, pretext_names
+
+NEW = ("scratch", "backbone")
+"""What a new detector can start from."""
+INLINE = re.compile(r"((?:.*\+)?[\w-]+):(\w+=.*)")
+"""A method with options of its pre-training, ``siamese:discrimination=none,iou=0.3``."""
+OPTION = re.compile(r"(\w+)=(.*?)(?:,(?=\w+=)|$)")
+
+
+@dataclass(frozen=True)
+class Init:
+    """An initialisation.
+
+    Args:
+        name: as the user named it.
+        start: ``scratch`` (everything random), ``backbone`` (only the backbone pre-trained) or the path of a detector.
+        method: how it is pre-trained before fine-tuning; None: not at all.
+        options: further options of this pre-training.
+    """
+
+    name: str
+    start: str
+    method: str | None
+    options: Mapping[str, Any]
+
+    @property
+    def stored(self) -> bool:
+        """Whether it starts from a stored detector, not from a new one."""
+        return self.start not in NEW
+
+
+def split_init(name: str) -> tuple[str, dict[str, str]]:
+    """``siamese:iou=0.3`` as ``siamese`` and ``{"iou": "0.3"}``; any other name unchanged, without options."""
+    parts = INLINE.fullmatch(name)
+    return (parts[1], dict(OPTION.findall(parts[2]))) if parts else (name, {})
+
+
+def parse_init(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> Init:
+    """The initialisation that ``name`` means.
+
+    Args:
+        name: ``scratch``, ``backbone``, a method, ``PATH``, ``PATH+METHOD``, a method with options of its
+            pre-training (``siamese:discrimination=none,iou=0.3``), or a name that ``pretrain_at`` defines.
+        pretrain_at: options of pre-training by initialisation; an entry with a ``method`` defines a new one.
+
+    Raises:
+        UserError: the name has no meaning.
+    """
+    options = dict(pretrain_at.get(name, {}))
+    method = options.pop("method", None)
+    if method is not None:
+        if not is_pretext(method):
+            raise UserError(f"{name!r} in pretrain_at has method {method!r}; use one of {', '.join(pretext_names())}")
+        return Init(name, str(options.pop("init", "backbone")), method, options)
+    if name in NEW:
+        if options:
+            raise UserError(f"{name!r} is not pre-trained; remove it from pretrain_at")
+        return Init(name, name, None, {})
+    bare, inline = split_init(name)
+    if inline:  # the method's own options hold for it with inline options, too
+        options = {**pretrain_at.get(bare, {}), **options, **inline}
+    if is_pretext(bare):
+        return Init(name, "backbone", bare, options)
+    path, plus, last = bare.rpartition("+")
+    if plus and is_pretext(last):
+        return Init(name, path, last, options)
+    if not Path(name).expanduser().exists():
+        raise UserError(
+            f"initialisation {name!r} is unknown; use scratch, backbone, one of {', '.join(pretext_names())} (alone or "
+            "as in siamese:iou=0.3), a name defined in pretrain_at, or the path of a detector (alone or as PATH+METHOD)"
+        )
+    return Init(name, name, None, {})
