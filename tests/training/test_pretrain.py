@@ -462,6 +462,23 @@ def test_a_checkpoint_of_another_release_is_refused(
         pretrain(**{**base, "out": str(tmp_path / "run"), "resume": True})
 
 
+def test_a_checkpoint_of_the_first_release_is_continued(
+    checkpoint_of_two: Path, base: dict[str, Any], tmp_path: Path
+) -> None:
+    """It says more of the run's state than is read now."""
+    from siamese_detr.runtime import checkpoint as checkpoints
+
+    shutil.copytree(checkpoint_of_two, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    state = {"epoch": 1.0, "global_step": 2, "max_steps": 2, "logging_steps": 1, "save_steps": 2, "eval_steps": 500}
+    (folder / "trainer_state.json").write_text(json.dumps(state | {"train_batch_size": 8, "best_metric": None}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["trainer_state.json"] = checkpoints.fingerprint(folder / "trainer_state.json")
+    del manifest["format"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert pretrain(**{**base, "out": str(tmp_path / "run"), "resume": True}).steps == 4
+
+
 @pytest.fixture(scope="module")
 def checkpoint_of_two(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that did two of four steps."""

@@ -193,8 +193,7 @@ class Loop:
         bad_loss, bad_norm, stop, *unreadable = self.team.sums(torch.cat([flags, send(local, flags.device)]))
         # In fp16 gradients overflow until the loss scale fits. At a scale of 1 or less, that is an error.
         scaler = self.accelerator.scaler
-        scalable = scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
-        overflow = bool(bad_norm) and not bad_loss and scalable
+        overflow = bool(bad_norm) and not bad_loss and scaler is not None and scaler.get_scale() > 1
         return Verdict(not (bad_loss or bad_norm) or overflow, overflow, bool(stop), tuple(unreadable))  # type: ignore[arg-type]
 
     def _step_done(self, rate: float, stop: bool) -> None:
