@@ -826,16 +826,6 @@ def test_compiling_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None
         assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)  # batch norms over four images
 
 
-def test_memory_is_kept_for_the_next_step(
-    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context = MagicMock()
-    monkeypatch.setattr("siamese_detr.training.loop.kept_memory", context)
-    pretrain(**{**base, "out": str(tmp_path / "run"), "steps": 1})
-    context.return_value.__enter__.assert_called_once()
-    context.return_value.__exit__.assert_called_once()
-
-
 def test_without_a_compiler_compiling_ends_in_one_line(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

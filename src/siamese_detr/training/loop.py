@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError
-from siamese_detr.kernels.hub import use_kernels
+from siamese_detr.kernels import accelerate
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime import checkpoint as checkpoints
 from siamese_detr.runtime.gpu import send
 from siamese_detr.runtime.journal import Journal
 from siamese_detr.runtime.loading import Loader
-from siamese_detr.runtime.memory import kept_memory
 from siamese_detr.runtime.processes import Team, default_workers, machine_explained
 from siamese_detr.runtime.progress import ProgressBar
 from siamese_detr.runtime.signals import Preempted, StopRequest
@@ -114,11 +113,9 @@ class Loop:
             project_dir=self.out / "trackers",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
         )
-        if config.use_kernels:
-            replaced = use_kernels(task.model)
-            if team.main:
-                named = ", ".join(replaced) or f"there is none for this detector on {team.device.type}"
-                print(f"compiled kernels: {named}", file=sys.stderr)
+        exchanged = accelerate(task.model, team.device, config.kernels)
+        if config.kernels == "hub" and team.main:
+            print(f"kernels: {', '.join(exchanged)}", file=sys.stderr)
         self.model: nn.Module = self.accelerator.prepare(task.model)  # on the device, in autocast, in DDP, compiled
         self.optimizer: Any = self.accelerator.prepare(optimizer)  # lowers the loss scale where fp16 overflows
         factor = lr_factor(schedule.schedule, steps, schedule.drop_at, schedule.warmup)
@@ -240,7 +237,6 @@ class Loop:
             self.unreadable.resume(step, self.task.still_unreadable)
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(kept_memory(team.device))
                 stack.enter_context(machine_explained(f"continue {self.out} with --resume"))
                 stack.enter_context(self.stop)
                 if team.main:
