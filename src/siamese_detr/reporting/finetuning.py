@@ -29,7 +29,7 @@ from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, P
 from siamese_detr.reporting.pictures import COLOURS, Album, Box
 from siamese_detr.reporting.runs import AP_EXPLAINED, located, log_section, read_config, what_was_run
 from siamese_detr.runtime.journal import JsonLines
-from siamese_detr.training.detection_trainer import best_of
+from siamese_detr.training.detection_task import best_of
 
 IOU = 0.5
 
