@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from siamese_detr.config import validate
-from siamese_detr.detection.boxes import box_corners
+from siamese_detr.detection.boxes import box_corners, iou
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.images.decode import read_image
 from siamese_detr.images.listing import list_images
@@ -238,16 +238,13 @@ def find(pretext: Pretext, config: PretrainConfig, views: list[ViewSample]) -> F
     inputs = prepare(batch, detector.image_mean, detector.image_std, crop_size)
     features = pretext.frozen_features(inputs)
     _, decoded = pretext.predict(features)
-    answers = pretext.answer(decoded, features)
-    boxes: Any = at_matches(decoded.boxes.unflatten(1, features.boxes.shape[:2]), answers.matches)
+    matched = pretext.match(decoded, features)
+    boxes: Any = at_matches(decoded.boxes.unflatten(1, features.boxes.shape[:2]), matched.matches)
     sizes = features.sizes.unflatten(0, features.boxes.shape[:2])  # (V, B, 2): height, width
     scale = sizes[:, :, None, [1, 0, 1, 0]].to(boxes.dtype)
     boxes = box_corners(boxes) * scale
     regions = features.boxes.to(boxes.dtype).expand_as(boxes)
-    sides = torch.minimum(boxes[..., 2:], regions[..., 2:]) - torch.maximum(boxes[..., :2], regions[..., :2])
-    shared = sides.clamp(min=0).prod(-1)
-    areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (boxes, regions)]
-    iou = shared / (areas[0] + areas[1] - shared).clamp(min=1e-6)
+    overlap = iou(boxes, regions)
     count = torch.tensor([len(s.plan.boxes[0]) - s.plan.padded for s in views if s.plan is not None])
-    real = torch.arange(iou.shape[-1]) < count[:, None]
-    return Found(boxes, iou.masked_fill(~real.expand_as(iou), float("nan")))
+    real = torch.arange(overlap.shape[-1]) < count[:, None]
+    return Found(boxes, overlap.masked_fill(~real.expand_as(overlap), float("nan")))
