@@ -143,6 +143,12 @@ def test_pretraining_page(runs: dict[str, Path], tmp_path: Path) -> None:
     assert text.count("data:image/jpeg") == 2 * 2 + 2
 
 
+@pytest.mark.parametrize("kind", ["pretrained", "finetuned"])
+def test_predictions_are_computed_on_the_device_asked_for(runs: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    with pytest.raises(UserError, match="device 'abacus'"):
+        siamese_detr.report(run=str(runs[kind]), out=str(tmp_path / "page.html"), samples=1, device="abacus")
+
+
 def test_what_is_missing_is_left_out_with_a_reason(runs: dict[str, Path], tmp_path: Path) -> None:
     broken = tmp_path / "run"
     broken.mkdir()

@@ -1,4 +1,4 @@
-"""The page of a pre-training run: views, regions, proposals, and what the decoder's layers learned to find."""
+"""The page of a pre-training run: views, regions, proposals, and the predictions of each decoder layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from siamese_detr.config import validate
 from siamese_detr.detection.boxes import box_corners
@@ -34,20 +35,20 @@ SHOWN_PROPOSALS = 15
 
 
 @dataclass(frozen=True)
-class Found:
-    """What each decoder layer predicts for the regions of some images.
+class Predicted:
+    """The boxes that each decoder layer predicts for the regions of some images, on the CPU.
 
     Args:
         boxes: (layers, V, B, P, 4) xyxy pixels of the view.
-        iou: (layers, V, B, P) with the regions; NaN for padding.
+        iou: (layers, V, B, P) IoU with the regions; NaN for padding.
     """
 
     boxes: Tensor
     iou: Tensor
 
 
-def pretraining_page(run: Path, samples: int) -> Page:
-    """The page of the pre-training run in ``run``, with ``samples`` images."""
+def pretraining_page(run: Path, samples: int, device: str) -> Page:
+    """The page of the pre-training run in ``run``, with ``samples`` images; ``device`` computes the predictions."""
     values = read_config(run)
     album = Album()
     log = [record for record in JsonLines(run / "log.jsonl").read() if "loss" in record]
@@ -64,7 +65,7 @@ def pretraining_page(run: Path, samples: int) -> Page:
         photos = [[album.add(view) for view in sample.images] for sample in views]  # type: ignore[union-attr]
         sections.append(Section("Views and their regions", view_blocks(views, photos, config.cross_view)))
         sections.append(Section("Proposals", proposal_blocks(images, [sample.index for sample in views], album)))
-        sections.append(Section("What the decoder predicts", decoder_blocks(run, config, views, photos)))
+        sections.append(Section("What the decoder predicts", decoder_blocks(run, config, views, photos, device)))
     title = f"Pre-training: {values.get('method')} on {values.get('detector')}"
     summary = "Nothing was logged yet."
     if log:
@@ -74,7 +75,7 @@ def pretraining_page(run: Path, samples: int) -> Page:
 
 
 def stored_images(run: Path, config: PretrainConfig) -> Selection:
-    """The run's images with their proposals (all of the store's if the list of images is not to be found)."""
+    """The run's images with their proposals (all images of the store if the list of images is missing)."""
     store = ProposalStore.open(config.proposals or run / "proposals")
     try:
         return Selection(store, store.select(list_images(config.images)))
@@ -83,14 +84,14 @@ def stored_images(run: Path, config: PretrainConfig) -> Selection:
 
 
 def sample_views(images: Selection, config: PretrainConfig, samples: int) -> list[ViewSample]:
-    """Views of images from all over the list, as the first epoch saw them."""
+    """Views of images at equal distances in the list, as in the first epoch."""
     dataset = TwoViewDataset(images, config.views(), config.seed)
     chosen = np.unique(np.linspace(0, len(images) - 1, min(samples, len(images))).round().astype(int))
     return [dataset[(0, number)] for number in chosen.tolist()]
 
 
 def region_boxes(sample: ViewSample, view: int) -> list[Box]:
-    """The regions of one view, numbered; padding left out."""
+    """The regions of one view, numbered, without padding."""
     assert sample.plan is not None
     boxes = sample.plan.boxes[view]
     count = len(boxes) - sample.plan.padded
@@ -103,11 +104,11 @@ def view_blocks(views: list[ViewSample], photos: list[list[Photo]], cross_view: 
     two = len(photos[0]) > 1
     blocks: list[Block] = [
         Text(
-            "Two overlapping views of each image, as the first epoch cut them, before colours are changed. "
-            "The same number and colour is the same region; region 1 is what both views share. The detector is given "
-            f"what the regions of one view look like, and learns to find them in {'the other' if cross_view else 'it'}."
+            "Two overlapping views of each image in the first epoch, before photometric augmentation. The same number "
+            "and colour mark the same region; region 1 is the views' intersection. The detector gets the features "
+            f"of the regions of one view and learns to find the regions in {'the other' if cross_view else 'it'}."
             if two
-            else "The view of each image, as the first epoch cut it, before colours are changed, with its regions."
+            else "The view of each image in the first epoch and its regions, before photometric augmentation."
         )
     ]
     for number, (sample, row) in enumerate(zip(views, photos, strict=True), 1):
@@ -139,7 +140,7 @@ def proposal_blocks(images: Selection, chosen: list[int], album: Album) -> list[
         figures.append(album.add(pixels, (image.width, image.height)).draw(boxes, alt, caption))
     method = images.store.settings.method
     about = (
-        f"Boxes where some object may be, of whatever class, computed once before training by {method}. "
+        f"Boxes that may contain an object of any class, computed once before training by {method}. "
         "The regions above are chosen from the best of them."
     )
     if not figures:
@@ -148,7 +149,7 @@ def proposal_blocks(images: Selection, chosen: list[int], album: Album) -> list[
 
 
 def decoder_blocks(
-    run: Path, config: PretrainConfig, views: list[ViewSample], photos: list[list[Photo]]
+    run: Path, config: PretrainConfig, views: list[ViewSample], photos: list[list[Photo]], device: str
 ) -> list[Block]:
     what = "Predictions before and after"
     if not views:
@@ -158,45 +159,47 @@ def decoder_blocks(
         after = trained_pretext(run, before)
     except UserError as error:
         return [Missing(what, str(error))]
-    found = {"before": find(before, config, views), "after": find(after, config, views)}
+    predictions = {
+        when: predict_regions(pretext.to(device), config, views)
+        for when, pretext in (("before", before), ("after", after))
+    }
     two = len(photos[0]) > 1
-    asked = "the regions, in the view"
-    if two:
-        asked = f"the regions it is given from view {1 if config.cross_view else 2}, in view 2"
+    asked = f"the regions of view {1 if config.cross_view else 2}, in view 2" if two else "the regions, in the view"
     blocks: list[Block] = [
         Text(
-            f"Each decoder layer's boxes for {asked}: with the initial weights (made again from configuration and "
-            "seed) and with the pre-trained ones. Dashed: where the region is; solid: the prediction matched to it. "
-            "IoU is the area that both share divided by the area that either covers: 1 is a perfect fit."
+            f"The boxes that each decoder layer predicts for {asked}, with the initial weights (built again from "
+            "configuration and seed) and with the pre-trained ones. Dashed: the region; solid: the prediction matched "
+            "to it. IoU is the area of their intersection divided by the area of their union: 1 is a perfect fit."
         ),
-        iou_table(found),
+        iou_table(predictions),
     ]
     view = len(photos[0]) - 1
     for number, (sample, row) in enumerate(zip(views, photos, strict=True)):
-        for when, result in found.items():
+        for when, result in predictions.items():
             blocks.append(Heading(f"Image {number + 1}, {when} pre-training"))
             blocks.append(Grid(layer_figures(sample, row[view], result, view, number, when), 240))
     return blocks
 
 
-def layer_figures(sample: ViewSample, photo: Photo, found: Found, view: int, number: int, when: str) -> list[Figure]:
+def layer_figures(
+    sample: ViewSample, photo: Photo, predicted: Predicted, view: int, number: int, when: str
+) -> list[Figure]:
     targets = region_boxes(sample, view)
     figures = []
-    for layer in range(len(found.boxes)):
-        boxes = found.boxes[layer, view, number].tolist()
+    for layer in range(len(predicted.boxes)):
+        boxes = predicted.boxes[layer, view, number].tolist()
         drawn = [Box(boxes[p], t.colour, t.tag) for p, t in enumerate(targets)]
         drawn += [Box(t.xyxy, t.colour, dashed=True) for t in targets]
-        iou = mean(found.iou[layer, view, number])
+        iou = mean(predicted.iou[layer, view, number])
         alt = f"Image {number + 1}, layer {layer + 1}, {when} pre-training: mean IoU {iou:.2f} with the regions."
         figures.append(photo.draw(drawn, alt, f"Layer {layer + 1}: IoU {iou:.2f}"))
     return figures
 
 
-def iou_table(found: dict[str, Found]) -> Table:
-    layers = len(next(iter(found.values())).iou)
-    rows = [[when, *(f"{mean(result.iou[layer]):.3f}" for layer in range(layers))] for when, result in found.items()]
-    headers = ["weights", *(f"layer {layer + 1}" for layer in range(layers))]
-    return Table("Mean IoU of prediction and region over the images shown, all views", headers, rows)
+def iou_table(predictions: dict[str, Predicted]) -> Table:
+    rows = [[f"{when} pre-training", *(f"{mean(iou):.3f}" for iou in p.iou)] for when, p in predictions.items()]
+    headers = ["weights", *(f"layer {layer + 1}" for layer in range(len(predictions["before"].iou)))]
+    return Table("Mean IoU of predictions and regions, over all views of the images shown", headers, rows)
 
 
 def mean(iou: Tensor) -> float:
@@ -206,21 +209,23 @@ def mean(iou: Tensor) -> float:
 
 
 def initial_pretext(config: PretrainConfig) -> Pretext:
-    """The task as the run began with it: the same seed gives the same weights."""
+    """The pretext task with its initial weights: the same seed gives the same weights."""
     with torch.random.fork_rng():
         seed_torch(config.seed)
         return build(config).eval()
 
 
 def trained_pretext(run: Path, initial: Pretext) -> Pretext:
-    """The task with the weights of the newest checkpoint.
+    """The pretext task with the weights of the newest checkpoint.
 
     Raises:
-        UserError: no checkpoint, or of another detector.
+        UserError: there is no checkpoint, or it is of another detector.
     """
     checkpoint = checkpoints.latest_valid(run / "checkpoints", report=lambda message: None)
     if checkpoint is None:
-        raise UserError(f"{run / 'checkpoints'} holds no checkpoint: the heads that ask the decoder are only there")
+        raise UserError(
+            f"{run / 'checkpoints'} holds no checkpoint, and only checkpoints contain the heads of the pretext task"
+        )
     trained = copy.deepcopy(initial)
     try:
         trained.load_state_dict(checkpoints.read_tensors(checkpoint, "model"))
@@ -230,24 +235,21 @@ def trained_pretext(run: Path, initial: Pretext) -> Pretext:
 
 
 @torch.no_grad()
-def find(pretext: Pretext, config: PretrainConfig, views: list[ViewSample]) -> Found:
-    """Ask ``pretext`` for the regions of ``views``, augmented as the first epoch augmented them."""
+def predict_regions(pretext: Pretext, config: PretrainConfig, views: list[ViewSample]) -> Predicted:
+    """Let ``pretext`` predict the regions of ``views``, augmented as in the first epoch."""
     detector = pretext.detector
-    batch = collate(views)
-    crop_size = config.crop_size if pretext.needs_crops else None
-    inputs = prepare(batch, detector.image_mean, detector.image_std, crop_size)
+    device = next(detector.parameters()).device
+    batch: Any = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in collate(views).items()}
+    inputs = prepare(batch, detector.image_mean, detector.image_std, config.crop_size if pretext.needs_crops else None)
     features = pretext.frozen_features(inputs)
     _, decoded = pretext.predict(features)
-    answers = pretext.answer(decoded, features)
-    boxes: Any = at_matches(decoded.boxes.unflatten(1, features.boxes.shape[:2]), answers.matches)
+    matches = pretext.answer(decoded, features).matches
+    boxes: Any = at_matches(decoded.boxes.unflatten(1, features.boxes.shape[:2]), matches)
     sizes = features.sizes.unflatten(0, features.boxes.shape[:2])  # (V, B, 2): height, width
-    scale = sizes[:, :, None, [1, 0, 1, 0]].to(boxes.dtype)
-    boxes = box_corners(boxes) * scale
+    boxes = box_corners(boxes) * sizes[:, :, None, [1, 0, 1, 0]].to(boxes.dtype)
     regions = features.boxes.to(boxes.dtype).expand_as(boxes)
-    sides = torch.minimum(boxes[..., 2:], regions[..., 2:]) - torch.maximum(boxes[..., :2], regions[..., :2])
-    shared = sides.clamp(min=0).prod(-1)
-    areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (boxes, regions)]
-    iou = shared / (areas[0] + areas[1] - shared).clamp(min=1e-6)
+    # Few boxes: the IoU of all pairs is cheap, and the pairs wanted lie on the diagonal.
+    iou = box_iou(boxes.flatten(0, -2), regions.flatten(0, -2)).diagonal().view(boxes.shape[:-1])
     count = torch.tensor([len(s.plan.boxes[0]) - s.plan.padded for s in views if s.plan is not None])
-    real = torch.arange(iou.shape[-1]) < count[:, None]
-    return Found(boxes, iou.masked_fill(~real.expand_as(iou), float("nan")))
+    padding = torch.arange(iou.shape[-1]) >= count[:, None]
+    return Predicted(boxes.cpu(), iou.cpu().masked_fill(padding, float("nan")))

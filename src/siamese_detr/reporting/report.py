@@ -1,4 +1,4 @@
-"""The verb ``report``: one HTML file that shows what a run or a comparison did, and needs nothing else to be read."""
+"""The verb ``report``: one self-contained HTML file about a run or a comparison."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from siamese_detr.reporting.runs import read_config
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What was written.
+    """The page written.
 
     Args:
         page: the file.
         kind: pre-training, fine-tuning or comparison.
-        missing: parts that were left out, with the reason.
+        missing: parts left out, each with the reason.
     """
 
     page: Path
@@ -39,7 +39,7 @@ def report(config: ReportConfig) -> ReportResult:
         UserError: there is neither, or the page cannot be written.
     """
     if config.samples < 1 or config.max_images < 1:
-        raise UserError("samples and max_images must be at least 1")
+        raise UserError(f"samples and max_images must be at least 1, not {config.samples} and {config.max_images}")
     run = Path(config.run).expanduser()
     kind = kind_of(run)
     page = make_page(run, kind, config)
@@ -58,10 +58,10 @@ def report(config: ReportConfig) -> ReportResult:
 
 
 def kind_of(run: Path) -> str:
-    """What kind of directory it is, by what its configuration speaks of.
+    """The kind of a run directory, by the keys of its configuration.
 
     Raises:
-        UserError: none that we know.
+        UserError: it is of no known kind.
     """
     config = read_config(run)
     if "inits" in config:
@@ -70,7 +70,9 @@ def kind_of(run: Path) -> str:
         return "pre-training"
     if "train" in config:
         return "fine-tuning"
-    raise UserError(f"{run} is neither a pre-training, a fine-tuning nor a comparison")
+    raise UserError(
+        f"{run} is neither a pre-training, a fine-tuning nor a comparison; give the output directory of one"
+    )
 
 
 def make_page(run: Path, kind: str, config: ReportConfig) -> Page:
@@ -78,13 +80,16 @@ def make_page(run: Path, kind: str, config: ReportConfig) -> Page:
         from siamese_detr.reporting.comparison import comparison_page
 
         return comparison_page(run)
+    from siamese_detr.evaluation.inference import choose_device
+
+    device = str(choose_device(config.device))
     if kind == "pre-training":
         from siamese_detr.reporting.pretraining import pretraining_page
 
-        return pretraining_page(run, config.samples)
+        return pretraining_page(run, config.samples, device)
     from siamese_detr.reporting.finetuning import finetuning_page
 
-    return finetuning_page(run, config.samples, config.max_images, config.score, config.device)
+    return finetuning_page(run, config.samples, config.max_images, config.score, device)
 
 
 def missing(page: Page) -> Iterator[str]:
