@@ -37,8 +37,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plain import PlainSiamese, stock_modules
 from siamese_detr.detectors import build_detector
 from siamese_detr.kernels.frozen import is_norm
+from siamese_detr.pretext import SiameseConfig
 from siamese_detr.pretext.heads import BatchNorm
-from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
+from siamese_detr.pretext.siamese import SiamesePretext
 from siamese_detr.runtime.hardware import emulates_bf16
 from siamese_detr.runtime.memory import hand_back_memory, keep_memory
 from siamese_detr.training.optimizer import adamw

@@ -32,11 +32,11 @@ from torch import Tensor
 
 from siamese_detr.interchange.names import table
 from siamese_detr.interchange.research import normalise
-from siamese_detr.pretext import losses
+from siamese_detr.pretext import SiameseConfig, UpDetrConfig, losses
 from siamese_detr.pretext.base import Pretext
 from siamese_detr.pretext.features import FrozenFeatures
-from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
-from siamese_detr.pretext.up_detr import UpDetrConfig, UpDetrPretext
+from siamese_detr.pretext.siamese import SiamesePretext
+from siamese_detr.pretext.up_detr import UpDetrPretext
 
 FOLDER = Path(__file__).parent / "data" / "golden"
 LOSSES = {

@@ -97,7 +97,7 @@ def child(log: str, options: dict[str, Any], env: dict[str, str], kill_at_flush:
 
 def poison(step: int) -> None:
     """Make the loss of an update a NaN, in this process."""
-    from siamese_detr.pretext import SiamesePretext
+    from siamese_detr.pretext.siamese import SiamesePretext
 
     forward, calls = SiamesePretext.forward, [0]
 

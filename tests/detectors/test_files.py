@@ -191,22 +191,6 @@ def test_weights_of_another_detector_are_refused(saved):
             load_detector(saved, names)
 
 
-def test_names_on_the_hub_are_downloaded(saved, monkeypatch):
-    asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(saved))
-    assert load_detector("someone/detector").class_names == ["a", "b", "c"]
-    assert asked == ["someone/detector"]
-
-    def offline(name, **keywords):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(UserError, match=r"cannot be had from the Hugging Face hub either \(no route to host\)"):
-        load_detector("someone/detector")
-    with pytest.raises(UserError, match=r"no config\.json"):
-        load_detector("/no/such/directory")
-
-
 def test_configuration_can_be_overridden_on_load(saved):
     assert load_detector(saved, dropout=0.3).config.dropout == 0.3
     with pytest.raises(UserError, match="no option 'dropuot'"):

@@ -25,7 +25,8 @@ from siamese_detr.detectors import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.kernels.frozen import FrozenBackbone, is_norm, run
 from siamese_detr.kernels.fused import CudnnConv2d
-from siamese_detr.pretext import Pretext, build_pretext
+from siamese_detr.pretext import build_pretext
+from siamese_detr.pretext.base import Pretext
 from siamese_detr.training.ahead import AheadLoader
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
 from siamese_detr.views import TwoViewDataset, augment, collate

@@ -14,8 +14,9 @@ from siamese_detr.detectors import deformable_detr
 from siamese_detr.kernels import deformable_attention
 from siamese_detr.kernels.cpu_sampling import sample
 from siamese_detr.kernels.packing import find_packing
+from siamese_detr.pretext import SiameseConfig
 from siamese_detr.pretext.features import FrozenFeatures
-from siamese_detr.pretext.siamese import SiameseConfig, SiamesePretext
+from siamese_detr.pretext.siamese import SiamesePretext
 from tiny_detectors import region_queries, tiny_batch, tiny_detector
 
 DEFORMABLE = ("deformable-detr", "deformable-detr-one-scale", "deformable-detr-refined")

@@ -22,9 +22,9 @@ from pretext_cases import (
     term_name,
 )
 from siamese_detr.errors import UserError
-from siamese_detr.pretext import build_pretext
+from siamese_detr.pretext import UpDetrConfig, build_pretext
 from siamese_detr.pretext.features import region_of_query
-from siamese_detr.pretext.up_detr import UpDetrConfig, patch_mask
+from siamese_detr.pretext.up_detr import patch_mask
 
 
 @pytest.mark.parametrize("regions", [1, 3, 4, 5, 12])

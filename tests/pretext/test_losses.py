@@ -44,8 +44,8 @@ def problem():
 
 
 def test_box_conversions():
-    boxes = torch.tensor([[[10.0, 20.0, 30.0, 60.0]]])
-    normalised = boxes.normalise_boxes(boxes, torch.tensor([[100, 50]]))
+    corners = torch.tensor([[[10.0, 20.0, 30.0, 60.0]]])
+    normalised = boxes.normalise_boxes(corners, torch.tensor([[100, 50]]))
     assert_close(normalised, torch.tensor([[[0.4, 0.4, 0.4, 0.4]]]))
     assert_close(boxes.box_corners(normalised), torch.tensor([[[0.2, 0.2, 0.6, 0.6]]]))
 

@@ -25,10 +25,12 @@ from pretext_cases import (
     take_images,
     term_name,
 )
+from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.detectors.build import FAMILIES
 from siamese_detr.errors import UserError
-from siamese_detr.pretext import NonFiniteError, SiameseConfig, SiamesePretext, build_pretext
+from siamese_detr.pretext import SiameseConfig, build_pretext
 from siamese_detr.pretext.features import pool_regions
+from siamese_detr.pretext.siamese import SiamesePretext
 
 
 def siamese(**changes: object) -> SiamesePretext:

@@ -24,7 +24,8 @@ from siamese_detr import cli
 from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.detectors import plan_detector
 from siamese_detr.errors import UserError
-from siamese_detr.pretext import PRETEXTS, SiamesePretext
+from siamese_detr.pretext import PRETEXTS
+from siamese_detr.pretext.siamese import SiamesePretext
 from siamese_detr.proposals.propose import propose
 from siamese_detr.proposals.store import ProposalStore, StoredImage
 from siamese_detr.runtime.processes import machine_explained
@@ -741,13 +742,13 @@ def test_the_flat_configuration_is_that_of_its_parts() -> None:
     """Every setting of views and methods can be told, under its name, and has its default."""
     config = PretrainConfig(images="a", out="b")
     assert config.views() == ViewConfig()
-    for method, (_, kind) in PRETEXTS.items():
+    for method, kind in PRETEXTS.items():
         assert PretrainConfig(images="a", out="b", method=method).pretext() == kind()  # type: ignore[arg-type]
     names = {field.name for field in dataclasses.fields(PretrainConfig)}
     documented = PretrainConfig.__doc__ or ""
     assert all(f"        {name}: " in documented for name in names)
     changed = PretrainConfig(images="a", out="b", jitter_queries=False, box_jitter=0.2, view_size=96)
-    assert not changed.pretext().jitter  # type: ignore[attr-defined]
+    assert not changed.pretext().jitter_queries  # type: ignore[attr-defined]
     assert (changed.views().box_jitter, changed.views().view_size) == (0.2, 96)
 
 

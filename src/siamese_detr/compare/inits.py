@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from siamese_detr.errors import UserError
+from siamese_detr.pretext import is_pretext, pretext_names
 
-METHODS = ("siamese", "up-detr", "detreg")
 NEW = ("scratch", "backbone")
 """What a new detector can start from."""
-INLINE = re.compile(rf"((?:.*\+)?(?:{'|'.join(METHODS)})):(\w+=.*)")
+INLINE = re.compile(r"((?:.*\+)?[\w-]+):(\w+=.*)")
 """A method with options of its pre-training, ``siamese:discrimination=none,iou=0.3``."""
 OPTION = re.compile(r"(\w+)=(.*?)(?:,(?=\w+=)|$)")
 
@@ -60,8 +60,8 @@ def parse_init(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> Init:
     options = dict(pretrain_at.get(name, {}))
     method = options.pop("method", None)
     if method is not None:
-        if method not in METHODS:
-            raise UserError(f"{name!r} in pretrain_at has method {method!r}; use one of {', '.join(METHODS)}")
+        if not is_pretext(method):
+            raise UserError(f"{name!r} in pretrain_at has method {method!r}; use one of {', '.join(pretext_names())}")
         return Init(name, str(options.pop("init", "backbone")), method, options)
     if name in NEW:
         if options:
@@ -70,14 +70,14 @@ def parse_init(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> Init:
     bare, inline = split_init(name)
     if inline:  # the method's own options hold for it with inline options, too
         options = {**pretrain_at.get(bare, {}), **options, **inline}
-    if bare in METHODS:
+    if is_pretext(bare):
         return Init(name, "backbone", bare, options)
     path, plus, last = bare.rpartition("+")
-    if plus and last in METHODS:
+    if plus and is_pretext(last):
         return Init(name, path, last, options)
     if not Path(name).expanduser().exists():
         raise UserError(
-            f"initialisation {name!r} is unknown; use scratch, backbone, one of {', '.join(METHODS)} (alone or as in "
-            "siamese:iou=0.3), a name defined in pretrain_at, or the path of a detector (alone or as PATH+METHOD)"
+            f"initialisation {name!r} is unknown; use scratch, backbone, one of {', '.join(pretext_names())} (alone or "
+            "as in siamese:iou=0.3), a name defined in pretrain_at, or the path of a detector (alone or as PATH+METHOD)"
         )
     return Init(name, name, None, {})

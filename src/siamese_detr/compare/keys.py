@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from siamese_detr.detectors.loading import find_detector
 from siamese_detr.errors import UserError
-from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import ImageList
 
 OPERATION = {

@@ -18,11 +18,12 @@ from siamese_detr.compare.keys import detector_key, family_of, images_key, key_o
 from siamese_detr.config import read_sources, validate, validate_value
 from siamese_detr.detectors import plan_detector
 from siamese_detr.detectors.build import DetectorPlan
+from siamese_detr.detectors.loading import find_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.evaluate import class_map
-from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.labels import dataset_key, read_labels
 from siamese_detr.images.listing import list_images
+from siamese_detr.pretext import find_pretext
 from siamese_detr.proposals.propose import ProposeConfig
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.pretrain_config import PretrainConfig
@@ -140,8 +141,10 @@ class Plan:
         base, each = plain(self.pretrain), self.config.pretrain_each_seed
         seed = seed if each else base["seed"]
         overrides = dict(init.options)
-        if init.method == "detreg":  # its paper's proposals
-            overrides.setdefault("proposal_method", "selective-search")
+        assert init.method is not None
+        paper_proposals = find_pretext(init.method).paper_proposals
+        if paper_proposals not in (None, PretrainConfig.proposal_method):
+            overrides.setdefault("proposal_method", paper_proposals)
         fixed: dict[str, Any] = {"images": str(self.images), "out": "-", "method": init.method, "seed": seed}
         start_key = ""
         if init.stored:

@@ -1,29 +1,20 @@
-"""Build a detector of a family, or load one from an ordinary Hugging Face directory."""
+"""Build a new detector of a family."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
-import json
-import pickle
-import re
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from siamese_detr.detectors import initialise
+from siamese_detr import plugins
+from siamese_detr.config import nearest
 from siamese_detr.detectors.adapter import DetectorAdapter, DetectorSize
-from siamese_detr.detectors.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, resolve_backbone
-from siamese_detr.detectors.weights import quiet
+from siamese_detr.detectors.backbones import Backbone, resolve_backbone
 from siamese_detr.errors import UserError
 
 FAMILIES = {
@@ -39,6 +30,13 @@ FAMILIES = {
     "rf-detr": "lw_detr:RfDetrAdapter",
 }
 """Family -> where its adapter is (imported when asked for)."""
+PLUGINS = "siamese_detr.detectors"
+"""Entry points of other packages that add a family: `family = "module:Adapter"`."""
+
+
+def families() -> list[str]:
+    """All families there are, those of other installed packages included (imports these packages)."""
+    return [*FAMILIES, *plugins.load(PLUGINS)]
 
 
 def adapter_class(family: str) -> type[DetectorAdapter]:
@@ -47,12 +45,15 @@ def adapter_class(family: str) -> type[DetectorAdapter]:
     Raises:
         UserError: no such family.
     """
-    if family not in FAMILIES:
-        near = difflib.get_close_matches(family, FAMILIES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown detector {family!r}; {hint}there are: {', '.join(FAMILIES)}")
-    module, name = FAMILIES[family].split(":")
-    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    if family in FAMILIES:
+        module, name = FAMILIES[family].split(":")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    adapter = plugins.load(PLUGINS).get(family)
+    if adapter is None:
+        raise UserError(f"unknown detector {family!r}{nearest(family, families())}; there are: {', '.join(families())}")
+    if not (isinstance(adapter, type) and issubclass(adapter, DetectorAdapter) and adapter.family == family):
+        raise UserError(f"the plug-in for {family!r} detectors is no DetectorAdapter whose `family` is {family!r}")
+    return adapter
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,7 @@ def plan_detector(
         given["num_labels"] = len(class_names)
     own = inspect.signature(adapter.configure).parameters
     if unknown := [name for name in options if name not in own]:
-        near = difflib.get_close_matches(unknown[0], [*fields, *own], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"a {family!r} detector has no option {unknown[0]!r}{hint}")
+        raise UserError(f"a {family!r} detector has no option {unknown[0]!r}{nearest(unknown[0], [*fields, *own])}")
     size = DetectorSize(**{**adapter.defaults, **given})
     if size.hidden_size % (2 * size.heads):
         raise UserError(f"hidden_size {size.hidden_size} must be a multiple of 2 x heads (2 x {size.heads})")
@@ -130,145 +129,3 @@ def build_detector(
     names = class_names or (["object"] if labels == 1 else [f"class {i}" for i in range(labels)])
     detector.name_classes(names)
     return detector.train()
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Names of the tensors a load did not carry over.
-
-    Args:
-        missing: in the model, not in the file: freshly initialised.
-        unexpected: in the file, not in the model: ignored.
-        remade: the class head, re-made for other classes.
-    """
-
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    remade: tuple[str, ...] = ()
-
-
-def load_detector(
-    directory: str | Path, class_names: list[str] | None = None, *, family: str | None = None, **overrides: Any
-) -> DetectorAdapter:
-    """A detector from an ordinary Hugging Face directory of a known family, with a frozen backbone.
-
-    What could not be loaded is in the adapter's `load_report`.
-
-    Args:
-        directory: holds config.json and model.safetensors. A name on the Hugging Face hub ("facebook/detr-resnet-50")
-            is downloaded, if there is no such directory.
-        class_names: if given and other than those stored, the class head is re-made for them; all else is kept.
-        family: refuse any other family.
-        **overrides: values of the configuration to change (`dropout=0.0`).
-
-    Raises:
-        UserError: not such a directory, a family without adapter, another family, damaged or unsafe weights.
-    """
-    directory = _local(directory)
-    if not (directory / "config.json").is_file():
-        raise UserError(
-            f"{directory} is not a detector: it has no config.json; give the Hugging Face directory of a detector"
-        )
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {directory / 'config.json'}: {_first_line(error)}") from None
-    found = config.model_type.replace("_", "-")
-    if found not in FAMILIES:
-        raise UserError(f"{directory} holds a {config.model_type!r} model; known detectors: {', '.join(FAMILIES)}")
-    if family is not None and found != family:
-        raise UserError(f"{directory} holds a {found!r} detector, not {family!r}; name that detector instead")
-    if getattr(config, "auxiliary_loss", False):
-        config.auxiliary_loss = False  # Transformers' auxiliary loss changes what the decoder computes.
-    for name, value in overrides.items():
-        if not hasattr(config, name):
-            raise UserError(f"a {found!r} detector has no option {name!r}")
-        setattr(config, name, value)
-    adapter = adapter_class(found)
-    model_class: Any = adapter.model_class
-    remake = class_names is not None and list(config.id2label.values()) != list(class_names)
-    if remake and class_names is not None:
-        config.id2label = dict(enumerate(class_names))
-        config.label2id = {name: i for i, name in enumerate(class_names)}
-    try:
-        with quiet():
-            model, info = model_class.from_pretrained(
-                directory,
-                config=config,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # looked at below
-                weights_only=True,
-                dtype=torch.float32,
-            )
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"the weights in {directory} are a pickle with more than tensors in it, which is never loaded; "
-            "a model.safetensors is needed"
-        ) from None
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"cannot load the weights in {directory}: {_first_line(error)}; an intact model.safetensors is needed"
-        ) from None
-
-    mean, std, size = _read_processor(directory)
-    provenance_file = directory / "siamese_detr.json"
-    provenance = json.loads(provenance_file.read_text()) if provenance_file.is_file() else {"family": found}
-    detector = adapter(model, mean, std, provenance)
-    detector.input_size = size
-    if remake:
-        for head in detector.class_heads:
-            assert isinstance(head, nn.Linear)
-            initialise.class_head(head, focal=adapter.focal)
-    heads = {id(parameter) for parameter in detector.class_heads.parameters()} if remake else set()
-    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in heads}
-    if wrong := [str(key) for key, *_ in info["mismatched_keys"] if key not in names]:
-        raise UserError(
-            f"cannot load the weights in {directory}: {wrong[0]} has another shape than config.json says; "
-            "they belong to another model"
-        )
-    missing = tuple(sorted(set(info["missing_keys"]) - names))
-    detector.load_report = LoadReport(missing, tuple(sorted(info["unexpected_keys"])), tuple(sorted(names)))
-    if missing:
-        warnings.warn(
-            f"{directory}: {len(missing)} tensors were not in the file and are freshly initialised, "
-            f"e.g. {', '.join(missing[:3])}",
-            stacklevel=2,
-        )
-    return detector.train()
-
-
-def _read_processor(directory: Path) -> tuple[tuple[float, ...], tuple[float, ...], dict[str, int]]:
-    """Mean, std and size of the directory's preprocessor_config.json; ImageNet's and 800/1333 without one."""
-    file = directory / "preprocessor_config.json"
-    if not file.is_file():
-        warnings.warn(f"{file} is missing: taking ImageNet's mean and deviation, short side 800", stacklevel=3)
-        return IMAGENET_MEAN, IMAGENET_STD, {"shortest_edge": 800, "longest_edge": 1333}
-    try:
-        values = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"cannot read {file}: {error}") from None
-    if not values.get("do_normalize", True):
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    else:
-        mean = tuple(values.get("image_mean", IMAGENET_MEAN))
-        std = tuple(values.get("image_std", IMAGENET_STD))
-    size = {name: side for name, side in (values.get("size") or {}).items() if side is not None}
-    return mean, std, size or {"shortest_edge": 800, "longest_edge": 1333}
-
-
-def _local(directory: str | Path) -> Path:
-    """The directory itself, or where the hub's repository of that name was downloaded to."""
-    if Path(directory).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(directory)):
-        return Path(directory)
-    try:
-        return Path(huggingface_hub.snapshot_download(str(directory), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # whatever the network, the hub and its client may say
-        raise UserError(
-            f"{directory} is no directory here, and cannot be had from the Hugging Face hub either "
-            f"({_first_line(error)}); give a directory, or check name and network"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

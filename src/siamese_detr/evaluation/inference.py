@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
-from siamese_detr.detectors.weights import quiet
+from siamese_detr.detectors.loading import open_detector
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
@@ -98,32 +96,20 @@ class Detector:
         return [names.get(k, f"LABEL_{k}") for k in range(max(names, default=-1) + 1)]
 
     @classmethod
-    def load(cls, directory: str | Path, device: str = "auto") -> Detector:
-        """From a Hugging Face directory, or the run directory that holds one.
+    def load(cls, source: str | Path, device: str = "auto") -> Detector:
+        """From a Hugging Face directory, the run directory that holds one, or a name on the Hub.
 
         Raises:
             UserError: no detector there, or damaged or unsafe (pickled) weights.
         """
-        path = find_detector(directory)
-        try:
-            here = {"local_files_only": True, "trust_remote_code": False}
-            config = AutoConfig.from_pretrained(path, **here)
-            options = here | {"weights_only": True, "use_safetensors": True, "dtype": torch.float32}
-            with quiet(), warnings.catch_warnings(action="ignore"):
-                model, info = AutoModelForObjectDetection.from_pretrained(
-                    path, config=config, output_loading_info=True, **options
-                )
-                processor = AutoImageProcessor.from_pretrained(path, **here)
-        except Exception as error:  # Transformers raises anything from KeyError to RuntimeError here
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        stored = open_detector(source)
+        model, info = stored.load_model()
+        if lost := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
             raise UserError(
-                f"{path} cannot be loaded as a detector ({reason}); it needs config.json, model.safetensors and "
-                "preprocessor_config.json of an object detection model"
-            ) from error
-        if missing := info["missing_keys"]:
-            raise UserError(
-                f"{path}: the weights lack {len(missing)} tensors, e.g. {sorted(missing)[0]}: it is damaged"
+                f"{stored.path} is damaged: its weights lack {len(lost)} tensors or have others in their place, e.g. "
+                f"{lost[0]}; fetch or save it again"
             )
+        processor = stored.load_processor()
         place = choose_device(device)
         return cls(model.to(place).eval(), processor, place)
 
@@ -151,18 +137,6 @@ class Detector:
             boxes = result["boxes"].cpu().double().numpy().reshape(-1, 4)
             found.append((result["labels"].cpu().numpy()[best], scores[best], boxes[best]))
         return found
-
-
-def find_detector(directory: str | Path) -> Path:
-    """``directory`` if it is a detector, else the one inside it: ``best``, ``last`` (fine-tuning), ``detector``
-    (pre-training)."""
-    path = Path(directory).expanduser()
-    if not path.exists():
-        raise UserError(f"there is no detector {path}: the folder does not exist")
-    for candidate in (path, path / "best", path / "last", path / "detector"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise UserError(f"{path} is no detector: it holds no config.json, nor do best, last or detector in it")
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""What the pretext tasks share: their configuration, the detection losses after matching, and the sum of terms."""
+"""What the pretext tasks share: the detection losses after matching, and the sum of all terms."""
 
 from __future__ import annotations
 
@@ -9,47 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from siamese_detr.detection.matching import MatchCosts, match
-from siamese_detr.errors import UserError
 from siamese_detr.pretext import heads, losses
 from siamese_detr.pretext.features import FrozenFeatures, check_queries, freeze
 
 if TYPE_CHECKING:
     from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, Memory
+    from siamese_detr.pretext.config import PretextConfig
     from siamese_detr.views.batch import ViewInputs
-
-
-@dataclass
-class PretextConfig:
-    """What every pretext task can be told.
-
-    Args:
-        class_weight: weight of the class loss.
-        box_weight: weight of the L1 box loss.
-        giou_weight: weight of the GIoU loss.
-        class_cost: weight of the object probability in the matching cost.
-        box_cost: weight of the L1 distance in the matching cost.
-        giou_cost: weight of the GIoU in the matching cost.
-        no_object_weight: weight of unmatched queries in the class loss.
-    """
-
-    class_weight: float = 1.0
-    box_weight: float = 5.0
-    giou_weight: float = 2.0
-    class_cost: float = 1.0
-    box_cost: float = 5.0
-    giou_cost: float = 2.0
-    no_object_weight: float = 0.1
-
-    @property
-    def costs(self) -> MatchCosts:
-        """The weights of the matching cost."""
-        return MatchCosts(self.class_cost, self.box_cost, self.giou_cost)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise UserError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise UserError(f"{name}: {value!r} is not one of {', '.join(choices)}")
 
 
 @dataclass
@@ -96,13 +62,13 @@ class Pretext(nn.Module):
     def __init__(self, detector: DetectorAdapter, config: PretextConfig) -> None:
         super().__init__()
         self.detector = detector
-        self.base_config = config
+        self.config = config
         self.class_head = heads.class_head(detector.hidden_size)
 
     @property
     def needs_crops(self) -> bool:
         """Whether batches must hold the regions' crops."""
-        return True
+        return self.config.needs_crops
 
     def frozen_features(self, inputs: ViewInputs) -> FrozenFeatures:
         """Everything :meth:`forward` needs, computed without gradient by the frozen backbone."""
@@ -123,10 +89,11 @@ class Pretext(nn.Module):
         boxes = decoded.boxes.unflatten(1, lead)
         logits = self.class_head(states)
         targets, valid = features.targets, features.valid
-        config = self.base_config
+        config = self.config
+        costs = MatchCosts(config.class_cost, config.box_cost, config.giou_cost)
         check_queries(boxes.shape[3], targets.shape[2])
         with torch.autocast(states.device.type, enabled=False):
-            matches = match(logits, boxes, targets, valid, config.costs)
+            matches = match(logits, boxes, targets, valid, costs)
             counts = losses.count(valid, torch.promote_types(boxes.dtype, torch.float32))
             found = losses.at_matches(boxes, matches)
             box, giou = losses.box_losses(found, targets, valid, counts)
@@ -143,7 +110,7 @@ class Pretext(nn.Module):
         """Sum ``terms`` (scalars, or (layers, V): mean over directions, sum over layers) with ``weights`` and the box
         weights.
         """
-        config = self.base_config
+        config = self.config
         weights = {
             "loss_cls": config.class_weight,
             "loss_box": config.box_weight,

@@ -4,28 +4,17 @@ backbone does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from siamese_detr.pretext import heads, losses
-from siamese_detr.pretext.base import Pretext, PretextConfig, PretextOutput
+from siamese_detr.pretext.base import Pretext, PretextOutput
+from siamese_detr.pretext.config import DetRegConfig
 from siamese_detr.pretext.features import FrozenFeatures
 
 if TYPE_CHECKING:
     from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, Memory
-
-
-@dataclass
-class DetRegConfig(PretextConfig):
-    """DETReg's losses; the defaults are the paper's.
-
-    Args:
-        embedding_weight: weight of the object embedding loss.
-    """
-
-    embedding_weight: float = 1.0
 
 
 class DetRegPretext(Pretext):
@@ -38,10 +27,11 @@ class DetRegPretext(Pretext):
         config: weights.
     """
 
+    config: DetRegConfig
+
     def __init__(self, detector: DetectorAdapter, config: DetRegConfig | None = None) -> None:
         config = config or DetRegConfig()
         super().__init__(detector, config)
-        self.config = config
         self.region_head = heads.FeatureHead(detector.hidden_size, sum(detector.channels))
 
     def forward(self, features: FrozenFeatures) -> PretextOutput:

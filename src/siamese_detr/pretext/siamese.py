@@ -2,78 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import heads, losses
-from siamese_detr.pretext.base import Answers, Pretext, PretextConfig, PretextOutput, check_choice
+from siamese_detr.pretext.base import Answers, Pretext, PretextOutput
+from siamese_detr.pretext.config import SiameseConfig
 from siamese_detr.pretext.features import FrozenFeatures, pool_regions, region_of_query
 
 if TYPE_CHECKING:
     from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, Memory
-
-
-@dataclass
-class SiameseConfig(PretextConfig):
-    """Siamese DETR's losses and ablations; the defaults are the paper's for Conditional DETR on ImageNet.
-
-    Args:
-        lambda_region: weight of region discrimination (paper: 5 Conditional, 3 others and COCO).
-        lambda_global: weight of global discrimination (paper: 10; 0.3 on COCO).
-        discrimination: which of the two is learned: none, region, global or both.
-        region_target: where a region's feature comes from: its crop (the paper), or RoIAlign of the view (saves the
-            crops).
-        target_view: the view of that feature: the query's own (the paper), or the other one, in which the query
-            searches.
-        cross_view: decode a view's regions on the other view's memory (the paper); off: on its own, the single-view
-            ablation.
-        jitter: pool the queries' features at jittered boxes (the paper) rather than at the regions themselves.
-        region_dropout: probability with which a training step shows an image's queries none of its regions (the paper:
-            0): the learned queries alone then have to find them, as they have to find objects in fine-tuning.
-        pool_padding: let padding into the pooled features, as the paper's code does: averaged into the global ones, and
-            at the picture's edge interpolated into the regions'. Off: only the picture counts.
-        global_levels: which levels of the encoder output the global features pool: all, or those of the backbone's maps
-            alone, as the paper's code does (it differs in Deformable DETR, which adds a level of its own).
-        global_hidden_size: width of the global projector.
-        global_size: width of the global projection and prediction.
-        global_predictor_size: width of the global predictor's inner layer.
-    """
-
-    lambda_region: float = 5.0
-    lambda_global: float = 10.0
-    discrimination: Literal["none", "region", "global", "both"] = "both"
-    region_target: Literal["crop", "roi"] = "crop"
-    target_view: Literal["own", "other"] = "own"
-    cross_view: bool = True
-    jitter: bool = True
-    region_dropout: float = 0.0
-    pool_padding: bool = False
-    global_levels: Literal["all", "backbone"] = "all"
-    global_hidden_size: int = 256
-    global_size: int = 256
-    global_predictor_size: int = 256
-
-    def __post_init__(self) -> None:
-        check_choice("discrimination", self.discrimination, ("none", "region", "global", "both"))
-        check_choice("region_target", self.region_target, ("crop", "roi"))
-        check_choice("target_view", self.target_view, ("own", "other"))
-        check_choice("global_levels", self.global_levels, ("all", "backbone"))
-        if not 0 <= self.region_dropout < 1:
-            raise UserError(f"region_dropout must be at least 0 and below 1, not {self.region_dropout}")
-
-    @property
-    def learns_regions(self) -> bool:
-        """Whether L_region is computed."""
-        return self.discrimination in ("region", "both")
-
-    @property
-    def learns_globally(self) -> bool:
-        """Whether L_global is computed."""
-        return self.discrimination in ("global", "both")
 
 
 class SiamesePretext(Pretext):
@@ -85,10 +26,11 @@ class SiamesePretext(Pretext):
         config: weights and ablations.
     """
 
+    config: SiameseConfig
+
     def __init__(self, detector: DetectorAdapter, config: SiameseConfig | None = None) -> None:
         config = config or SiameseConfig()
         super().__init__(detector, config)
-        self.config = config
         channels = sum(detector.channels)
         self.region_embedding = nn.Linear(channels, detector.hidden_size)
         self.region_head = heads.FeatureHead(detector.hidden_size, channels) if config.learns_regions else None
@@ -100,11 +42,6 @@ class SiamesePretext(Pretext):
                 config.global_size,
                 config.global_predictor_size,
             )
-
-    @property
-    def needs_crops(self) -> bool:
-        """Whether batches must hold the regions' crops."""
-        return self.config.learns_regions and self.config.region_target == "crop"
 
     def forward(self, features: FrozenFeatures) -> PretextOutput:
         """The losses of a batch of view pairs.
@@ -135,7 +72,7 @@ class SiamesePretext(Pretext):
         """q (V, B, Q, D): the region features of each view, embedded and repeated; the detector adds its own query
         embedding. Zero for the images of a training step that go without (``region_dropout``).
         """
-        boxes = features.query_boxes if self.config.jitter else features.boxes
+        boxes = features.query_boxes if self.config.jitter_queries else features.boxes
         pooled = self._pool(features, boxes)
         region = region_of_query(self.detector.num_queries, boxes.shape[2], boxes.device)
         queries = self.region_embedding(pooled).index_select(2, region)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,28 +9,12 @@ from torch import Tensor, nn
 
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import heads, losses
-from siamese_detr.pretext.base import Pretext, PretextConfig, PretextOutput
+from siamese_detr.pretext.base import Pretext, PretextOutput
+from siamese_detr.pretext.config import UpDetrConfig
 from siamese_detr.pretext.features import FrozenFeatures, region_of_query
 
 if TYPE_CHECKING:
     from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, Memory
-
-
-@dataclass
-class UpDetrConfig(PretextConfig):
-    """UP-DETR's losses; the defaults are the paper's.
-
-    Args:
-        reconstruction_weight: weight of the reconstruction of the patch feature.
-        patch_dropout: probability with which a query of a training step goes without its patch (§3.2).
-    """
-
-    reconstruction_weight: float = 1.0
-    patch_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.patch_dropout < 1:
-            raise UserError(f"patch_dropout must be in [0, 1), not {self.patch_dropout}")
 
 
 class UpDetrPretext(Pretext):
@@ -45,6 +28,8 @@ class UpDetrPretext(Pretext):
         UserError: the detector's queries cannot be kept from each other.
     """
 
+    config: UpDetrConfig
+
     def __init__(self, detector: DetectorAdapter, config: UpDetrConfig | None = None) -> None:
         config = config or UpDetrConfig()
         if not detector.masks_queries:
@@ -52,7 +37,6 @@ class UpDetrPretext(Pretext):
                 f"{detector.family} cannot keep queries from each other, as UP-DETR does: use another method"
             )
         super().__init__(detector, config)
-        self.config = config
         channels = sum(detector.channels)
         self.region_embedding = nn.Linear(channels, detector.hidden_size)
         self.region_head = heads.FeatureHead(detector.hidden_size, channels)

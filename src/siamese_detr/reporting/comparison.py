@@ -18,6 +18,7 @@ from siamese_detr.compare.summary import (
 )
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import percent
+from siamese_detr.pretext import find_pretext
 from siamese_detr.reporting.charts import describe, inline
 from siamese_detr.reporting.page import Block, Figure, Grid, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.runs import AP_EXPLAINED, read_config, what_was_run
@@ -30,7 +31,6 @@ STARTS = {
     "scratch": "every weight random",
     "backbone": "pre-trained backbone, random Transformer",
 }
-METHODS = {"siamese": "Siamese DETR", "up-detr": "UP-DETR", "detreg": "DETReg"}
 
 
 def comparison_page(run: Path) -> Page:
@@ -122,4 +122,5 @@ def meaning(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> str:
     if init.method is None:
         return start
     told = ", ".join(f"{key} {value}" for key, value in init.options.items())
-    return f"{start}, then pre-trained without labels by {METHODS[init.method]}{f' with {told}' if told else ''}"
+    method = find_pretext(init.method).title
+    return f"{start}, then pre-trained without labels by {method}{f' with {told}' if told else ''}"

@@ -17,7 +17,7 @@ from siamese_detr.detection.boxes import box_corners
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.images.decode import read_image
 from siamese_detr.images.listing import list_images
-from siamese_detr.pretext import Pretext
+from siamese_detr.pretext.base import Pretext
 from siamese_detr.pretext.losses import at_matches
 from siamese_detr.proposals.store import ProposalStore, Selection, StoredImage
 from siamese_detr.randomness import seed_torch

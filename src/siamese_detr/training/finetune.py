@@ -14,10 +14,10 @@ from rich.console import Console
 
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
-from siamese_detr.detectors.build import build_detector, load_detector
+from siamese_detr.detectors.build import build_detector
+from siamese_detr.detectors.loading import find_detector, load_detector
 from siamese_detr.detectors.weights import quiet
 from siamese_detr.evaluation.evaluate import class_map
-from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
 from siamese_detr.runtime.journal import JsonLines

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
-from siamese_detr.detectors.build import build_detector, load_detector
+from siamese_detr.detectors.build import build_detector
+from siamese_detr.detectors.loading import load_detector
 from siamese_detr.errors import UserError
-from siamese_detr.evaluation.inference import find_detector
 from siamese_detr.images.listing import list_images
-from siamese_detr.pretext import FrozenFeatures, Pretext, PretextOutput, build_pretext
+from siamese_detr.pretext import build_pretext, find_pretext
+from siamese_detr.pretext.base import Pretext, PretextOutput
+from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.proposals.store import ProposalStore, Selection, StoreSettings
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime.journal import JsonLines
@@ -29,7 +31,7 @@ from siamese_detr.runtime.rundir import begin, check_place, check_session, sessi
 from siamese_detr.runtime.signals import RunLock
 from siamese_detr.training.compiling import sizes_vary
 from siamese_detr.training.optimizer import adamw, lr_factor
-from siamese_detr.training.pretrain_config import VIEWS, PretrainConfig
+from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.settings import RunSettings, check_batch_size, check_precision, check_trackers
 from siamese_detr.training.sizes import DROPOUTS, given
 from siamese_detr.training.source import checksum, find_source
@@ -191,7 +193,7 @@ def build(config: PretrainConfig) -> Pretext:
     if config.init is None:
         detector = build_detector(config.detector, config.backbone, seed=config.seed, **config.sizes())
     else:
-        detector = load_detector(find_detector(config.init), family=config.detector, **given(config, DROPOUTS))
+        detector = load_detector(config.init, family=config.detector, **given(config, DROPOUTS))
     config.check_queries(detector.num_queries)
     if config.checkpoint_activations:
         model = detector.model  # the newer name first: the older one warns where both exist
@@ -239,7 +241,8 @@ def complete_proposals(config: PretrainConfig, out: Path, begun: bool) -> None:
         return
     method: str = config.proposal_method
     seed = config.seed
-    if VIEWS[config.method] == "patches" or config.box_source == "random":  # no box is used, so any will do
+    if find_pretext(config.method).paper_proposals is None or config.box_source == "random":
+        # No box is used, so any will do.
         method = there.method if there is not None else "random"
     if there is not None and there.method == method:
         seed = there.parameters.get("seed", seed)

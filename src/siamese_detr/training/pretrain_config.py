@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from siamese_detr.config import check_numbers
 from siamese_detr.errors import UserError
+from siamese_detr.pretext import PretextConfig, find_pretext
 from siamese_detr.training.sizes import DROPOUTS, SIZES, given
 from siamese_detr.views.config import ViewConfig
 
-if TYPE_CHECKING:  # loads PyTorch, for which --help need not wait
-    from siamese_detr.pretext import PretextConfig
-
 Value = int | float | bool | str
 
-REGIONS = {"siamese": 10, "up-detr": 10, "detreg": 30}
-"""Regions per image of each method's paper."""
-VIEWS: dict[str, Literal["two", "patches", "proposals"]] = {
-    "siamese": "two",
-    "up-detr": "patches",
-    "detreg": "proposals",
-}
-"""Views each method looks at."""
 MAY_CHANGE = {
     *("resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep", "log_every"),
     *("out", "steps", "epochs", "max_bad_share", "compile", "use_kernels", "bank_dir", "checkpoint_activations"),
@@ -147,7 +137,7 @@ class PretrainConfig:
     resume: bool = False
     replay: str | None = None
     # the detector
-    method: Literal["siamese", "up-detr", "detreg"] = "siamese"
+    method: str = "siamese"
     detector: str = "conditional-detr"
     backbone: str = "efficientnet-lite0"
     init: str | None = None
@@ -265,7 +255,7 @@ class PretrainConfig:
     @property
     def regions(self) -> int:
         """Regions per image."""
-        return self.num_regions or REGIONS[self.method]
+        return self.num_regions or find_pretext(self.method).paper_regions
 
     def check_queries(self, queries: int) -> None:
         """Raise UserError if a detector of so many queries has fewer than there are regions."""
@@ -279,18 +269,15 @@ class PretrainConfig:
         """The views' part."""
         names = {f.name for f in dataclasses.fields(ViewConfig)} - {"views", "num_regions"}
         return ViewConfig(
-            views=VIEWS[self.method],
+            views=find_pretext(self.method).view_kind,
             num_regions=self.regions,
             **{name: getattr(self, name) for name in names},
         )
 
     def pretext(self) -> PretextConfig:
         """The pretext task's part."""
-        from siamese_detr.pretext import PRETEXTS
-
-        kind = PRETEXTS[self.method][1]
-        rename = {"jitter": "jitter_queries"}
-        return kind(**{f.name: getattr(self, rename.get(f.name, f.name)) for f in dataclasses.fields(kind)})
+        kind = find_pretext(self.method)
+        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind) if hasattr(self, f.name)})
 
     def sizes(self) -> dict[str, Any]:
         """The detector's sizes and options that are given."""

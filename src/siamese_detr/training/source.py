@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from transformers import PretrainedConfig
 
 from siamese_detr.errors import UserError
-from siamese_detr.pretext import FrozenFeatures, Pretext
+from siamese_detr.pretext.base import Pretext
+from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.runtime.processes import Team, default_workers
 from siamese_detr.training import feature_bank
 from siamese_detr.training.feature_bank import FeatureBank
