@@ -279,7 +279,8 @@ def test_text_is_escaped_and_figures_keep_to_themselves(tmp_path: Path) -> None:
     photo = album.add(np.zeros((40, 60, 3), np.uint8))
     picture = photo.draw([Box((-5, -5, 90, 90), "#fff", evil)], evil, evil)
     curve = Curve(evil, [1.0, 2.0], [3.0, 4.0], [3.0, 4.0], [3.0, 4.0])
-    charts = [line_chart(evil, "x", "y", [curve, curve]) for _ in range(2)]
+    nothing = Curve("nothing", [], [], [], [])
+    charts = [line_chart(evil, "x", "y", curves) for curves in ([curve, curve], [curve, nothing], [nothing])]
     table = Table(evil, [evil], [[evil]])
     page = Page(evil, evil, [Section(evil, [Grid([picture, *charts]), table])], album.markup())
     file = tmp_path / "page.html"

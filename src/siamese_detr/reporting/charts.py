@@ -47,7 +47,7 @@ def inline(plot: Plot, alt: str, caption: str = "") -> Figure:
 def line_chart(title: str, x: str, y: str, curves: Sequence[Curve], caption: str = "") -> Figure:
     """Curves over a common x; the text alternative gives the first and last value of each."""
     plot, axes = new_axes(title, x, y, SIZE)
-    draw_curves(axes, curves, [curve.label for curve in curves], bars=False)
+    draw_curves(axes, [curve for curve in curves if curve.x], [curve.label for curve in curves], bars=False)
     whole_numbers(axes, curves)
     return inline(plot, f"Line chart. {title}. {'; '.join(map(describe, curves))}.", caption)
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from siamese_detr.compare import plots
 from siamese_detr.compare.inits import Init, parse_init
-from siamese_detr.compare.summary import (
-    CellResult,
-    convergence_curves,
-    label_curves,
-    percent_of,
-    summary_table,
-)
+from siamese_detr.compare.summary import CellResult, convergence_curves, label_curves, percent_of, summary_table
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import percent
 from siamese_detr.pretext import find_pretext
@@ -27,10 +21,7 @@ ABOUT = (
     "All rows were fine-tuned in the same way on the same labelled images. They differ only in the initial weights. "
     "Two rows that differ by less than their standard deviations may well be equal."
 )
-STARTS = {
-    "scratch": "every weight random",
-    "backbone": "pre-trained backbone, random Transformer",
-}
+STARTS = {"scratch": "every weight random", "backbone": "pre-trained backbone, random Transformer"}
 
 
 def comparison_page(run: Path) -> Page:
@@ -50,9 +41,11 @@ def comparison_page(run: Path) -> Page:
     facts |= {name: ", ".join(map(str, config.get(name) or [])) for name in ("inits", "fractions", "seeds")}
     names = list(dict.fromkeys(cell.init for cell in cells))
     done = [cell for cell in cells if cell.status == "done"]
+    rows = [[name, meaning(name, config.get("pretrain_at") or {})] for name in names]
+    initial_weights = Table("Initial weights", ["initialisation", "weights"], rows, long=frozenset([1]))
     sections = [
         Section("Result", [Text(ABOUT), Text(AP_EXPLAINED), *table_blocks(cells, metric)]),
-        Section("What is compared", [inits_table(names, config.get("pretrain_at") or {})]),
+        Section("What is compared", [initial_weights]),
         Section("Plots", plot_blocks(cells, metric)),
         Section("Cells", [cell_table(cells, metric)]),
         what_was_run(run, facts, config),
@@ -89,11 +82,6 @@ def plot_blocks(cells: list[CellResult], metric: str) -> list[Block]:
     return [Grid(figures, 330)] if figures else [Missing("Plots", "no fine-tuning is done")]
 
 
-def inits_table(names: Sequence[str], pretrain_at: Mapping[str, Mapping[str, Any]]) -> Table:
-    rows = [[name, meaning(name, pretrain_at)] for name in names]
-    return Table("Initial weights", ["initialisation", "weights"], rows, long=frozenset([1]))
-
-
 def cell_table(cells: list[CellResult], metric: str) -> Table:
     rows = [
         [
@@ -121,6 +109,6 @@ def meaning(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> str:
     start = STARTS.get(init.start, f"the detector in {init.start}")
     if init.method is None:
         return start
-    told = ", ".join(f"{key} {value}" for key, value in init.options.items())
+    options = ", ".join(f"{key} {value}" for key, value in init.options.items())
     method = find_pretext(init.method).title
-    return f"{start}, then pre-trained without labels by {method}{f' with {told}' if told else ''}"
+    return f"{start}, then pre-trained without labels by {method}{f' with {options}' if options else ''}"

@@ -130,7 +130,7 @@ def class_blocks(dataset: DetectionDataset, metrics: Sequence[ClassMetrics], det
 
 def pr_curve(curve: PrecisionRecall) -> Curve:
     """In percent, at most a hundred points."""
-    kept = np.unique(np.linspace(0, len(curve.recall) - 1, 100).round().astype(int))
+    kept = np.unique(np.linspace(0, len(curve.recall) - 1, min(len(curve.recall), 100)).round().astype(int))
     return plain_curve(curve.name, (100 * np.stack([curve.recall[kept], curve.precision[kept]], 1)).tolist())
 
 

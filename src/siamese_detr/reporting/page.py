@@ -60,26 +60,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with a caption.
+    """A drawing, as inline SVG with its own text alternative, and the caption below it."""
 
-    Args:
-        svg: inline SVG with its own text alternative.
-        caption: below it.
-    """
-
-    kind: ClassVar[str] = "figure"
     svg: Markup
     caption: str = ""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Figures side by side, as many as fit.
-
-    Args:
-        figures: the figures.
-        width: smallest width of one in CSS pixels (smaller only on narrow screens).
-    """
+    """Figures side by side, as many as fit; ``width`` is the smallest of one in CSS pixels, but for narrow screens."""
 
     kind: ClassVar[str] = "grid"
     figures: Sequence[Figure]
@@ -103,7 +92,7 @@ class Code:
     text: str
 
 
-Block = Text | Missing | Facts | Table | Figure | Grid | Heading | Code
+Block = Text | Missing | Facts | Table | Grid | Heading | Code
 
 
 @dataclass(frozen=True)
@@ -120,14 +109,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page.
-
-    Args:
-        title: its heading.
-        summary: the sentence below the title.
-        sections: in order.
-        photos: SVG elements that figures refer to by id.
-    """
+    """A page; ``photos`` are the SVG elements that its figures refer to by id."""
 
     title: str
     summary: str

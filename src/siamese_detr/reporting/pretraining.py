@@ -63,9 +63,15 @@ def pretraining_page(run: Path, samples: int, device: str) -> Page:
     else:
         views = [sample for sample in sample_views(images, config, samples) if sample.images is not None]
         photos = [[album.add(view) for view in sample.images] for sample in views]  # type: ignore[union-attr]
-        sections.append(Section("Views and their regions", view_blocks(views, photos, config.cross_view)))
-        sections.append(Section("Proposals", proposal_blocks(images, [sample.index for sample in views], album)))
-        sections.append(Section("What the decoder predicts", decoder_blocks(run, config, views, photos, device)))
+        if views:
+            sections += [
+                Section("Views and their regions", view_blocks(views, photos, config.cross_view)),
+                Section("Proposals", proposal_blocks(images, [sample.index for sample in views], album)),
+                Section("What the decoder predicts", decoder_blocks(run, config, views, photos, device)),
+            ]
+        else:
+            unreadable = Missing("Views, proposals and predictions", "none of the sampled images could be read")
+            sections.append(Section("Views and proposals", [unreadable]))
     title = f"Pre-training: {values.get('method')} on {values.get('detector')}"
     summary = "Nothing was logged yet."
     if log:
@@ -99,8 +105,6 @@ def region_boxes(sample: ViewSample, view: int) -> list[Box]:
 
 
 def view_blocks(views: list[ViewSample], photos: list[list[Photo]], cross_view: bool) -> list[Block]:
-    if not views:
-        return [Missing("Views", "none of the sampled images could be read")]
     two = len(photos[0]) > 1
     blocks: list[Block] = [
         Text(
@@ -116,11 +120,8 @@ def view_blocks(views: list[ViewSample], photos: list[list[Photo]], cross_view: 
         for view, photo in enumerate(row):
             boxes = region_boxes(sample, view)
             alt = f"Image {number}, view {view + 1} of {len(row)}, with {len(boxes)} numbered regions."
-            padded = sample.plan.padded if sample.plan else 0
-            caption = f"Image {number}, view {view + 1}: {len(boxes)} regions" + (
-                f", {padded} padded" if padded else ""
-            )
-            figures.append(photo.draw(boxes, alt, caption))
+            padded = f", {sample.plan.padded} padded" if sample.plan and sample.plan.padded else ""
+            figures.append(photo.draw(boxes, alt, f"Image {number}, view {view + 1}: {len(boxes)} regions{padded}"))
         blocks.append(Grid(figures, 420))
     return blocks
 
@@ -133,32 +134,25 @@ def proposal_blocks(images: Selection, chosen: list[int], album: Album) -> list[
             pixels = read_image(image.path, min_side=album.longest)
         except ImageError as error:
             return [Missing("Proposals", str(error))]
-        shown = image.boxes[:SHOWN_PROPOSALS]
-        boxes = [Box(box.tolist(), COLOURS[i % len(COLOURS)]) for i, box in enumerate(shown)]
+        boxes = [Box(x.tolist(), COLOURS[i % len(COLOURS)]) for i, x in enumerate(image.boxes[:SHOWN_PROPOSALS])]
         alt = f"Image {number} with its {len(boxes)} best proposals of {len(image.boxes)}."
         caption = f"Image {number}: the best {len(boxes)} of {len(image.boxes)}"
         figures.append(album.add(pixels, (image.width, image.height)).draw(boxes, alt, caption))
-    method = images.store.settings.method
     about = (
-        f"Boxes that may contain an object of any class, computed once before training by {method}. "
-        "The regions above are chosen from the best of them."
+        "Boxes that may contain an object of any class, computed once before training by "
+        f"{images.store.settings.method}. The regions above are chosen from the best of them."
     )
-    if not figures:
-        return [Missing("Proposals", "none of the sampled images could be read")]
     return [Text(about), Grid(figures, 260)]
 
 
 def decoder_blocks(
     run: Path, config: PretrainConfig, views: list[ViewSample], photos: list[list[Photo]], device: str
 ) -> list[Block]:
-    what = "Predictions before and after"
-    if not views:
-        return [Missing(what, "none of the sampled images could be read")]
     try:
         before = initial_pretext(config)
         after = trained_pretext(run, before)
     except UserError as error:
-        return [Missing(what, str(error))]
+        return [Missing("Predictions before and after", str(error))]
     predictions = {
         when: predict_regions(pretext.to(device), config, views)
         for when, pretext in (("before", before), ("after", after))

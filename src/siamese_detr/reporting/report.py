@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,7 @@ from siamese_detr.reporting.runs import read_config
 
 @dataclass(frozen=True)
 class ReportResult:
-    """The page written.
-
-    Args:
-        page: the file.
-        kind: pre-training, fine-tuning or comparison.
-        missing: parts left out, each with the reason.
-    """
+    """The HTML file, the kind of run it is about, and the parts left out, each with the reason."""
 
     page: Path
     kind: str
@@ -49,7 +42,8 @@ def report(config: ReportConfig) -> ReportResult:
         write_text(file, render(page))
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
-    left_out = list(missing(page))
+    blocks = [block for section in page.sections for block in section.blocks]
+    left_out = [f"{block.what}: {block.why}" for block in blocks if isinstance(block, Missing)]
     console = Console(stderr=True, soft_wrap=True)
     for line in left_out:
         console.print(f"left out: {line}", markup=False, highlight=False)
@@ -90,11 +84,3 @@ def make_page(run: Path, kind: str, config: ReportConfig) -> Page:
     from siamese_detr.reporting.finetuning import finetuning_page
 
     return finetuning_page(run, config.samples, config.max_images, config.score, device)
-
-
-def missing(page: Page) -> Iterator[str]:
-    """The parts of a page that were left out, with reasons."""
-    for section in page.sections:
-        for block in section.blocks:
-            if isinstance(block, Missing):
-                yield f"{block.what}: {block.why}"
