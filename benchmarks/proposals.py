@@ -32,6 +32,7 @@ from rich.table import Table
 
 from siamese_detr.images import read_labels
 from siamese_detr.proposals import ProposalStore
+from siamese_detr.proposals.methods import EdgeBoxes
 from siamese_detr.proposals.propose import _in_pool
 from siamese_detr.proposals.shard import Row
 from siamese_detr.proposals.store import StoreSettings
@@ -99,7 +100,7 @@ def compare(labels: str, count: int) -> dict:
     for turn, index in enumerate(order):
         image = usable[index]
         objects = image.boxes[~image.crowd].astype(np.float64)
-        job = Job(str(image.path.parent), "edge-boxes")
+        job = Job(str(image.path.parent), EdgeBoxes())
         for which in ("plain", "ours") if turn % 2 else ("ours", "plain"):
             start = time.process_time()
             if which == "plain":
@@ -147,7 +148,7 @@ def scaling(labels: str, photos: int, repeats: int) -> dict:
     """Images per second by number of processes and of images, start-up of the processes left out."""
     dataset = read_labels(labels)
     paths = [image.path for image in dataset.images[:photos]]
-    job = Job(str(paths[0].parent), "edge-boxes")
+    job = Job(str(paths[0].parent), EdgeBoxes())
     names = pa.array([path.name for path in paths])
 
     def seconds(part: pa.Array, workers: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -11,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from siamese_detr.errors import UserError
-from siamese_detr.proposals.methods import EdgeBoxesSettings, Proposals, edge_boxes, random_boxes, selective_search
-from siamese_detr.randomness import rng
+from siamese_detr.proposals.methods import EdgeBoxes, RandomBoxes, SelectiveSearch, centred_box
+from siamese_detr.proposals.registry import find_method, make_method
 
 
 def scene(width: int = 240, height: int = 180, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -40,43 +41,40 @@ def best_overlaps(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return (shared / (area(found)[:, None] + area(wanted)[None] - shared)).max(0)
 
 
-def check(found: Proposals, width: int, height: int) -> None:
-    assert found.boxes.dtype == found.scores.dtype == np.float32
-    assert found.boxes.shape == (len(found.scores), 4)
-    assert len(found.boxes) > 0
-    assert (found.boxes >= 0).all()
-    assert (found.boxes[:, [0, 2]] <= width).all()
-    assert (found.boxes[:, [1, 3]] <= height).all()
-    assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
-    assert (np.diff(found.scores) <= 0).all()
+def check(boxes: np.ndarray, scores: np.ndarray, width: int, height: int) -> None:
+    assert boxes.dtype == scores.dtype == np.float32
+    assert boxes.shape == (len(scores), 4)
+    assert len(boxes) > 0
+    assert (boxes >= 0).all()
+    assert (boxes[:, [0, 2]] <= width).all()
+    assert (boxes[:, [1, 3]] <= height).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert (np.diff(scores) <= 0).all()
 
 
 @pytest.mark.parametrize("size", [(240, 180), (960, 720)])
 def test_edge_boxes_find_objects_at_any_resolution(size: tuple[int, int]) -> None:
     image, objects = scene(*size)
-    found = edge_boxes(image, max_boxes=50)
-    check(found, *size)
-    assert found.origin == "image"
-    assert (best_overlaps(found.boxes.astype(np.float64), objects) > 0.7).all()
+    boxes, scores = EdgeBoxes(max_boxes=50).boxes(image, "")
+    check(boxes, scores, *size)
+    assert (best_overlaps(boxes.astype(np.float64), objects) > 0.7).all()
 
 
 @pytest.mark.parametrize("mode", ["fast", "full"])
-def test_selective_search_finds_objects(mode: str) -> None:
+def test_selective_search_finds_objects(mode: Literal["fast", "full"]) -> None:
     image, objects = scene()
-    found = selective_search(image, mode)
-    check(found, 240, 180)
-    assert (best_overlaps(found.boxes.astype(np.float64), objects) > 0.7).all()
-    np.testing.assert_array_equal(selective_search(image, mode).boxes, found.boxes)
-    assert len(selective_search(image, mode, max_boxes=2).boxes) == 2
-    with pytest.raises(ValueError, match="fast"):
-        selective_search(image, "slow")
+    search = SelectiveSearch(mode=mode)
+    boxes, scores = search.boxes(image, "")
+    check(boxes, scores, 240, 180)
+    assert (best_overlaps(boxes.astype(np.float64), objects) > 0.7).all()
+    np.testing.assert_array_equal(search.boxes(image, "")[0], boxes)
+    assert len(SelectiveSearch(max_boxes=2, mode=mode).boxes(image, "")[0]) == 2
 
 
 def test_edge_boxes_are_deterministic_limited_and_not_near_duplicates() -> None:
     image, _ = scene()
-    found = edge_boxes(image)
-    np.testing.assert_array_equal(edge_boxes(image).boxes, found.boxes)
-    boxes = edge_boxes(image, max_boxes=7).boxes
+    np.testing.assert_array_equal(EdgeBoxes().boxes(image, "")[0], EdgeBoxes().boxes(image, "")[0])
+    boxes, _ = EdgeBoxes(max_boxes=7).boxes(image, "")
     assert len(boxes) == 7
     for index in range(1, 7):
         assert best_overlaps(boxes[:index].astype(float), boxes[index : index + 1].astype(float)) <= 0.501
@@ -86,8 +84,8 @@ def test_edge_boxes_do_not_depend_on_the_image_being_mirrored() -> None:
     image, objects = scene()
     mirrored = objects.copy()
     mirrored[:, [0, 2]] = 240 - objects[:, [2, 0]]
-    found = edge_boxes(np.ascontiguousarray(image[:, ::-1]), max_boxes=50)
-    assert (best_overlaps(found.boxes.astype(np.float64), mirrored) > 0.7).all()
+    boxes, _ = EdgeBoxes(max_boxes=50).boxes(np.ascontiguousarray(image[:, ::-1]), "")
+    assert (best_overlaps(boxes.astype(np.float64), mirrored) > 0.7).all()
 
 
 def test_thinned_edges_are_thin() -> None:
@@ -102,19 +100,16 @@ def test_thinned_edges_are_thin() -> None:
     assert np.allclose(np.sin(orientation[edges > 0.5]), 0, atol=1e-4)
 
 
-def test_a_featureless_image_gets_the_centred_box() -> None:
-    found = edge_boxes(np.full((120, 200, 3), 77, np.uint8))
-    assert found.origin == "centre"
-    np.testing.assert_array_equal(found.boxes, [[50, 30, 150, 90]])
-    assert found.scores.tolist() == [0]
+def test_a_featureless_image_has_no_edge_boxes() -> None:
+    boxes, scores = EdgeBoxes().boxes(np.full((120, 200, 3), 77, np.uint8), "")
+    assert boxes.shape == (0, 4)
+    assert scores.shape == (0,)
 
 
 def test_a_tiny_image_is_enlarged() -> None:
     image = np.full((17, 17, 3), 100, np.uint8)
     image[5:12, 5:12] = 110
-    found = edge_boxes(image, settings=EdgeBoxesSettings(min_area=0.005))
-    check(found, 17, 17)
-    assert found.origin in ("image", "enhanced")
+    check(*EdgeBoxes(min_area=0.005).boxes(image, ""), 17, 17)
 
 
 @settings(max_examples=25, deadline=None)
@@ -123,25 +118,40 @@ def test_a_tiny_image_is_enlarged() -> None:
 def test_any_image_gives_valid_boxes(width: int, height: int, seed: int, cell: int) -> None:
     noise = np.random.default_rng(seed).integers(0, 256, (height // cell + 1, width // cell + 1, 3), np.uint8)
     image = np.repeat(np.repeat(noise, cell, 0), cell, 1)[:height, :width].copy()
-    check(edge_boxes(image, max_boxes=40, settings=EdgeBoxesSettings(side=64)), width, height)
+    boxes, scores = EdgeBoxes(max_boxes=40, side=64).boxes(image, "")
+    check(*((boxes, scores) if len(boxes) else centred_box(width, height)), width, height)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(16, 5000), st.integers(16, 5000), st.integers(0, 2**32 - 1))
 def test_random_boxes(width: int, height: int, seed: int) -> None:
-    found = random_boxes(width, height, rng(seed, 1))
-    check(found, width, height)
-    assert len(found.boxes) == 100
-    w, h = (found.boxes[:, 2:] - found.boxes[:, :2]).T
+    image = np.broadcast_to(np.uint8(0), (height, width, 3))
+    boxes, scores = RandomBoxes(seed=seed).boxes(image, "a.jpg")
+    check(boxes, scores, width, height)
+    assert len(boxes) == 100
+    w, h = (boxes[:, 2:] - boxes[:, :2]).T
     if max(width, height) < 8 * min(width, height):
         assert (np.maximum(w, h) <= 8.01 * np.minimum(w, h)).all()
-    np.testing.assert_array_equal(random_boxes(width, height, rng(seed, 1)).boxes, found.boxes)
+    np.testing.assert_array_equal(RandomBoxes(seed=seed).boxes(image, "a.jpg")[0], boxes)
+    assert not np.array_equal(RandomBoxes(seed=seed).boxes(image, "b.jpg")[0], boxes)
 
 
 def test_an_edge_model_that_is_none(tmp_path: Path) -> None:
-    image, _ = scene()
+    method = EdgeBoxes(edge_model=str(tmp_path / "model.yml.gz"))
     with pytest.raises(UserError, match="does not exist; leave it out"):
-        edge_boxes(image, model=str(tmp_path / "model.yml.gz"))
+        method.parameters()
     (tmp_path / "model.yml.gz").write_text("no model")
     with pytest.raises(UserError, match="OpenCV cannot load it"):
-        edge_boxes(image, model=str(tmp_path / "model.yml.gz"))
+        method.parameters()
+
+
+def test_methods_and_options_are_looked_up_by_name() -> None:
+    shared = {"max_boxes": 9, "mode": "full", "seed": 3}
+    assert make_method("selective-search", shared, {}) == SelectiveSearch(max_boxes=9, mode="full")
+    assert make_method("edge-boxes", shared, {"alpha": 0.6}) == EdgeBoxes(max_boxes=9, alpha=0.6)
+    with pytest.raises(UserError, match=r"unknown proposal method 'edge-bokses' \(did you mean 'edge-boxes'\?\)"):
+        find_method("edge-bokses")
+    with pytest.raises(UserError, match=r"unknown key 'alfa' in the options of edge-boxes \(did you mean 'alpha'"):
+        make_method("edge-boxes", shared, {"alfa": 0.6})
+    with pytest.raises(UserError, match="mode='slow' in the options of selective-search is not valid"):
+        make_method("selective-search", {"mode": "slow"}, {})

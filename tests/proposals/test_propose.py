@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from siamese_detr import plugins
 from siamese_detr.errors import UserError
 from siamese_detr.proposals import ProposalStore
+from siamese_detr.proposals.methods import Method
 from siamese_detr.proposals.propose import propose
 
 
@@ -53,6 +55,23 @@ def test_every_method_fills_the_store_in_order(tmp_path: Path, method: str) -> N
         assert (row.boxes >= 0).all()
         assert (row.boxes[:, 2:] <= [row.width, row.height]).all()
     assert (tmp_path / "store" / "propose.yaml").exists()
+
+
+class Quarters(Method):
+    """A method as a plug-in adds it."""
+
+    def boxes(self, image: np.ndarray, path: str) -> tuple[np.ndarray, np.ndarray]:
+        height, width = image.shape[:2]
+        return np.float32([[0, 0, width / 2, height / 2]]), np.ones(1, np.float32)
+
+
+def test_a_plug_in_adds_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "load", lambda group: {"quarters": Quarters} if group.endswith("proposals") else {})
+    make_images(tmp_path / "images", range(2))
+    propose(images=str(tmp_path / "images"), out=str(tmp_path / "store"), method="quarters", workers=1)
+    store = ProposalStore.open(tmp_path / "store")
+    assert store.settings.method == "quarters"
+    assert store.row(1).boxes.tolist() == [[0, 0, 48, 36.5]]
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:

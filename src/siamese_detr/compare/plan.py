@@ -25,6 +25,7 @@ from siamese_detr.images.labels import dataset_key, read_labels
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import find_pretext
 from siamese_detr.proposals.propose import ProposeConfig
+from siamese_detr.proposals.registry import find_method
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.pretrain_config import PretrainConfig
 
@@ -132,6 +133,7 @@ class Plan:
         return self._tasks.setdefault(task.name, task)
 
     def add_proposals(self, method: str) -> Task:
+        find_method(method)
         options = plain(self.propose) | {"images": str(self.images), "method": method}
         # With the place of the images: a store finds its images only there.
         key = key_of("propose", options, images=self.images_key, place=str(self.images))

@@ -1,9 +1,9 @@
-"""Class-agnostic boxes of one image: EdgeBoxes, Selective Search, random boxes (METHOD: the paper's section 3.1).
+"""Class-agnostic boxes of one image: EdgeBoxes, Selective Search, random boxes (paper, section 3.1).
 
-EdgeBoxes (Zitnick and Dollar, ECCV 2014) scores a window by the edge groups that lie wholly inside it. The paper fed it
-the edges of a learned detector whose model file no package carries; here thinned gradients serve, unless such a file is
+EdgeBoxes (Zitnick and Dollar, ECCV 2014) scores a window by the edge groups that lie wholly inside it. The paper used
+the edges of a learned detector whose model file no package ships; here thinned gradients serve, unless such a file is
 given. OpenCV's defaults (windows 0.65 IoU apart, near-duplicates up to 0.75 kept) cost most of the time and fill the
-best places with copies of the same box: on a smaller, smoothed image, with windows further apart and near-duplicates
+best places with copies of the same box. On a smaller, smoothed image, with windows further apart and near-duplicates
 put last, the best 30 and 100 boxes find more objects in a fraction of the time (``benchmarks/proposals.py`` measures
 both in one run).
 """
@@ -12,46 +12,78 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
+import hashlib
 import os
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
 from siamese_detr.errors import UserError
+from siamese_detr.randomness import rng
 
-MAX_ASPECT = 8.0
-MIN_SHORT_SIDE = 48
+MIN_SIDE = 16
+"""Images with a shorter side, in pixels, have no proposals."""
+_MIN_SHORT_SIDE = 48
+_MAX_ASPECT = 8.0
 _LEAST_RESULTS = 512  # asked of OpenCV, so that distinct ones can be found among them
 _LEAST_GRADIENT = 0.1  # of 0..1020: below it is rounding, not an edge (a step of one grey level gives about 1)
-SELECTIVE_SEARCH_FAST_SIDE = 128
-SELECTIVE_SEARCH_FULL_SIDE = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Proposals:
-    """Boxes of one image, best first.
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to compute boxes. A subclass is a frozen dataclass: its fields are the options, named as on the command
+    line. Results must depend on these, the image and its path alone.
 
     Attributes:
-        boxes: float32 (N, 4), x1 y1 x2 y2 in pixels of the image given, inside it, of positive size.
-        scores: float32 (N,), not increasing; comparable within an image only.
-        origin: "image"; "enhanced" if boxes were only found after sharpening and enlarging; "centre" if none were found
-            and the one box is the centred one of half the width and height (score 0).
+        max_boxes: at most so many per image, best first.
     """
 
-    boxes: np.ndarray
-    scores: np.ndarray
-    origin: Literal["image", "enhanced", "centre"] = "image"
+    max_boxes: int = 512
+
+    @property
+    def min_side(self) -> int | None:
+        """Shortest side in pixels that an image need have: large JPEGs are decoded faster at a fraction of their size.
+        None: always decode the full size.
+        """
+        return None
+
+    def parameters(self) -> dict[str, Any]:
+        """What the boxes depend on, as JSON values: a store holds boxes of equal parameters only.
+
+        Raises:
+            UserError: an option that cannot work.
+        """
+        return dataclasses.asdict(self)
+
+    @abstractmethod
+    def boxes(self, image: np.ndarray, path: str) -> tuple[np.ndarray, np.ndarray]:
+        """The boxes of an image. An image for which none are found gets the centred box of half its width and height.
+
+        Args:
+            image: uint8 (H, W, 3), RGB, both sides at least 16 pixels unless the image was decoded smaller.
+            path: of the image, relative to the folder of images; a seed for random numbers, for instance.
+
+        Returns:
+            boxes: float32 (N, 4), x1 y1 x2 y2 in pixels of ``image``, inside it, of positive size, best first.
+            scores: float32 (N,), not increasing; comparable within an image only.
+        """
 
 
-@dataclass(frozen=True, slots=True)
-class EdgeBoxesSettings:
-    """Where EdgeBoxes looks, and how near two results may be.
+@dataclass(frozen=True)
+class EdgeBoxes(Method):
+    """EdgeBoxes. An image without any is sharpened, enlarged and tried again.
 
     Attributes:
-        side: the image is shrunk to this long side in pixels (never enlarged); None leaves it.
+        edge_model: path of OpenCV's structured-forest edge model (``model.yml.gz``); None: thinned gradients.
+        side: the image is shrunk to this long side in pixels (never enlarged); None keeps its size.
         blur: standard deviation in pixels of a Gaussian before gradients are taken; 0: none. Texture costs most of the
             time and is seldom an object's outline.
         alpha: IoU of neighbouring windows of the search: time grows steeply with it.
@@ -60,6 +92,7 @@ class EdgeBoxesSettings:
         min_area: smallest box, as a fraction of the image's area.
     """
 
+    edge_model: str | None = None
     side: int | None = 200
     blur: float = 1.3
     alpha: float = 0.55
@@ -67,129 +100,129 @@ class EdgeBoxesSettings:
     distinct: float = 0.5
     min_area: float = 0.005
 
+    @property
+    def min_side(self) -> int | None:
+        return self.side
 
-def edge_boxes(
-    image: np.ndarray,
-    max_boxes: int = 512,
-    model: str | None = None,
-    settings: EdgeBoxesSettings | None = None,
-) -> Proposals:
-    """EdgeBoxes of an image.
+    def parameters(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        del values["edge_model"]
+        if self.edge_model is None:
+            return values | {"edges": "gradients"}
+        _forest(self.edge_model)
+        return values | {"edges": f"model {hashlib.sha256(Path(self.edge_model).read_bytes()).hexdigest()[:16]}"}
 
-    An image without any is sharpened, enlarged and tried again; the last resort is the centred box.
+    def boxes(self, image: np.ndarray, path: str) -> tuple[np.ndarray, np.ndarray]:
+        height, width = image.shape[:2]
+        small = _shrunk(image, self.side)
+        boxes, scores = self._search(small)
+        if not len(boxes):
+            small = self._enhanced(small)
+            boxes, scores = self._search(small)
+        return _inside(boxes * _scale(width, height, small), width, height), scores
 
-    Args:
-        image: uint8 (H, W, 3), RGB.
-        max_boxes: at most so many, the best.
-        model: path of OpenCV's structured-forest edge model (``model.yml.gz``); None: thinned gradients.
-        settings: of the search.
+    def _search(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes float64 (N, 4), x1 y1 x2 y2 in pixels of ``image``, and scores float32 (N,)."""
+        model = self.edge_model
+        edges, orientation = _gradient_edges(image, self.blur) if model is None else _forest_edges(image, model)
+        if not edges.any():
+            return np.zeros((0, 4)), np.zeros(0, np.float32)
+        search = cv2.ximgproc.createEdgeBoxes(
+            alpha=self.alpha,
+            beta=self.beta,
+            maxBoxes=max(self.max_boxes, _LEAST_RESULTS),
+            minBoxArea=max(self.min_area * edges.size, 16.0),
+        )
+        results, scores = search.getBoundingBoxes(edges, orientation)
+        xywh = np.asarray(results, np.float64).reshape(-1, 4)
+        scores = np.asarray(scores, np.float32).reshape(-1)
+        kept = np.flatnonzero((xywh[:, 2:] > 0).all(1) & np.isfinite(scores) & (scores > 0))
+        kept = kept[np.argsort(-scores[kept], kind="stable")]
+        order, scores = _distinct_first(xywh[kept], scores[kept], self.distinct)
+        return _corners(xywh[kept][order[: self.max_boxes]]), scores[: self.max_boxes]
 
-    Raises:
-        UserError: the model cannot be loaded.
-    """
-    settings = settings or EdgeBoxesSettings()
-    height, width = image.shape[:2]
-    small = _shrunk(image, settings.side)
-    found = _search_edges(small, max_boxes, model, settings)
-    origin: Literal["image", "enhanced"] = "image"
-    if found is None:
-        found, small = _search_enhanced(small, max_boxes, model, settings)
-        origin = "enhanced"
-    if found is None:
-        return _centre(width, height)
-    boxes, scores = found
-    boxes = _inside(boxes * _scale(width, height, small), width, height)
-    return Proposals(boxes, scores, origin)
+    def _enhanced(self, image: np.ndarray) -> np.ndarray:
+        """The image enlarged and sharpened."""
+        factor = max(2.0, (self.side or 320) / max(image.shape[:2]))
+        size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
+        large = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+        return cv2.addWeighted(large, 3.0, cv2.GaussianBlur(large, (0, 0), 3), -2.0, 0)
 
 
-def selective_search(image: np.ndarray, mode: str = "fast", max_boxes: int = 512) -> Proposals:
+@dataclass(frozen=True)
+class SelectiveSearch(Method):
     """Selective Search (Uijlings et al., IJCV 2013), OpenCV's "fast" set of strategies, largest grouping first.
 
-    Args:
-        image: uint8 (H, W, 3), RGB.
+    Attributes:
         mode: "fast" shrinks the image to 128x128 pixels first, as DETReg does; "full" to a long side of 500 at most.
-        max_boxes: at most so many, the first.
-
-    Raises:
-        ValueError: unknown mode.
     """
-    height, width = image.shape[:2]
-    if mode == "fast":
-        side = SELECTIVE_SEARCH_FAST_SIDE
-        small = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-    elif mode == "full":
-        small = _shrunk(image, SELECTIVE_SEARCH_FULL_SIDE)
-    else:
-        raise ValueError(f"selective search mode {mode!r}: 'fast' or 'full'")
-    _seed_c_library()
-    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-    search.setBaseImage(np.ascontiguousarray(small[:, :, ::-1]))
-    search.switchToSelectiveSearchFast()
-    xywh = np.asarray(search.process(), np.float64).reshape(-1, 4)[:max_boxes]
-    if not len(xywh):
-        return _centre(width, height)
-    boxes = _inside(_corners(xywh) * _scale(width, height, small), width, height)
-    return Proposals(boxes, _by_rank(len(boxes)))
+
+    mode: Literal["fast", "full"] = "fast"
+
+    @property
+    def min_side(self) -> int:
+        return 128 if self.mode == "fast" else 500
+
+    def boxes(self, image: np.ndarray, path: str) -> tuple[np.ndarray, np.ndarray]:
+        height, width = image.shape[:2]
+        if self.mode == "fast":
+            small = cv2.resize(image, (self.min_side, self.min_side), interpolation=cv2.INTER_AREA)
+        else:
+            small = _shrunk(image, self.min_side)
+        _seed_c_library()
+        search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+        search.setBaseImage(np.ascontiguousarray(small[:, :, ::-1]))
+        search.switchToSelectiveSearchFast()
+        xywh = np.asarray(search.process(), np.float64).reshape(-1, 4)[: self.max_boxes]
+        boxes = _inside(_corners(xywh) * _scale(width, height, small), width, height)
+        return boxes, _by_rank(len(boxes))
 
 
-def random_boxes(width: int, height: int, generator: np.random.Generator, count: int = 100) -> Proposals:
+@dataclass(frozen=True)
+class RandomBoxes(Method):
     """Boxes between two uniform points, of sides at least 1/32 of the image's and aspect ratio at most 8: an ablation.
+    At most 100.
 
-    Args:
-        width, height: the image's size in pixels.
-        generator: makes them reproducible.
-        count: how many.
+    Attributes:
+        seed: with an image's path, it determines the image's boxes.
     """
-    boxes = np.empty((0, 4))
-    while len(boxes) < count:
-        x = np.sort(generator.uniform(0, width, (2 * count, 2)), axis=1)
-        y = np.sort(generator.uniform(0, height, (2 * count, 2)), axis=1)
-        w, h = x[:, 1] - x[:, 0], y[:, 1] - y[:, 0]
-        good = (w >= width / 32) & (h >= height / 32) & (np.maximum(w, h) <= MAX_ASPECT * np.minimum(w, h))
-        # An extreme panorama may hardly have such boxes; then any aspect ratio will do.
-        good = good if good.any() else (w > 0) & (h > 0)
-        boxes = np.concatenate([boxes, np.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1)[good]])
-    return Proposals(_inside(boxes[:count], width, height), _by_rank(count))
+
+    seed: int = 0
+
+    @property
+    def min_side(self) -> int:
+        return MIN_SIDE  # the image need only be one that can be decoded
+
+    def boxes(self, image: np.ndarray, path: str) -> tuple[np.ndarray, np.ndarray]:
+        height, width = image.shape[:2]
+        count = min(self.max_boxes, 100)
+        generator = rng(self.seed, zlib.crc32(path.encode()))
+        boxes = np.empty((0, 4))
+        while len(boxes) < count:
+            x = np.sort(generator.uniform(0, width, (2 * count, 2)), axis=1)
+            y = np.sort(generator.uniform(0, height, (2 * count, 2)), axis=1)
+            w, h = x[:, 1] - x[:, 0], y[:, 1] - y[:, 0]
+            good = (w >= width / 32) & (h >= height / 32) & (np.maximum(w, h) <= _MAX_ASPECT * np.minimum(w, h))
+            # An extreme panorama may hardly have such boxes; then any aspect ratio will do.
+            good = good if good.any() else (w > 0) & (h > 0)
+            boxes = np.concatenate([boxes, np.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1)[good]])
+        return _inside(boxes[:count], width, height), _by_rank(count)
 
 
-def check_model(model: str) -> None:
-    """Raise `UserError` unless ``model`` is a structured-forest edge model that OpenCV can load."""
-    _forest(model)
-
-
-def _search_edges(
-    image: np.ndarray, max_boxes: int, model: str | None, settings: EdgeBoxesSettings
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Boxes float64 (N, 4) xyxy in pixels of ``image`` and scores float32 (N,), or None."""
-    edges, orientation = _gradient_edges(image, settings.blur) if model is None else _forest_edges(image, model)
-    if not edges.any():
-        return None
-    search = cv2.ximgproc.createEdgeBoxes(
-        alpha=settings.alpha,
-        beta=settings.beta,
-        maxBoxes=max(max_boxes, _LEAST_RESULTS),
-        minBoxArea=max(settings.min_area * edges.size, 16.0),
-    )
-    found, scores = search.getBoundingBoxes(edges, orientation)
-    xywh = np.asarray(found, np.float64).reshape(-1, 4)
-    scores = np.asarray(scores, np.float32).reshape(-1)
-    kept = np.flatnonzero((xywh[:, 2:] > 0).all(1) & np.isfinite(scores) & (scores > 0))
-    kept = kept[np.argsort(-scores[kept], kind="stable")]
-    if not len(kept):
-        return None
-    order, scores = _distinct_first(xywh[kept], scores[kept], settings.distinct)
-    return _corners(xywh[kept][order[:max_boxes]]), scores[:max_boxes]
+def centred_box(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """The box of an image in which nothing was found, of score 0."""
+    return np.float32([[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]]), np.zeros(1, np.float32)
 
 
 def _distinct_first(xywh: np.ndarray, scores: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Move near-duplicates behind all others, their scores scaled to below the others', so that the order is theirs.
+    """An order with near-duplicates behind all others, and scores with theirs scaled down to fit that order.
 
     Args:
         xywh: float64 (N, 4), best first.
         scores: float32 (N,), positive.
         threshold: IoU above which the worse of two boxes is a near-duplicate.
     """
-    ranks = _by_rank(len(xywh))  # no ties, so that the outcome does not hang on the sorting in OpenCV
+    ranks = _by_rank(len(xywh))  # no ties, so that the result does not depend on OpenCV's sorting
     first = np.sort(np.asarray(cv2.dnn.NMSBoxes(xywh.tolist(), ranks.tolist(), 0.0, threshold), np.int64).reshape(-1))
     rest = np.setdiff1d(np.arange(len(xywh)), first)
     if len(rest):
@@ -197,18 +230,6 @@ def _distinct_first(xywh: np.ndarray, scores: np.ndarray, threshold: float) -> t
         behind = np.minimum(scores[rest] * min(1.0, least / scores[rest[0]]), least)  # rounding may have raised it
         scores = np.concatenate([scores[first], behind])
     return np.concatenate([first, rest]), scores.astype(np.float32)
-
-
-def _search_enhanced(
-    image: np.ndarray, max_boxes: int, model: str | None, settings: EdgeBoxesSettings
-) -> tuple[tuple[np.ndarray, np.ndarray] | None, np.ndarray]:
-    """The second try; also gives the image that its boxes refer to."""
-    factor = max(2.0, (settings.side or 320) / max(image.shape[:2]))
-    size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
-    large = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
-    blurred = cv2.GaussianBlur(large, (0, 0), 3)
-    large = cv2.addWeighted(large, 3.0, blurred, -2.0, 0)
-    return _search_edges(large, max_boxes, model, settings), large
 
 
 def _gradient_edges(image: np.ndarray, blur: float) -> tuple[np.ndarray, np.ndarray]:
@@ -242,12 +263,12 @@ def _thinned(magnitude: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarra
     return np.where(magnitude >= strongest_beside, magnitude, np.float32(0))
 
 
-def _pair(neighbour, down: int, right: int) -> np.ndarray:
+def _pair(neighbour: Callable[[int, int], np.ndarray], down: int, right: int) -> np.ndarray:
     return np.maximum(neighbour(down, right), neighbour(-down, -right))
 
 
 @functools.lru_cache(maxsize=2)
-def _forest(model: str):
+def _forest(model: str) -> Any:
     if not os.path.isfile(model):
         raise UserError(f"edge model {model} does not exist; leave it out to use gradient edges")
     try:
@@ -267,9 +288,9 @@ def _forest_edges(image: np.ndarray, model: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _seed_c_library() -> None:
-    """OpenCV draws the order within a level of the grouping with C's rand(): seeded, it is the image's alone.
+    """OpenCV orders the groups of one level by C's rand(). Seeded, the order depends on the image alone.
 
-    Where Python cannot reach the C library OpenCV uses (Windows), the boxes are the same, their order is not.
+    Where Python cannot reach the C library that OpenCV uses (Windows), the boxes are the same in another order.
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):
         ctypes.CDLL(None).srand(0)
@@ -280,7 +301,7 @@ def _shrunk(image: np.ndarray, side: int | None) -> np.ndarray:
     if side is None:
         return image
     # A panorama keeps some height, or nothing would be left to find.
-    factor = max(side / max(height, width), MIN_SHORT_SIDE / min(height, width))
+    factor = max(side / max(height, width), _MIN_SHORT_SIDE / min(height, width))
     if factor >= 1:
         return image
     size = (round(width * factor), round(height * factor))
@@ -303,8 +324,3 @@ def _inside(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 def _by_rank(count: int) -> np.ndarray:
     """Scores for methods that only have an order."""
     return (1 - np.arange(count) / max(count, 1)).astype(np.float32)
-
-
-def _centre(width: int, height: int) -> Proposals:
-    box = [[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]]
-    return Proposals(np.array(box, np.float32), np.zeros(1, np.float32), "centre")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import multiprocessing
 import os
 import sys
 import types
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import cv2
@@ -28,7 +26,8 @@ from siamese_detr.config import check_numbers, verb, write_config
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import ImageList, list_images
 from siamese_detr.images.shards import location
-from siamese_detr.proposals import methods
+from siamese_detr.proposals.methods import Method
+from siamese_detr.proposals.registry import find_method, make_method
 from siamese_detr.proposals.shard import Failure, Row, atomic_file
 from siamese_detr.proposals.store import ProposalStore, StoreSettings, part_name
 from siamese_detr.proposals.worker import Job, Outcome, begin, compute
@@ -37,6 +36,8 @@ from siamese_detr.runtime.cores import usable_cores
 
 FAILURES = "failures.txt"
 _CHUNK = 16  # images handed to a worker at a time
+Value = int | float | bool | str | None
+_SHARED = ("max_boxes", "mode", "edge_model", "seed")  # options of methods that are options of the verb
 _SHOWN = 5  # failures shown on the screen; all are in the store and in failures.txt
 
 
@@ -47,7 +48,8 @@ class ProposeConfig:
     Args:
         images: folder (searched recursively), list file (.txt) or COCO JSON.
         out: directory of the proposal store; an existing one is continued: only what is missing is computed.
-        method: edge-boxes (the paper's), selective-search (DETReg's) or random.
+        method: edge-boxes (the paper's), selective-search (DETReg's), random, or one that a plug-in adds.
+        method_options: further options of the method by name, such as alpha of edge-boxes (smaller is faster).
         max_boxes: at most so many boxes per image are kept, best first.
         mode: of selective-search: fast (image shrunk to 128x128, as DETReg does) or full.
         edge_model: path of OpenCV's structured-forest edge model (model.yml.gz) for edge-boxes; built-in gradient edges
@@ -63,7 +65,8 @@ class ProposeConfig:
 
     images: str
     out: str
-    method: Literal["edge-boxes", "selective-search", "random"] = "edge-boxes"
+    method: str = "edge-boxes"
+    method_options: dict[str, Value] = field(default_factory=dict)
     max_boxes: int = 512
     mode: Literal["fast", "full"] = "fast"
     edge_model: str | None = None
@@ -85,7 +88,6 @@ class ProposeReport:
         computed: how many got their boxes in this run.
         kept: how many had been dealt with before (failures included).
         failures: those of the images asked for that have no boxes, from this run and before.
-        enhanced: images of this run whose boxes were found only after sharpening and enlarging.
         centred: images of this run without any boxes, given the centred one.
         notes: damaged shards that were dropped, folders that could not be listed.
     """
@@ -95,7 +97,6 @@ class ProposeReport:
     computed: int
     kept: int
     failures: list[Failure] = field(default_factory=list)
-    enhanced: int = 0
     centred: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -109,13 +110,20 @@ def propose(config: ProposeConfig) -> ProposeReport:
     Raises:
         UserError: no images, none readable, settings that differ from the store's, a worker killed, a full disk.
     """
-    _check(config)
+    method = _method(config)
     images = list_images(config.images)
     if config.part is not None:
         config, images = _part(config, config.part, images)
     console = Console(stderr=True)
-    with StoreWriter(config.out, _settings(config, images.root), config.shard_size, config.flush_seconds) as writer:
+    with StoreWriter(
+        config.out,
+        StoreSettings(config.method, method.parameters(), location(images.root)),
+        config.shard_size,
+        config.flush_seconds,
+    ) as writer:
         notes = [*images.problems, *writer.dropped]
+        if config.mode != ProposeConfig.mode and "mode" not in _options(config):
+            notes.append(f"mode has no effect on {config.method}")
         for note in notes[:_SHOWN]:
             console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
         if config.retry_failed:
@@ -129,36 +137,39 @@ def propose(config: ProposeConfig) -> ProposeReport:
             ) from error
         paths = pa.array(store.relative_paths(images), pa.large_string())
         todo = paths.filter(pa.array((store.find(paths) < 0) & ~store.failed(paths)))
-        origins = _compute_all(config, store.settings.image_root, todo, writer, console)
+        job = Job(store.settings.image_root, method)
+        computed, centred = _compute_all(config, job, todo, writer, console)
     store = ProposalStore.open(config.out)
     failures = _failures_among(store, paths)
     _list_failures(store)
     report = ProposeReport(
         store=str(store.directory),
         images=len(paths),
-        computed=sum(origins.values()),
+        computed=computed,
         kept=len(paths) - len(todo),
         failures=failures,
-        enhanced=origins["enhanced"],
-        centred=origins["centre"],
+        centred=centred,
         notes=notes,
     )
     if len(failures) == len(paths):
         raise UserError(
             f"{config.images}: none of its {len(paths)} images could be read, the first: {failures[0].path} "
-            f"({failures[0].reason}); see {store.directory / FAILURES}, mend them and run again "
+            f"({failures[0].reason}); see {store.directory / FAILURES}, fix them and run again "
             "(propose: with --retry-failed)"
         )
     _show(report, console)
     return report
 
 
-def _check(config: ProposeConfig) -> None:
+def _method(config: ProposeConfig) -> Method:
     check_numbers(config, positive=("max_boxes", "shard_size"), not_negative=("workers", "seed"))
-    if config.edge_model is not None:
-        if config.method != "edge-boxes":
-            raise UserError(f"edge_model is for edge-boxes, not for {config.method}; leave it out")
-        methods.check_model(config.edge_model)
+    if config.edge_model is not None and "edge_model" not in _options(config):
+        raise UserError(f"edge_model is for edge-boxes, not for {config.method}; leave it out")
+    return make_method(config.method, {name: getattr(config, name) for name in _SHARED}, config.method_options)
+
+
+def _options(config: ProposeConfig) -> set[str]:
+    return {option.name for option in fields(find_method(config.method))}
 
 
 def _part(config: ProposeConfig, text: str, images: ImageList) -> tuple[ProposeConfig, ImageList]:
@@ -172,34 +183,14 @@ def _part(config: ProposeConfig, text: str, images: ImageList) -> tuple[ProposeC
     return replace(config, out=out), replace(images, paths=images.paths[first:last])
 
 
-def _settings(config: ProposeConfig, root: Path) -> StoreSettings:
-    """What must agree for images to be added to a store: only what the method looks at."""
-    parameters: dict = {"max_boxes": config.max_boxes}
-    if config.method == "edge-boxes":
-        search = methods.EdgeBoxesSettings()
-        parameters |= {name: getattr(search, name) for name in search.__slots__}
-        parameters["edges"] = "gradients" if config.edge_model is None else _fingerprint(config.edge_model)
-    elif config.method == "selective-search":
-        parameters["mode"] = config.mode
-    else:
-        parameters["seed"] = config.seed
-    return StoreSettings(config.method, parameters, location(root))
-
-
-def _fingerprint(file: str) -> str:
-    with open(file, "rb") as handle:
-        return f"model {hashlib.file_digest(handle, 'sha256').hexdigest()[:16]}"
-
-
 def _compute_all(
-    config: ProposeConfig, root: str, todo: pa.Array, writer: StoreWriter, console: Console
-) -> Counter[str]:
-    """Compute and store; how many rows came from where (`methods.Proposals.origin`)."""
-    job = Job(root, config.method, config.max_boxes, config.mode, config.edge_model, config.seed)
-    workers = min(config.workers or usable_cores(), -(-len(todo) // _CHUNK))
-    origins: Counter[str] = Counter()
+    config: ProposeConfig, job: Job, todo: pa.Array, writer: StoreWriter, console: Console
+) -> tuple[int, int]:
+    """Compute and store the boxes of images; how many got boxes, and how many of these the centred one."""
     if not len(todo):
-        return origins
+        return 0, 0
+    workers = min(config.workers or usable_cores(), -(-len(todo) // _CHUNK))
+    computed = centred = failed = 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -208,7 +199,6 @@ def _compute_all(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    failed = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(
             f"{config.method}, {workers} process{'es' * (workers > 1)}", total=len(todo), failed=""
@@ -216,13 +206,14 @@ def _compute_all(
         outcomes = _in_process(job, todo) if workers == 1 else _in_pool(job, todo, workers)
         for outcome in outcomes:
             if isinstance(outcome.result, Row):
-                origins[outcome.origin] += 1
+                computed += 1
+                centred += outcome.centred
                 writer.add(outcome.result)
             else:
                 failed += 1
                 writer.add_failure(outcome.result.path, outcome.result.reason)
             progress.update(task, advance=1, failed=f"{failed} unreadable" if failed else "")
-    return origins
+    return computed, centred
 
 
 def _in_process(job: Job, todo: pa.Array) -> Iterator[Outcome]:

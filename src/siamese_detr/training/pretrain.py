@@ -22,6 +22,7 @@ from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import build_pretext, find_pretext
 from siamese_detr.pretext.base import Pretext, PretextOutput
 from siamese_detr.pretext.features import FrozenFeatures
+from siamese_detr.proposals.registry import find_method
 from siamese_detr.proposals.store import ProposalStore, Selection, StoreSettings
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime.journal import JsonLines
@@ -128,6 +129,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     team = Team(meet(config.device))
     # Mistakes are found before anything is written, and before hours of proposals.
     check_precision(config.precision, config.device, team.main)
+    find_method(config.proposal_method)
     images = list_images(config.images)
     if team.main and config.proposals is not None:  # else propose tells of them
         for problem in images.problems[:3]:

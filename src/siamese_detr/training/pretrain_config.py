@@ -34,7 +34,7 @@ class PretrainConfig:
         images: folder (searched recursively), list file (.txt) or COCO JSON.
         out: run directory: config.yaml, log.jsonl, tensorboard/, checkpoints/, detector/ (a Hugging Face directory).
         proposals: proposal store; computed first into OUT/proposals if not given (random boxes where none are used).
-        proposal_method: how: edge-boxes, selective-search or random.
+        proposal_method: how: edge-boxes, selective-search, random, or one that a plug-in adds.
         resume: continue the run in OUT from its last valid checkpoint (or begin it).
         replay: nonfinite.json of a stopped run: do that step again and say what was not finite.
         method: siamese, up-detr or detreg.
@@ -133,7 +133,7 @@ class PretrainConfig:
     images: str
     out: str
     proposals: str | None = None
-    proposal_method: Literal["edge-boxes", "selective-search", "random"] = "edge-boxes"
+    proposal_method: str = "edge-boxes"
     resume: bool = False
     replay: str | None = None
     # the detector
