@@ -107,7 +107,7 @@ class PlainSiamese:
             terms["loss_global"] = self.global_loss([self.pooled(memory) for memory in memories])
             config = self.pretext.config
             weights = {
-                "loss_cls": config.class_weight,
+                "loss_class": config.class_weight,
                 "loss_box": config.box_weight,
                 "loss_giou": config.giou_weight,
                 "loss_region": config.lambda_region,
@@ -182,7 +182,7 @@ class PlainSiamese:
         said = F.normalize(features, dim=-1)[image, query]
         distance = F.mse_loss(said, F.normalize(aims.to(said.dtype), dim=-1), reduction="none")
         return {
-            "loss_cls": F.cross_entropy(logits.transpose(1, 2), classes, weight),
+            "loss_class": F.cross_entropy(logits.transpose(1, 2), classes, weight),
             "loss_box": F.l1_loss(found, wanted.to(found.dtype), reduction="none").sum() / count,
             "loss_giou": (1 - overlap.diag()).sum() / count,
             "loss_region": distance.sum() / count,

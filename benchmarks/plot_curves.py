@@ -19,7 +19,7 @@ def main(out: str, *runs: str) -> None:
         name, _, folder = run.partition("=")
         log = JsonLines(Path(folder) / "log.jsonl").read()
         history = JsonLines(Path(folder) / "history.jsonl").read()
-        loss.plot([record["step"] for record in log], [record["l1"] for record in log], label=name)
+        loss.plot([record["step"] for record in log], [record["loss_box"] for record in log], label=name)
         ap.plot([0, *(r["epoch"] for r in history)], [0, *(100 * r["AP50"] for r in history)], marker="o", label=name)
     loss.set(xlabel="update", ylabel="L1 loss of the boxes (last layer)")
     ap.set(xlabel="epoch", ylabel="AP50 on the validation photos (%)")

@@ -6,8 +6,9 @@ import json
 import os
 from pathlib import Path
 
-# Before a library is imported that reads it: test processes side by side share the cores. The threads of one wait for
-# each other in a loop, and would slow down the other's many times.
+# Before a library is imported that reads them: test processes side by side share the cores. Threads that waited for
+# each other in a loop would slow down the other processes many times.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if side_by_side := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(side_by_side))))
 

@@ -40,7 +40,7 @@ from siamese_detr.pretext.up_detr import UpDetrPretext
 
 FOLDER = Path(__file__).parent / "data" / "golden"
 LOSSES = {
-    "loss_cls": "loss_ce",
+    "loss_class": "loss_ce",
     "loss_box": "loss_bbox",
     "loss_giou": "loss_giou",
     "loss_region": "loss_feature",
@@ -263,12 +263,12 @@ def replay(pretext: Pretext, features: FrozenFeatures) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     references, globals_ = watch(pretext)
     memory, decoded = pretext.predict(features)
-    answers = pretext.answer(decoded, features)
+    matched = pretext.match(decoded, features)
     lead = features.boxes.shape[:2]
     layers = [*range(len(decoded.states) - 1), "last"]
     states, boxes = (x.unflatten(1, lead) for x in (decoded.states, decoded.boxes))
     crops = features.crops().flip(0) if features.views == 2 else features.crops()
-    region = losses.region_loss(pretext.region_head(answers.states), crops, answers.valid, answers.counts)
+    region = losses.region_loss(pretext.region_head(matched.states), crops, matched.valid, matched.counts)
     tokens = memory.tokens.unflatten(0, lead).split([height * width for height, width in memory.shapes], 2)
     for view in range(features.views):  # on whose memory is decoded
         asked = features.views - 1 - view
@@ -287,14 +287,14 @@ def replay(pretext: Pretext, features: FrozenFeatures) -> dict[str, Tensor]:
             found |= {f"ref_{tag}": reference, f"ref_init_{tag}": reference}
             found[f"ref_inter_{tag}"] = reference.expand(len(states), *reference.shape)
         for index, layer in enumerate(layers):
-            state, match = states[index, view], answers.matches[index, view]
+            state, match = states[index, view], matched.matches[index, view]
             found[f"pred_logits_{tag}.layer_{layer}"] = pretext.class_head(state)
             found[f"pred_boxes_{tag}.layer_{layer}"] = boxes[index, view]
             found[f"pred_feature_{tag}.layer_{layer}"] = pretext.region_head(state)
             pairs = torch.stack([match.sort().values, match.argsort()], -1)
             found[f"match/{tag}.layer_{layer}"] = pairs
             suffix = "" if layer == "last" else f"_{layer}"
-            for name, term in (answers.terms | {"loss_region": region}).items():
+            for name, term in (matched.terms | {"loss_region": region}).items():
                 found[f"loss_of_{tag}/{LOSSES[name]}{suffix}"] = term[index, view]
     output = pretext(features)
     found["loss_total_weighted"] = output.loss

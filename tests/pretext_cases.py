@@ -194,7 +194,7 @@ def slow_losses(logits: Tensor, boxes: Tensor, targets: Tensor, valid: Tensor) -
         labels[image, query] = 1
     weight = torch.tensor([1, 1, 0.1], dtype=logits.dtype)
     label = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight).item()
-    return {"loss_cls": label, "loss_box": distance / len(triples), "loss_giou": apart / len(triples)}, triples
+    return {"loss_class": label, "loss_box": distance / len(triples), "loss_giou": apart / len(triples)}, triples
 
 
 def slow_pretext_terms(pretext: Pretext, decoded: Decoded, features: FrozenFeatures) -> tuple[dict, dict]:

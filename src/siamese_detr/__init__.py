@@ -13,7 +13,12 @@ The verbs are functions of this package and commands of ``siamese-detr``, with t
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# Read by OpenMP when PyTorch is loaded, and inherited by data workers: a thread that waits for another sleeps instead
+# of keeping a core busy, which on a shared machine costs the others (and this run) most of their time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from siamese_detr.compare.compare import compare

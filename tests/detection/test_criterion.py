@@ -65,7 +65,7 @@ def slow_loss(logits, boxes, targets, c: CriterionConfig) -> float:
                     s = sigmoid[q, labels[t]]
                     p = -c.alpha * (1 - s) ** 2 * math.log(s + 1e-8) + (1 - c.alpha) * s**2 * math.log(1 - s + 1e-8)
                 overlap = slow_giou(b[q], sought[t])
-                return c.class_cost * p + c.l1_cost * abs(b[q] - sought[t]).sum() - c.giou_cost * overlap
+                return c.class_cost * p + c.box_cost * abs(b[q] - sought[t]).sum() - c.giou_cost * overlap
 
             used = min(count, len(z))
             best = min(
@@ -94,7 +94,7 @@ def slow_loss(logits, boxes, targets, c: CriterionConfig) -> float:
                         class_sum -= 0 if positive else (1 - c.alpha) * s**2 * math.log(1 - s)
         n = max(sum(counts), 1)
         class_loss = class_sum / (class_norm if c.kind == "softmax" else n)
-        total += c.class_weight * class_loss + c.l1_weight * l1 / n + c.giou_weight * giou / n
+        total += c.class_weight * class_loss + c.box_weight * l1 / n + c.giou_weight * giou / n
     return total
 
 
@@ -124,7 +124,7 @@ def test_equals_the_stock_loss(kind):
     loss = ForObjectDetectionLoss if kind == "softmax" else DeformableDetrForObjectDetectionLoss
     _, terms, _ = loss(logits[-1], labels, "cpu", boxes[-1], stock, logits, boxes)
     ours = SetCriterion(CriterionConfig.of(kind))(logits, boxes, targets)
-    last = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
+    last = {"loss_class": "loss_ce", "loss_box": "loss_bbox", "loss_giou": "loss_giou"}
     for name, theirs in last.items():
         assert ours.terms[name].item() == pytest.approx(terms[theirs].item(), rel=1e-5)
     total = sum(
@@ -177,7 +177,7 @@ def test_images_without_boxes_have_a_finite_loss():
         logits, boxes, targets = predictions(kind, [0, 0])
         output = SetCriterion(CriterionConfig.of(kind))(logits, boxes, targets)
         assert output.loss.isfinite()
-        assert output.terms["l1"] == 0
+        assert output.terms["loss_box"] == 0
 
 
 def test_more_targets_than_queries():

@@ -11,7 +11,6 @@ from siamese_detr.evaluation.analysis import (
     confusion_matrix,
     image_quality,
     iou_matrix,
-    precision_recall,
     rows_by_image,
 )
 from siamese_detr.evaluation.coco import Detections, coco_metrics
@@ -60,39 +59,12 @@ def test_iou_of_crowds_is_the_share_of_the_box_inside() -> None:
     assert iou_matrix(found, truth, np.array([False, True])) == pytest.approx(np.array([[1 / 3, 1.0]]))
 
 
-def test_precision_and_recall() -> None:
-    cat, dog = precision_recall(DATASET, DETECTIONS)
+def test_precision_at_every_recall() -> None:
+    cat, dog = coco_metrics(DATASET.to_coco(), DETECTIONS).per_class
     assert cat.boxes == 2
-    assert cat.recall == pytest.approx([0.5, 0.5, 1.0])
-    assert cat.precision == pytest.approx([1.0, 2 / 3, 2 / 3])
-    assert dog.recall.tolist() == [0.0]
-
-
-def test_the_area_under_the_curve_is_coco_ap50() -> None:
-    random = np.random.default_rng(0)
-    images, rows = [], []
-    for number in range(1, 30):
-        corners = random.uniform(0, 70, (3, 2))
-        boxes = np.concatenate([corners, corners + random.uniform(8, 30, (3, 2))], 1)
-        images.append(labelled(number, boxes.tolist(), random.integers(0, 2, 3).tolist()))
-        for box in boxes[:2]:
-            rows.append([number, random.integers(0, 2), random.random(), *(box + random.normal(0, 2, 4))])
-    dataset = DetectionDataset(root=Path(), class_names=["cat", "dog"], images=images)
-    truth = {
-        "images": [{"id": i.id, "width": 100, "height": 100} for i in images],
-        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
-        "annotations": [
-            {"image_id": i.id, "category_id": int(k) + 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0}
-            for i in images
-            for (x1, y1, x2, y2), k in zip(i.boxes.astype(float).tolist(), i.classes, strict=True)
-        ],
-    }
-    detections = Detections.from_rows(np.array(rows))
-    expected = coco_metrics(truth, detections).per_class
-    for curve, row in zip(precision_recall(dataset, detections), expected, strict=True):
-        at = np.searchsorted(curve.recall, np.linspace(0, 1, 101), side="left")
-        ap50 = np.append(curve.precision, 0)[at].mean()
-        assert ap50 == pytest.approx(row.ap50, abs=1e-9)
+    assert cat.precision50 == pytest.approx([1.0] * 51 + [2 / 3] * 50)
+    assert dog.precision50 == pytest.approx([0.0] * 101)
+    assert np.mean(cat.precision50) == pytest.approx(cat.ap50)
 
 
 def test_confusion() -> None:

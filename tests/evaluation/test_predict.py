@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from siamese_detr.detectors.build import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.draw import class_colour, draw_detections, label_place
 from siamese_detr.evaluation.evaluate import evaluate
+from siamese_detr.evaluation.inference import require_classes
 from siamese_detr.evaluation.predict import predict
 from tiny_finetuning import learned, write_scenes
 
@@ -169,10 +171,27 @@ def test_a_single_file_and_mistakes(tmp_path):
         predict(model=str(result.out), images=str(file), out=str(tmp_path / "out"), batch_size=0)
     with pytest.raises(UserError, match="workers must be 0 or more"):
         evaluate(model=str(result.out), labels=str(labels), workers=-1)
+    with pytest.raises(UserError, match="top_k must be at most 100"):
+        evaluate(model=str(result.out), labels=str(labels), top_k=101)
     with pytest.raises(UserError, match="nowhere"):
         predict(model=str(result.out), images=str(tmp_path / "nowhere"), out=str(tmp_path / "out"))
     with pytest.raises(UserError, match="device"):
         predict(model=str(result.out), images=str(file), out=str(tmp_path / "out"), device="abacus")
+
+
+def test_a_detector_that_was_only_pretrained_has_no_classes_yet(tmp_path):
+    _, labels = learned()
+    sizes = {"hidden_size": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 4}
+    detector = build_detector("detr", "random:test_efficientnet", **sizes)
+    detector.save(tmp_path / "run" / "detector", provenance={"method": "siamese", "pretrained_steps": 8})
+    model, message = str(tmp_path / "run"), "no classes yet; fine-tune it first"
+    with pytest.raises(UserError, match=message):
+        evaluate(model=model, labels=str(labels))
+    with pytest.raises(UserError, match=message):
+        predict(model=model, images=str(labels), out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    detector.save(tmp_path / "run" / "best", class_names=["object"], provenance={"finetuned": {"steps": 8}})
+    require_classes(model)
 
 
 def test_drawing_leaves_the_inside_of_boxes_and_colours_classes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pydoc
 import subprocess
 import sys
@@ -163,3 +164,15 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_no_command_loads_pytorch_to_print_its_help() -> None:
     program = "import sys, siamese_detr as s; list(map(s.load_config, s.VERBS)); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(("set_by_user", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(set_by_user: str | None, expected: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if set_by_user is not None:
+        environment["OMP_WAIT_POLICY"] = set_by_user
+    program = "import os, siamese_detr; print(os.environ['OMP_WAIT_POLICY'])"
+    printed = subprocess.run(
+        [sys.executable, "-c", program], check=True, env=environment, capture_output=True, text=True
+    )
+    assert printed.stdout.strip() == expected

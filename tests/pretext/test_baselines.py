@@ -53,7 +53,7 @@ def test_up_detr_agrees_with_a_slow_computation(regions):
         expected["loss_region", layer] = total / len(found)
     for (name, layer), value in expected.items():
         assert output.terms[term_name(name, layer)].item() == pytest.approx(value, abs=1e-9)
-    weights = {"loss_cls": 1, "loss_box": 5, "loss_giou": 2, "loss_region": 1}
+    weights = {"loss_class": 1, "loss_box": 5, "loss_giou": 2, "loss_region": 1}
     assert output.loss.item() == pytest.approx(sum(weights[name] * value for (name, _), value in expected.items()))
 
 
@@ -108,7 +108,7 @@ def test_detreg_agrees_with_a_slow_computation():
     assert set(output.terms) == {term_name(name, layer) for name, layer in expected}
     for (name, layer), value in expected.items():
         assert output.terms[term_name(name, layer)].item() == pytest.approx(value, abs=1e-9)
-    weights = {"loss_cls": 1, "loss_box": 5, "loss_giou": 2, "loss_embedding": 1}
+    weights = {"loss_class": 1, "loss_box": 5, "loss_giou": 2, "loss_embedding": 1}
     assert output.loss.item() == pytest.approx(sum(weights[name] * value for (name, _), value in expected.items()))
 
 

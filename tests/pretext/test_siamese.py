@@ -73,7 +73,7 @@ def test_terms_agree_with_a_slow_computation(target_view, cross_view):
     expected_global = (one_way(first, second) + one_way(second, first)) / 2
     assert_close(output.terms["loss_global"], expected_global)
 
-    weights = {"loss_cls": 1, "loss_box": 5, "loss_giou": 2, "loss_region": 5}
+    weights = {"loss_class": 1, "loss_box": 5, "loss_giou": 2, "loss_region": 5}
     total = sum(weights[name] * value for (name, _), value in expected.items()) + 10 * expected_global.item()
     assert output.loss.item() == pytest.approx(total)
     assert not any(term.requires_grad for term in output.terms.values())
@@ -182,7 +182,7 @@ def test_discrimination(discrimination, terms):
     features = dataclasses.replace(features, crop_features=features.crop_features if "region" in terms else None)
     output = pretext(features)
     names = {name.removesuffix("_0") for name in output.terms}
-    assert names == {"loss_cls", "loss_box", "loss_giou"} | {f"loss_{term}" for term in terms}
+    assert names == {"loss_class", "loss_box", "loss_giou"} | {f"loss_{term}" for term in terms}
     assert pretext.needs_crops == ("region" in terms)
     output.loss.backward()
     assert all(p.grad is not None for p in pretext.parameters() if p.requires_grad)
@@ -259,7 +259,7 @@ def test_half_precision_stays_close():
     assert rounded.loss.dtype == torch.float32
     rounded.loss.backward()
     assert all(p.grad.isfinite().all() for p in pretext.parameters() if p.grad is not None)
-    for name in ("loss_cls", "loss_box", "loss_giou", "loss_region"):
+    for name in ("loss_class", "loss_box", "loss_giou", "loss_region"):
         assert_close(rounded.terms[name], exact.terms[name], rtol=0.05, atol=0.05)
 
 

@@ -147,7 +147,7 @@ def test_a_run_leaves_what_it_promises(base: dict[str, Any], tmp_path: Path) -> 
     assert result.steps == 4
     assert result.detector == out / "detector"
     assert np.isfinite(result.loss)
-    names = {"loss", "loss_cls", "loss_box", "loss_giou", "loss_region", "loss_global", "grad_norm", "learning_rate"}
+    names = {"loss", "loss_class", "loss_box", "loss_giou", "loss_region", "loss_global", "grad_norm", "learning_rate"}
     names |= {"padded_regions"}
     assert all(names <= record.keys() for record in logged(out))
     assert (out / "proposals" / "meta.json").exists()
@@ -637,7 +637,7 @@ def first_terms(options: dict[str, Any], out: Path, **changes: Any) -> dict[str,
     return {name: value for name, value in record.items() if name.startswith("loss_")}
 
 
-BOXES, REGION, GLOBAL = {"loss_cls", "loss_box", "loss_giou"}, {"loss_region"}, {"loss_global"}
+BOXES, REGION, GLOBAL = {"loss_class", "loss_box", "loss_giou"}, {"loss_region"}, {"loss_global"}
 
 
 ALL = BOXES | REGION | GLOBAL
@@ -678,7 +678,7 @@ def test_ablations_change_what_they_say(
     terms = first_terms(base, tmp_path / "run", **changes)
     assert ALL - terms.keys() == gone
     differ = {name for name in ALL & terms.keys() if abs(terms[name] / plain_terms[name] - 1) > 1e-5}
-    assert changed - {"loss_cls"} <= differ
+    assert changed - {"loss_class"} <= differ
     assert {name: terms[name] for name in kept} == {name: plain_terms[name] for name in kept}
 
 
@@ -731,7 +731,7 @@ def test_a_feature_bank_gives_the_losses_of_fresh_views(
     assert (bank / "maps0").read_bytes() == before  # what had been written is what is written again
     fresh, stored = logged(tmp_path / "fresh"), logged(tmp_path / "banked")
     for one, two in zip(fresh[:5], stored[:5], strict=True):  # 20 samples: two epochs
-        for name in ("loss", "loss_box", "loss_giou", "loss_cls", "loss_region"):
+        for name in ("loss", "loss_box", "loss_giou", "loss_class", "loss_region"):
             assert two[name] == pytest.approx(one[name], rel=2e-3), name
     assert fresh[5]["loss_box"] != pytest.approx(stored[5]["loss_box"], rel=1e-3)  # the third epoch sees the first's
     pretrain(**{**options, "out": str(tmp_path / "other"), "feature_bank": 2, "iou": 0.3, "steps": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Detections:
         return np.column_stack([self.images, self.classes, self.scores, self.boxes]).astype(np.float64)
 
     def sorted(self) -> Detections:
-        """By image, then best score first: the same order whichever process found what."""
+        """By image, then best score first: the same order however the images were shared among processes."""
         order = np.lexsort((self.boxes[:, 0], self.classes, -self.scores, self.images))
         return Detections(self.images[order], self.classes[order], self.scores[order], self.boxes[order])
 
@@ -74,8 +75,15 @@ class Detections:
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """One class: average precisions and recall in [0, 1] (None: no box of this class to find) and its number of
-    boxes."""
+    """One class; metrics are in [0, 1], None if there is no box of this class to find.
+
+    Args:
+        name: of the class.
+        ap, ap50, ap75, ar100: average precisions and recall.
+        boxes: how many there are to find.
+        precision50: at IoU 0.50, the precision at the recalls 0, 0.01, … 1, made monotone as COCO does; 0 where the
+            recall is never reached.
+    """
 
     name: str
     ap: float | None
@@ -83,6 +91,12 @@ class ClassMetrics:
     ap75: float | None
     ar100: float | None
     boxes: int
+    precision50: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, AP, AP50, AP75, AR100, boxes."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k != "precision50"}
+        return {k.upper() if k.startswith(("ap", "ar")) else k: v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -110,11 +124,7 @@ class CocoMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """:meth:`overall`, and ``classes``: a list of name, AP, AP50, AP75, AR100, boxes."""
-        classes = [
-            {k.upper() if k[:2] in ("ap", "ar") else k: v for k, v in dataclasses.asdict(row).items()}
-            for row in self.per_class
-        ]
-        return {**self.overall(), "classes": classes}
+        return {**self.overall(), "classes": [row.to_dict() for row in self.per_class]}
 
     def write(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -144,9 +154,10 @@ def coco_metrics(ground_truth: dict[str, Any], detections: Detections) -> CocoMe
     """Score ``detections`` against a COCO data set.
 
     Args:
-        ground_truth: ``images``, ``annotations`` (``iscrowd`` boxes are neither to be found nor counted against a
-            detection) and ``categories``; class index k of the detections means ``categories[k]``.
-        detections: of images of this data set; images without any are counted as missed.
+        ground_truth: ``images``, ``annotations`` (boxes in xywh pixels; ``iscrowd`` boxes are neither to be found nor
+            counted against a detection) and ``categories``; class index k of the detections means ``categories[k]``.
+        detections: of images of this data set; the best 100 per image and class count. The boxes of images without
+            any are counted as missed.
     """
     category_ids = [category["id"] for category in ground_truth["categories"]]
     truth = COCO()
@@ -167,8 +178,8 @@ def coco_metrics(ground_truth: dict[str, Any], detections: Detections) -> CocoMe
     columns = {category: column for column, category in enumerate(sorted(category_ids))}
     evaluation.evaluate()
     evaluation.accumulate()
-    # precision: (IoU thresholds, recalls, classes, areas, max detections); recall: the same without recalls; −1:
-    # undefined.
+    # precision: (IoU thresholds, recalls, classes, areas, max detections); recall: the same without recalls.
+    # -1 means undefined.
     precision = np.asarray(evaluation.eval["precision"])
     recall = np.asarray(evaluation.eval["recall"])
 
@@ -178,33 +189,17 @@ def coco_metrics(ground_truth: dict[str, Any], detections: Detections) -> CocoMe
     def ar(most: int = 100, area: str = "all", label: Any = slice(None)) -> float | None:
         return mean_defined(recall[:, label, AREAS.index(area), MAX_DETECTIONS.index(most)])
 
-    at50, at75 = 0, 5  # thresholds are 0.50, 0.55, …
-    counts = {category: 0 for category in category_ids}
-    for annotation in truth.dataset["annotations"]:
-        counts[annotation["category_id"]] += not annotation["iscrowd"]
-    per_class = [
-        ClassMetrics(
-            category["name"], ap(label=k), ap(at50, label=k), ap(at75, label=k), ar(label=k), counts[category["id"]]
-        )
-        for category in ground_truth["categories"]
-        for k in [columns[category["id"]]]
-    ]
-    small, medium, large = AREAS[1:]
-    return CocoMetrics(
-        ap=ap(),
-        ap50=ap(at50),
-        ap75=ap(at75),
-        ap_small=ap(area=small),
-        ap_medium=ap(area=medium),
-        ap_large=ap(area=large),
-        ar1=ar(1),
-        ar10=ar(10),
-        ar100=ar(100),
-        ar_small=ar(area=small),
-        ar_medium=ar(area=medium),
-        ar_large=ar(area=large),
-        per_class=per_class,
-    )
+    at50, at75 = 0, 5  # IoU thresholds are 0.50, 0.55, …
+    boxes = Counter(a["category_id"] for a in truth.dataset["annotations"] if not a["iscrowd"])
+    per_class = []
+    for category in ground_truth["categories"]:
+        k, count = columns[category["id"]], boxes[category["id"]]
+        curve = tuple(precision[at50, :, k, 0, -1].tolist()) if count else ()
+        aps = (ap(label=k), ap(at50, label=k), ap(at75, label=k))
+        per_class.append(ClassMetrics(category["name"], *aps, ar(label=k), count, curve))
+    averages = [ap(), ap(at50), ap(at75), *(ap(area=area) for area in AREAS[1:])]
+    recalls = [*(ar(most) for most in MAX_DETECTIONS), *(ar(area=area) for area in AREAS[1:])]
+    return CocoMetrics(*averages, *recalls, per_class=per_class)
 
 
 def mean_defined(values: np.ndarray) -> float | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +17,20 @@ from siamese_detr.config import verb
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import CocoMetrics, Detections, coco_metrics
 from siamese_detr.evaluation.evaluate_config import EvaluateConfig
-from siamese_detr.evaluation.inference import Detector, Job, gather, gather_problems, run
+from siamese_detr.evaluation.inference import (
+    Detector,
+    ImageResult,
+    Job,
+    gather,
+    gather_problems,
+    require_classes,
+    run,
+)
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, read_labels
 from siamese_detr.runtime.processes import join, lost_process_explained
 
-# The same things under PASCAL VOC's and COCO's names.
+# PASCAL VOC's name -> COCO's name of the same thing.
 SYNONYMS = {
     "aeroplane": "airplane",
     "motorbike": "motorcycle",
@@ -33,8 +41,13 @@ SYNONYMS = {
 
 @dataclass
 class Evaluation:
-    """COCO metrics, the detections they are of, and (path, reason) of images that could not be read (they count as
-    missed)."""
+    """The outcome of an evaluation.
+
+    Args:
+        metrics: COCO metrics in [0, 1].
+        detections: from which they were computed; classes are those of the labels.
+        skipped: (path, reason) of images that could not be read; their boxes count as missed.
+    """
 
     metrics: CocoMetrics
     detections: Detections
@@ -45,33 +58,36 @@ class Evaluation:
 def evaluate(config: EvaluateConfig) -> CocoMetrics:
     """COCO AP, AP50, AP75, AP by size and AR, overall and per class, of a detector on labelled images.
 
-    Started by torchrun in several processes, these share the images; the metrics are those of one.
+    Several processes started by torchrun share the images; the metrics are those of a single process.
+
+    Raises:
+        UserError: no usable detector, labels or images, or ``out`` cannot be written.
     """
     main = join(config.device)
-    if config.out is not None and main:
-        try:  # now, not after the evaluation
-            Path(config.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-            if Path(config.out).is_dir():
-                raise UserError(f"{config.out} is a folder: name the JSON file to write")
+    out = Path(config.out) if config.out is not None and main else None
+    if out is not None:  # fails now, not after the evaluation
+        try:
+            out.absolute().parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write {config.out}: {error.strerror}; choose another place") from error
+            raise UserError(f"cannot write {out}: {error.strerror}; choose another place") from error
+        if out.is_dir():
+            raise UserError(f"{out} is a folder; name the JSON file to write")
+    require_classes(config.model)
     detector = Detector.load(config.model, config.device)
     dataset = read_labels(config.labels, config.images, config.split, default_split="val")
     console = Console(stderr=True, soft_wrap=True, quiet=not main)
     for problem in dataset.problems:
         console.print(f"{config.labels}: {problem}", markup=False, highlight=False)
+    options = {"batch_size": config.batch_size, "workers": config.workers, "top_k": config.top_k}
     with lost_process_explained():
-        result = evaluate_detector(
-            detector, dataset, batch_size=config.batch_size, workers=config.workers, top_k=config.top_k, progress=True
-        )
+        result = evaluate_detector(detector, dataset, progress=True, **options)
     if not main:
         return result.metrics
     for path, reason in result.skipped[:5]:
         console.print(f"cannot read {path}: {reason}", markup=False)
     if result.skipped:
-        console.print(f"{len(result.skipped)} of {len(dataset)} images could not be read: their boxes count as missed")
-    if config.out is not None:
-        out = Path(config.out)
+        console.print(f"{len(result.skipped)} of {len(dataset)} images cannot be read; their boxes count as missed")
+    if out is not None:
         result.metrics.write(out)
         beside = out.with_name(f"{out.stem}.detections.json")
         ids = dataset.category_ids or list(range(len(dataset.class_names)))
@@ -85,16 +101,18 @@ def evaluate_detector(
     detector: Detector,
     dataset: DetectionDataset,
     *,
-    batch_size: int = 8,
-    workers: int = 0,
-    top_k: int = 100,
     progress: bool = False,
-    each_batch: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> Evaluation:
     """Detect in all images of ``dataset``, share the work among the processes if there are several, and score.
 
-    Every process returns the same metrics. Class indices of the detections are those of ``dataset``. ``each_batch`` is
-    called before every batch, equally often in all processes; what it raises ends the evaluation.
+    Every process returns the same metrics. Class indices of the detections are those of ``dataset``.
+
+    Args:
+        detector: its model must be in evaluation mode.
+        dataset: labelled images.
+        progress: show a progress bar.
+        **options: ``batch_size``, ``workers``, ``top_k``, ``each_batch`` of :func:`inference.run`.
 
     Raises:
         UserError: detector and labels have no class in common, or no image can be read.
@@ -103,25 +121,11 @@ def evaluate_detector(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     jobs = [Job(image.id, str(image.path), (image.width, image.height)) for image in dataset.images]
-    results = run(
-        detector,
-        jobs,
-        batch_size=batch_size,
-        workers=workers,
-        top_k=top_k,
-        rank=rank,
-        world=world,
-        each_batch=each_batch,
-    )
+    results: Iterable[ImageResult] = run(detector, jobs, rank=rank, world=world, **options)
     if progress and rank == 0:
-        results = track(
-            results,
-            "evaluating",
-            total=-(-len(jobs) // world),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )  # type: ignore[assignment]
+        console, total = Console(stderr=True), -(-len(jobs) // world)
+        hidden = not console.is_terminal
+        results = track(results, "evaluating", total=total, console=console, transient=True, disable=hidden)
     parts, skipped = [], []
     for result in results:
         if result.problem is not None:
@@ -138,9 +142,9 @@ def evaluate_detector(
 def class_map(model_names: list[str], label_names: list[str]) -> np.ndarray:
     """(model classes,) int64: the label index of the class of the same name, −1 for none.
 
-    Names are compared without case, spaces and punctuation, VOC's and COCO's words for the same thing being equal. A
-    model whose classes have no names (LABEL_0, …) is taken to have the labels' classes in their order, if their
-    number is the same.
+    Names are compared without case, spaces and punctuation; VOC's and COCO's names of the same thing are equal. A model
+    whose classes have no names (LABEL_0, …) is assumed to have the classes of the labels, in the same order, if there
+    are equally many.
 
     Raises:
         UserError: no class in common.
@@ -157,7 +161,7 @@ def class_map(model_names: list[str], label_names: list[str]) -> np.ndarray:
             return np.arange(len(label_names))
         raise UserError(
             f"the detector's classes ({shorten(model_names)}) and the labels' ({shorten(label_names)}) "
-            "have no name in common"
+            "have no name in common; rename the classes of one, or use other labels"
         )
     return found
 

@@ -1,10 +1,11 @@
-"""What ``evaluate`` can be told; apart from the verb, so that ``--help`` need not load PyTorch."""
+"""The options of ``evaluate``, apart from the verb so that ``--help`` need not load PyTorch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from siamese_detr.config import check_numbers
+from siamese_detr.errors import UserError
 
 
 @dataclass
@@ -14,13 +15,13 @@ class EvaluateConfig:
     Args:
         model: a detector's Hugging Face directory, also one that this package did not make, or a run directory.
         labels: COCO JSON, VOC folder or YOLO data.yaml with the boxes to find.
-        images: folder of the images, where it is not the usual one.
+        images: folder of the images, if it is not the usual one.
         split: of YOLO (default: val) and VOC labels.
         out: write the metrics to this JSON file (and the detections beside it, as COCO results).
         batch_size: images per forward pass.
         workers: data processes.
         device: auto, cpu, cuda, mps …
-        top_k: most detections per image.
+        top_k: most detections per image, at most the 100 for which COCO's metrics are defined.
     """
 
     model: str
@@ -36,3 +37,5 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         """Raise UserError, naming the setting, for numbers out of their range."""
         check_numbers(self, positive=("top_k", "batch_size"), not_negative=("workers",))
+        if self.top_k > 100:
+            raise UserError(f"top_k must be at most 100, for which COCO's metrics are defined, not {self.top_k}")

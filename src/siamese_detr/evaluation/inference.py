@@ -1,7 +1,7 @@
 """Running a detector over images: any Hugging Face object detector, with its own image processor.
 
-Only images that the processor resizes to one shape share a batch, so nothing is ever padded: a picture's boxes are
-those of ``transformers.pipeline("object-detection")``, whatever the batch size, the order or the number of processes.
+Only images that the processor resizes to the same shape share a batch, so nothing is padded. The boxes are those of
+``transformers.pipeline("object-detection")``, whatever the batch size, the order or the number of processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from siamese_detr.detectors.loading import open_detector
+from siamese_detr.detectors.loading import find_detector, open_detector
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
@@ -30,12 +30,12 @@ from siamese_detr.runtime.processes import begin_worker, machine_explained
 
 @dataclass(frozen=True)
 class Job:
-    """One image to look at.
+    """One image in which to detect objects.
 
     Args:
         id: carried over to the detections.
         path: of the file.
-        size: (width, height) that the boxes shall refer to; None: the file's own.
+        size: (width, height) to which the boxes shall refer; None: the file's own.
     """
 
     id: int
@@ -45,15 +45,15 @@ class Job:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """What was found in one image, best first.
+    """The detections in one image, best first.
 
     Args:
-        job: what was asked.
-        size: (width, height) the boxes refer to.
+        job: the image.
+        size: (width, height) to which the boxes refer.
         classes: (N,) int64 indices into the detector's class names.
         scores: (N,) float64 in [0, 1].
         boxes: (N, 4) float64 xyxy in pixels, as the image processor gives them: they may stick out of the image.
-        problem: why the file could not be read; then there is nothing else.
+        problem: why there are no detections: the file cannot be read, or the image processor refuses it.
     """
 
     job: Job
@@ -118,9 +118,9 @@ class Detector:
         """Boxes of a batch of equally large images.
 
         Args:
-            inputs: what the processor gave, batched.
-            sizes: (width, height) per image that boxes shall refer to.
-            top_k: at most so many boxes per image.
+            inputs: of the processor, batched: pixel_values (B, 3, H, W) and perhaps pixel_mask (B, H, W).
+            sizes: (width, height) per image to which boxes shall refer.
+            top_k: most boxes per image.
 
         Returns:
             per image (classes, scores, boxes) as in :class:`ImageResult`.
@@ -130,13 +130,26 @@ class Detector:
         options = {"top_k": top_k} if "top_k" in inspect.signature(process).parameters else {}
         heights_widths = torch.tensor([(height, width) for width, height in sizes])
         results = process(outputs, threshold=0.0, target_sizes=heights_widths.to(self.device), **options)
-        found = []
+        detections = []
         for result in results:
             scores = result["scores"].cpu().double().numpy()
             best = np.argsort(-scores, kind="stable")[:top_k]
             boxes = result["boxes"].cpu().double().numpy().reshape(-1, 4)
-            found.append((result["labels"].cpu().numpy()[best], scores[best], boxes[best]))
-        return found
+            detections.append((result["labels"].cpu().numpy()[best], scores[best], boxes[best]))
+        return detections
+
+
+def require_classes(source: str | Path) -> None:
+    """Raise UserError if the detector at ``source`` has only been pre-trained, so that its class head is untrained."""
+    path = find_detector(source)
+    try:
+        history = json.loads((path / "siamese_detr.json").read_text(encoding="utf-8"))
+        names = json.loads((path / "config.json").read_text(encoding="utf-8")).get("id2label", {})
+        untrained = "pretrained_steps" in history and "finetuned" not in history and [*names.values()] == ["object"]
+    except (OSError, ValueError, TypeError, AttributeError):  # not made here, or damaged: loading it will tell
+        return
+    if untrained:
+        raise UserError(f"{path} has only been pre-trained and has no classes yet; fine-tune it first")
 
 
 def choose_device(name: str) -> torch.device:
@@ -165,7 +178,7 @@ class InferenceImages(Dataset):
         return len(self.jobs)
 
     def __getitem__(self, index: int) -> tuple[int, tuple[int, int], dict[str, Tensor] | str]:
-        """Index, (width, height) of the file, and the processor's output, or why there is none."""
+        """Index, (width, height) of the file, and the processor's output, or why there is none (str)."""
         try:
             image = read_image(self.jobs[index].path)
         except ImageError as error:
@@ -173,14 +186,14 @@ class InferenceImages(Dataset):
         height, width = image.shape[:2]
         try:
             inputs = self.processor(images=[Image.fromarray(image)], return_tensors="pt")
-        except ValueError as error:  # as where nothing is left of the short side when the long one has its limit
-            said = (str(error).splitlines() or [""])[0][:100]
-            return index, (0, 0), f"the detector's image processor cannot take {width}x{height} pixels ({said})"
+        except ValueError as error:  # for example, resizing leaves no pixel of the short side
+            reason = (str(error).splitlines() or [""])[0][:100]
+            return index, (0, 0), f"the detector's image processor cannot take {width}x{height} pixels ({reason})"
         return index, (width, height), {name: inputs[name] for name in inputs if name != "labels"}
 
 
 def same_shape_batches(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
-    """Indices of equally large images in batches of at most ``batch_size``; the same whoever computes them."""
+    """Indices of equally large images in batches of at most ``batch_size``, the same in every process."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, shape in enumerate(shapes):
         groups.setdefault(shape, []).append(index)
@@ -200,7 +213,7 @@ def run(
     world: int = 1,
     each_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[ImageResult]:
-    """Detect in every image of ``jobs`` (of every ``world``-th batch, the ``rank``-th first), in no particular order.
+    """Detect in every image of ``jobs`` (this process's share of them), in no particular order.
 
     Args:
         detector: the detector; its model must be in evaluation mode.
@@ -214,9 +227,9 @@ def run(
     size = getattr(detector.processor, "size", None) or {}
     square = bool(dict(size).get("height") and dict(size).get("width"))
     shapes = [(0, 0) if square else job.size or (-1, index) for index, job in enumerate(jobs)]
-    everyones = same_shape_batches(shapes, batch_size)
-    batches = everyones[rank::world]
-    idle = -(-len(everyones) // world) - len(batches)
+    all_batches = same_shape_batches(shapes, batch_size)
+    batches = all_batches[rank::world]
+    idle = -(-len(all_batches) // world) - len(batches)  # rounds in which only other processes have a batch
     loader = DataLoader(
         InferenceImages(jobs, detector.processor),
         batch_sampler=batches,
@@ -229,7 +242,7 @@ def run(
     with kept_memory(detector.device), explained:
         for samples in itertools.chain(loader, itertools.repeat([], idle)):
             each_batch()
-            # Files may differ from what the labels say of their size: trust the tensors.
+            # The size of a file may differ from the labels: trust the tensors.
             groups: dict[tuple, list] = {}
             for index, size, inputs in samples:
                 if isinstance(inputs, str):
@@ -240,8 +253,8 @@ def run(
             for group in groups.values():
                 sizes = [jobs[index].size or size for index, size, _ in group]
                 inputs = {name: torch.cat([item[2][name] for item in group]) for name in group[0][2]}
-                found = detector.detect(inputs, sizes, top_k)
-                for (index, _, _), image_size, (classes, scores, boxes) in zip(group, sizes, found, strict=True):
+                outputs = detector.detect(inputs, sizes, top_k)
+                for (index, _, _), image_size, (classes, scores, boxes) in zip(group, sizes, outputs, strict=True):
                     yield ImageResult(jobs[index], image_size, classes, scores, boxes)
 
 
@@ -253,8 +266,8 @@ def gather(detections: Detections, device: torch.device) -> Detections:
 def gather_problems(problems: Sequence[tuple[str, str]], device: torch.device) -> list[tuple[str, str]]:
     """The (path, reason) pairs of all processes, sorted."""
     lines = "".join(json.dumps(pair) + "\n" for pair in problems).encode()
-    everyones = gather_rows(np.frombuffer(lines, np.uint8), device).tobytes()
-    return sorted((path, reason) for path, reason in map(json.loads, everyones.splitlines()))
+    gathered = gather_rows(np.frombuffer(lines, np.uint8), device).tobytes()
+    return sorted((path, reason) for path, reason in map(json.loads, gathered.splitlines()))
 
 
 def gather_rows(rows: np.ndarray, device: torch.device) -> np.ndarray:

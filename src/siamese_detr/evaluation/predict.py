@@ -14,7 +14,7 @@ from rich.progress import track
 from siamese_detr.config import verb
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.draw import draw_detections
-from siamese_detr.evaluation.inference import Detector, ImageResult, Job, run
+from siamese_detr.evaluation.inference import Detector, ImageResult, Job, require_classes, run
 from siamese_detr.evaluation.predict_config import PredictConfig
 from siamese_detr.files import write_json, written_aside
 from siamese_detr.images.decode import read_image, read_size
@@ -23,7 +23,7 @@ from siamese_detr.images.listing import EXTENSIONS, ImageList, list_images
 
 @dataclass
 class PredictResult:
-    """What was found.
+    """The outcome of a prediction.
 
     Args:
         out: the folder written.
@@ -39,20 +39,25 @@ class PredictResult:
 
     @property
     def boxes(self) -> int:
-        """Number of boxes found."""
+        """Number of boxes in all images."""
         return sum(len(result.scores) for result in self.results)
 
 
 @verb(PredictConfig)
 def predict(config: PredictConfig) -> PredictResult:
-    """Find objects in images: JSON with the boxes, and pictures with them drawn."""
+    """Detect objects in images: JSON with the boxes, and pictures with the boxes drawn.
+
+    Raises:
+        UserError: no usable detector, no readable image, or ``out`` cannot be written.
+    """
     images = image_list(config.images)
     out = Path(config.out)
+    require_classes(config.model)
     detector = Detector.load(config.model, config.device)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}") from error
+        raise UserError(f"cannot write into {out}: {error.strerror}; choose another place") from error
     console = Console(stderr=True, soft_wrap=True)
     for problem in images.problems[:5]:
         console.print(f"left out: {problem}", markup=False)
@@ -63,17 +68,17 @@ def predict(config: PredictConfig) -> PredictResult:
             jobs.append(Job(index, images.absolute(index), read_size(images.absolute(index))))
         except ImageError as error:
             skipped.append((error.path, error.reason))
-    found = run(detector, jobs, batch_size=config.batch_size, workers=config.workers, top_k=config.top_k)
+    detected = run(detector, jobs, batch_size=config.batch_size, workers=config.workers, top_k=config.top_k)
     results = []
     originals = {os.path.realpath(job.path) for job in jobs} if config.draw else set()
     names = set(images.paths)
-    surest = 0.0
+    highest = 0.0
     hidden = not console.is_terminal
-    for result in track(found, "predicting", total=len(jobs), console=console, transient=True, disable=hidden):
+    for result in track(detected, "predicting", total=len(jobs), console=console, transient=True, disable=hidden):
         if result.problem is not None:
             skipped.append((result.job.path, result.problem))
             continue
-        surest = max(surest, result.scores.max(initial=0.0))
+        highest = max(highest, result.scores.max(initial=0.0))
         result = result.above(config.threshold)
         results.append(result)
         if config.draw:
@@ -82,21 +87,20 @@ def predict(config: PredictConfig) -> PredictResult:
     results.sort(key=lambda result: result.job.id)
     skipped.sort()
     if not results:
-        raise UserError(
-            f"none of the {len(images)} images in {config.images} can be read, e.g. {skipped[0][0]}: {skipped[0][1]}"
-        )
+        path, reason = skipped[0]
+        raise UserError(f"none of the {len(images)} images in {config.images} can be read, e.g. {path}: {reason}")
     outcome = PredictResult(out, results, detector.class_names, skipped)
     write(out / "predictions.json", document(outcome, images, config))
     write(out / "coco_results.json", coco_results(outcome))
     for path, reason in skipped[:5]:
         console.print(f"cannot read {path}: {reason}", markup=False)
-    console.print(
-        f"{outcome.boxes} boxes in {len(results)} images, {len(skipped)} unreadable: {out / 'predictions.json'}"
-        + (f", {out / 'pictures'}" if config.draw else ""),
-        markup=False,
-    )
+    written = f"{out / 'predictions.json'}" + (f", {out / 'pictures'}" if config.draw else "")
+    console.print(f"{outcome.boxes} boxes in {len(results)} images, {len(skipped)} unreadable: {written}", markup=False)
     if not outcome.boxes:
-        console.print(f"no box scores above the threshold of {config.threshold}; the surest has {surest:.3f}")
+        console.print(
+            f"no box scores above the threshold of {100 * config.threshold:g} %; the highest score is "
+            f"{100 * highest:.1f} %. Use a lower --threshold."
+        )
     return outcome
 
 
@@ -109,8 +113,8 @@ def image_list(source: str) -> ImageList:
 
 
 def picture_path(folder: Path, image: str, images: set[str], originals: set[str]) -> Path:
-    """Where an image's picture goes: under the image's own name, with ``.jpg`` behind it where it has none, and again
-    where the picture of another image or an image itself would be written over.
+    """The file for an image's picture: the image's own name, with ``.jpg`` added until it ends so and would replace
+    neither an image nor the picture of another image.
 
     Args:
         folder: of all pictures.

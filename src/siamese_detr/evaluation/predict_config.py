@@ -1,4 +1,4 @@
-"""What ``predict`` can be told; apart from the verb, so that ``--help`` need not load PyTorch."""
+"""The options of ``predict``, apart from the verb so that ``--help`` need not load PyTorch."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from siamese_detr.detection.matching import MatchCosts, match
+from siamese_detr.detection import matching
+from siamese_detr.detection.matching import MatchCosts
 from siamese_detr.pretext import heads, losses
 from siamese_detr.pretext.features import FrozenFeatures, check_queries, freeze
 
@@ -33,15 +34,15 @@ class PretextOutput:
 
 
 @dataclass
-class Answers:
+class Matched:
     """Matched predictions of all layers and directions.
 
     Args:
         states: (layers, V, B, P, D) decoder states of the matched queries.
         matches: int64 (layers, V, B, P).
         valid: bool (V, B, P).
-        counts: the normalisation of the losses.
-        terms: loss_cls, loss_box and loss_giou, each (layers, V).
+        counts: what the losses are divided by.
+        terms: loss_class, loss_box and loss_giou, each (layers, V).
     """
 
     states: Tensor
@@ -75,15 +76,15 @@ class Pretext(nn.Module):
         return freeze(self.detector, inputs, crops=self.needs_crops)
 
     def predict(self, features: FrozenFeatures) -> tuple[Memory, Decoded]:
-        """What the detector makes of a batch when asked as this task asks it; the decoder's batch is view-major."""
+        """Encode a batch and decode this task's queries; the decoder's batch is view-major."""
         raise NotImplementedError
 
     def forward(self, features: FrozenFeatures) -> PretextOutput:
         """The losses of a batch."""
         raise NotImplementedError
 
-    def answer(self, decoded: Decoded, features: FrozenFeatures) -> Answers:
-        """Match the decoder's predictions to the boxes of the view whose memory was decoded, and score them."""
+    def match(self, decoded: Decoded, features: FrozenFeatures) -> Matched:
+        """Match predictions to the boxes of the view whose memory was decoded, and compute the detection losses."""
         lead = features.boxes.shape[:2]
         states = decoded.states.unflatten(1, lead)
         boxes = decoded.boxes.unflatten(1, lead)
@@ -93,17 +94,16 @@ class Pretext(nn.Module):
         costs = MatchCosts(config.class_cost, config.box_cost, config.giou_cost)
         check_queries(boxes.shape[3], targets.shape[2])
         with torch.autocast(states.device.type, enabled=False):
-            matches = match(logits, boxes, targets, valid, costs)
+            matches = matching.match(logits, boxes, targets, valid, costs)
             counts = losses.count(valid, torch.promote_types(boxes.dtype, torch.float32))
-            found = losses.at_matches(boxes, matches)
-            box, giou = losses.box_losses(found, targets, valid, counts)
-            label = losses.class_loss(logits, matches, valid, counts, config.no_object_weight)
-        return Answers(
+            box, giou = losses.box_losses(losses.at_matches(boxes, matches), targets, valid, counts)
+            objectness = losses.class_loss(logits, matches, valid, counts, config.no_object_weight)
+        return Matched(
             states=losses.at_matches(states, matches),
             matches=matches,
             valid=valid,
             counts=counts,
-            terms={"loss_cls": label, "loss_box": box, "loss_giou": giou},
+            terms={"loss_class": objectness, "loss_box": box, "loss_giou": giou},
         )
 
     def weighted(self, weights: dict[str, float], terms: dict[str, Tensor]) -> PretextOutput:
@@ -112,7 +112,7 @@ class Pretext(nn.Module):
         """
         config = self.config
         weights = {
-            "loss_cls": config.class_weight,
+            "loss_class": config.class_weight,
             "loss_box": config.box_weight,
             "loss_giou": config.giou_weight,
         } | weights

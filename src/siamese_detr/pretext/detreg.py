@@ -44,11 +44,11 @@ class DetRegPretext(Pretext):
         """
         crops = features.crops()
         _, decoded = self.predict(features)
-        answers = self.answer(decoded, features)
-        said = self.region_head(answers.states[-1:])
-        with torch.autocast(said.device.type, enabled=False):
-            embedding = losses.embedding_loss(said, crops, answers.valid, answers.counts)
-        terms = answers.terms | {"loss_embedding": embedding}
+        matched = self.match(decoded, features)
+        predicted = self.region_head(matched.states[-1:])
+        with torch.autocast(predicted.device.type, enabled=False):
+            embedding = losses.embedding_loss(predicted, crops, matched.valid, matched.counts)
+        terms = matched.terms | {"loss_embedding": embedding}
         return self.weighted({"loss_embedding": self.config.embedding_weight}, terms)
 
     def predict(self, features: FrozenFeatures) -> tuple[Memory, Decoded]:

@@ -62,10 +62,10 @@ def class_loss(logits: Tensor, matches: Tensor, valid: Tensor, counts: Counts, n
     Returns:
         (layers, V).
     """
-    found = torch.zeros(logits.shape[:-1], device=logits.device, dtype=torch.int32)
-    found = found.scatter_add(3, matches, valid.to(found.dtype).expand_as(matches)) > 0
+    taken = torch.zeros(logits.shape[:-1], device=logits.device, dtype=torch.int32)
+    taken = taken.scatter_add(3, matches, valid.to(taken.dtype).expand_as(matches)) > 0
     score = F.log_softmax(full_precision(logits), dim=-1)
-    total = -torch.where(found, score[..., OBJECT], no_object_weight * score[..., NO_OBJECT]).sum((2, 3))
+    total = -torch.where(taken, score[..., OBJECT], no_object_weight * score[..., NO_OBJECT]).sum((2, 3))
     queries = counts.images * logits.shape[3]
     weight = counts.regions + no_object_weight * (queries - counts.regions)
     return total / weight.clamp(min=1e-12)  # where nothing weighs, 0, not NaN
@@ -86,15 +86,15 @@ def box_losses(boxes: Tensor, targets: Tensor, valid: Tensor, counts: Counts) ->
     boxes = full_precision(boxes)
     targets = torch.where(valid.unsqueeze(-1), full_precision(targets), 0.5)  # else NaN in padding reaches the gradient
     distance = (boxes - targets).abs().sum(-1)
-    apart = 1 - generalized_iou(box_corners(boxes), box_corners(targets))
-    return _per_region(distance, valid, counts), _per_region(apart, valid, counts)
+    giou = 1 - generalized_iou(box_corners(boxes), box_corners(targets))
+    return _per_region(distance, valid, counts), _per_region(giou, valid, counts)
 
 
 def region_loss(features: Tensor, targets: Tensor, valid: Tensor, counts: Counts) -> Tensor:
     """L_region, region discrimination: squared distance of the normalised vectors, divided by the number of regions.
 
     Args:
-        features: (layers, V, B, P, C) what the matched queries say of their regions.
+        features: (layers, V, B, P, C) predicted from the states of the matched queries.
         targets: (V, B, P, C) frozen features of the regions.
         valid: bool (V, B, P).
         counts: as :func:`count` gives them for ``valid``.
@@ -103,9 +103,9 @@ def region_loss(features: Tensor, targets: Tensor, valid: Tensor, counts: Counts
         (layers, V), each in [0, 4].
     """
     # ‖a/|a| − b/|b|‖² = 2 − 2 cos(a, b), without tensors the size of the features
-    said, target = full_precision(features), F.normalize(full_precision(targets), dim=-1)
-    length = torch.linalg.vector_norm(said, dim=-1).clamp(min=1e-8)
-    cosine = torch.linalg.vecdot(said, target.to(said.dtype).expand_as(said)) / length
+    predicted, target = full_precision(features), F.normalize(full_precision(targets), dim=-1)
+    length = torch.linalg.vector_norm(predicted, dim=-1).clamp(min=1e-8)
+    cosine = torch.linalg.vecdot(predicted, target.to(predicted.dtype).expand_as(predicted)) / length
     return _per_region(2 - 2 * cosine, valid, counts)
 
 

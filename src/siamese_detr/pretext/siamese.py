@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import heads, losses
-from siamese_detr.pretext.base import Answers, Pretext, PretextOutput
+from siamese_detr.pretext.base import Matched, Pretext, PretextOutput
 from siamese_detr.pretext.config import SiameseConfig
 from siamese_detr.pretext.features import FrozenFeatures, pool_regions, region_of_query
 
@@ -53,13 +53,13 @@ class SiamesePretext(Pretext):
         if features.views != 2:
             raise UserError(f"Siamese DETR compares two views of an image, not {features.views}")
         memory, decoded = self.predict(features)
-        answers = self.answer(decoded, features)
-        terms = dict(answers.terms)
+        matched = self.match(decoded, features)
+        terms = dict(matched.terms)
         if self.region_head is not None:
-            terms["loss_region"] = self._region_loss(answers, features)
+            terms["loss_region"] = self._region_loss(matched, features)
         if self.global_head is not None:
             predictions, projections = self.global_head(self._pooled(memory).unflatten(0, (2, -1)))
-            terms["loss_global"] = losses.global_loss(predictions, projections, answers.counts)
+            terms["loss_global"] = losses.global_loss(predictions, projections, matched.counts)
         config = self.config
         return self.weighted({"loss_region": config.lambda_region, "loss_global": config.lambda_global}, terms)
 
@@ -89,7 +89,7 @@ class SiamesePretext(Pretext):
         """From the view of a query to the view it is decoded on (and back)."""
         return x.flip(0) if self.config.cross_view else x
 
-    def _region_loss(self, answers: Answers, features: FrozenFeatures) -> Tensor:
+    def _region_loss(self, matched: Matched, features: FrozenFeatures) -> Tensor:
         assert self.region_head is not None
         if self.config.region_target == "roi":
             target = self._pool(features, features.boxes)
@@ -98,9 +98,9 @@ class SiamesePretext(Pretext):
         # Direction v's queries come from view _other(v); its own crops are that view's.
         own = self._other(target)
         target = own if self.config.target_view == "own" else own.flip(0)
-        said = self.region_head(answers.states)
-        with torch.autocast(said.device.type, enabled=False):
-            return losses.region_loss(said, target, answers.valid, answers.counts)
+        predicted = self.region_head(matched.states)
+        with torch.autocast(predicted.device.type, enabled=False):
+            return losses.region_loss(predicted, target, matched.valid, matched.counts)
 
     @property
     def _global_levels(self) -> int:

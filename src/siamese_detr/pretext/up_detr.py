@@ -50,12 +50,12 @@ class UpDetrPretext(Pretext):
         """
         patches = features.crops()
         _, decoded = self.predict(features)
-        answers = self.answer(decoded, features)
-        said = self.region_head(answers.states)
-        with torch.autocast(said.device.type, enabled=False):
-            rebuilt = losses.region_loss(said, patches, answers.valid, answers.counts)
+        matched = self.match(decoded, features)
+        predicted = self.region_head(matched.states)
+        with torch.autocast(predicted.device.type, enabled=False):
+            rebuilt = losses.region_loss(predicted, patches, matched.valid, matched.counts)
         return self.weighted(
-            {"loss_region": self.config.reconstruction_weight}, answers.terms | {"loss_region": rebuilt}
+            {"loss_region": self.config.reconstruction_weight}, matched.terms | {"loss_region": rebuilt}
         )
 
     def predict(self, features: FrozenFeatures) -> tuple[Memory, Decoded]:

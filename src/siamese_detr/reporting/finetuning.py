@@ -15,10 +15,8 @@ from siamese_detr.compare.summary import Curve
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.analysis import (
     NO_ROWS,
-    PrecisionRecall,
     confusion_matrix,
     image_quality,
-    precision_recall,
     rows_by_image,
 )
 from siamese_detr.evaluation.coco import ClassMetrics, Detections, percent
@@ -51,7 +49,7 @@ def finetuning_page(run: Path, samples: int, max_images: int, score: float, devi
         sections.append(Section("Classes and pictures", [Missing("Per-class results and pictures", str(error))]))
     else:
         note = f"Measured on {len(dataset)} validation images with the detector in {name}."
-        sections.append(Section("Classes", [Text(note), *class_blocks(dataset, per_class, detections)]))
+        sections.append(Section("Classes", [Text(note), *class_blocks(per_class)]))
         sections.append(Section("Confusion", confusion_blocks(dataset, detections, score)))
         sections.append(Section("Best and worst", picture_blocks(dataset, detections, score, samples, album)))
     summary = "No evaluation was recorded."
@@ -105,14 +103,13 @@ def detect(
     return dataset, evaluation.metrics.per_class, evaluation.detections, directory.name
 
 
-def class_blocks(dataset: DetectionDataset, metrics: Sequence[ClassMetrics], detections: Detections) -> list[Block]:
+def class_blocks(metrics: Sequence[ClassMetrics]) -> list[Block]:
     """AP per class and precision–recall curves of the classes with most boxes."""
     ordered = sorted(metrics, key=lambda row: -row.boxes)
     values = [row.ap for row in ordered]
     names = [f"{row.name} ({row.boxes})" for row in ordered]
     figures = [bar_chart("AP per class (boxes)", "AP (%)", names, values, "In brackets: number of labelled boxes.")]
-    curves = sorted(precision_recall(dataset, detections, IOU), key=lambda curve: -curve.boxes)
-    curves = [curve for curve in curves if curve.boxes]
+    curves = [row for row in ordered if row.boxes]
     shown = curves[: len(SERIES)]
     left_out = f" of the {len(shown)} classes with most boxes" if len(curves) > len(shown) else ""
     figures.append(
@@ -128,10 +125,10 @@ def class_blocks(dataset: DetectionDataset, metrics: Sequence[ClassMetrics], det
     return [Grid(figures, 330)]
 
 
-def pr_curve(curve: PrecisionRecall) -> Curve:
-    """In percent, at most a hundred points."""
-    kept = np.unique(np.linspace(0, len(curve.recall) - 1, min(len(curve.recall), 100)).round().astype(int))
-    return plain_curve(curve.name, (100 * np.stack([curve.recall[kept], curve.precision[kept]], 1)).tolist())
+def pr_curve(row: ClassMetrics) -> Curve:
+    """Precision at IoU 0.50 against recall, both in percent, up to the highest recall reached."""
+    precision = [100 * value for value in row.precision50 if value > 0] or [0.0]
+    return plain_curve(row.name, [(float(recall), value) for recall, value in enumerate(precision)])
 
 
 def confusion_blocks(dataset: DetectionDataset, detections: Detections, score: float) -> list[Block]:

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from siamese_detr.config import validate
-from siamese_detr.detection.boxes import box_corners
+from siamese_detr.detection.boxes import box_corners, iou
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.images.decode import read_image
 from siamese_detr.images.listing import list_images
@@ -184,21 +183,21 @@ def layer_figures(
         boxes = predicted.boxes[layer, view, number].tolist()
         drawn = [Box(boxes[p], t.colour, t.tag) for p, t in enumerate(targets)]
         drawn += [Box(t.xyxy, t.colour, dashed=True) for t in targets]
-        iou = mean(predicted.iou[layer, view, number])
-        alt = f"Image {number + 1}, layer {layer + 1}, {when} pre-training: mean IoU {iou:.2f} with the regions."
-        figures.append(photo.draw(drawn, alt, f"Layer {layer + 1}: IoU {iou:.2f}"))
+        overlap = mean(predicted.iou[layer, view, number])
+        alt = f"Image {number + 1}, layer {layer + 1}, {when} pre-training: mean IoU {overlap:.2f} with the regions."
+        figures.append(photo.draw(drawn, alt, f"Layer {layer + 1}: IoU {overlap:.2f}"))
     return figures
 
 
 def iou_table(predictions: dict[str, Predicted]) -> Table:
-    rows = [[f"{when} pre-training", *(f"{mean(iou):.3f}" for iou in p.iou)] for when, p in predictions.items()]
+    rows = [[f"{when} pre-training", *(f"{mean(overlap):.3f}" for overlap in p.iou)] for when, p in predictions.items()]
     headers = ["weights", *(f"layer {layer + 1}" for layer in range(len(predictions["before"].iou)))]
     return Table("Mean IoU of predictions and regions, over all views of the images shown", headers, rows)
 
 
-def mean(iou: Tensor) -> float:
+def mean(overlap: Tensor) -> float:
     """Mean over real regions; 0 if there is none."""
-    values = iou[~iou.isnan()]
+    values = overlap[~overlap.isnan()]
     return float(values.mean()) if len(values) else 0.0
 
 
@@ -237,13 +236,12 @@ def predict_regions(pretext: Pretext, config: PretrainConfig, views: list[ViewSa
     inputs = prepare(batch, detector.image_mean, detector.image_std, config.crop_size if pretext.needs_crops else None)
     features = pretext.frozen_features(inputs)
     _, decoded = pretext.predict(features)
-    matches = pretext.answer(decoded, features).matches
-    boxes: Any = at_matches(decoded.boxes.unflatten(1, features.boxes.shape[:2]), matches)
+    matched = pretext.match(decoded, features)
+    boxes: Any = at_matches(decoded.boxes.unflatten(1, features.boxes.shape[:2]), matched.matches)
     sizes = features.sizes.unflatten(0, features.boxes.shape[:2])  # (V, B, 2): height, width
     boxes = box_corners(boxes) * sizes[:, :, None, [1, 0, 1, 0]].to(boxes.dtype)
     regions = features.boxes.to(boxes.dtype).expand_as(boxes)
-    # Few boxes: the IoU of all pairs is cheap, and the pairs wanted lie on the diagonal.
-    iou = box_iou(boxes.flatten(0, -2), regions.flatten(0, -2)).diagonal().view(boxes.shape[:-1])
+    overlap = iou(boxes, regions).cpu()
     count = torch.tensor([len(s.plan.boxes[0]) - s.plan.padded for s in views if s.plan is not None])
-    padding = torch.arange(iou.shape[-1]) >= count[:, None]
-    return Predicted(boxes.cpu(), iou.cpu().masked_fill(padding, float("nan")))
+    padding = torch.arange(overlap.shape[-1]) >= count[:, None]
+    return Predicted(boxes.cpu(), overlap.masked_fill(padding, float("nan")))

@@ -23,7 +23,7 @@ L1_EXPLAINED = "How far predicted boxes are off in centre, width and height, as 
 GIOU_EXPLAINED = "How little predicted boxes overlap their targets. 0 is a perfect fit; above 1 they lie apart."
 TERMS = {
     "loss": ("Total loss (weighted)", "What training minimises: the weighted sum of all terms of all decoder layers."),
-    "loss_cls": ("Object or not: class loss", "Whether matched queries are told from all others. 0 is perfect."),
+    "loss_class": ("Class loss", "Whether queries on an object score its class highest, others none. 0 is perfect."),
     "loss_box": ("Boxes: L1", L1_EXPLAINED),
     "loss_giou": ("Boxes: 1 − GIoU", GIOU_EXPLAINED),
     "loss_region": ("Region discrimination", "Distance of the decoder's features of regions to the frozen backbone's "
@@ -31,10 +31,7 @@ TERMS = {
     "loss_global": ("Global discrimination", "Distance of the encoder's global features of the two views. 0: equal; "
                     "2: unrelated."),
     "loss_embedding": ("Object embedding", "Distance of the decoder's embeddings of objects to the frozen backbone's."),
-    "class": ("Class loss, last layer", "Whether objects get their class and all other queries none. 0 is perfect."),
-    "l1": ("Boxes: L1, last layer", L1_EXPLAINED),
-    "giou": ("Boxes: 1 − GIoU, last layer", GIOU_EXPLAINED),
-    "auxiliary": ("All earlier decoder layers", "Weighted sum of the three terms over all layers before the last."),
+    "loss_auxiliary": ("All earlier decoder layers", "Weighted sum of the terms over all layers before the last."),
     "learning_rate": ("Learning rate", "The step size of the optimiser."),
     "grad_norm": ("Gradient norm, before clipping", "Jumps and non-finite values are signs of trouble."),
     "padded_regions": ("Padded regions per image", "Jittered copies of other regions, where proposals are too few."),
