@@ -28,7 +28,6 @@ from rich.table import Table
 from siamese_detr.images import list_images, read_size
 from siamese_detr.images.decode import read_image
 from siamese_detr.proposals.store import StoredImage
-from siamese_detr.runtime.memory import keep_memory
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig, collate
 from siamese_detr.views.augment import prepare
 from siamese_detr.views.photometric import CONTRAST, GRAY, HUE, ORDER, ORDERS, SATURATION, SIGMA
@@ -209,7 +208,6 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_memory()  # as the training does that augments; to data processes it makes no difference
     with tempfile.TemporaryDirectory() as temporary:
         if options.images:
             listed = list_images(options.images)

@@ -27,7 +27,6 @@ from transformers import LwDetrViTConfig, RfDetrDinov2Config
 from siamese_detr.detectors import FAMILIES, build_detector
 from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.pretext.siamese import SiamesePretext
-from siamese_detr.runtime.memory import keep_memory
 
 REGIONS = 10
 VITS = {
@@ -104,7 +103,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_memory()  # as a training does
     warnings.simplefilter("ignore")
     names = ["conditional-detr", *(name for name in arguments.only if name != "conditional-detr")]
     steps = {name: Step(*VARIANTS[name], arguments) for name in names}

@@ -10,10 +10,8 @@ tensor after the other. Weights, inputs and mathematics are those of :class:`sia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -22,37 +20,10 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou, roi_align
 
 from siamese_detr.detection.boxes import full_precision
-from siamese_detr.detectors import deformable_detr, detr, layers
-from siamese_detr.detectors.adapter import DetectorAdapter
-from siamese_detr.kernels import attention, deformable_attention, layer_norm, linear
 from siamese_detr.pretext.siamese import SiamesePretext
 from siamese_detr.views.batch import ViewInputs
 
 Timer = Callable[[str], Any]
-
-
-@contextmanager
-def stock_modules(detector: DetectorAdapter) -> Iterator[None]:
-    """The detector with PyTorch's attention, dropout and layers and Transformers' sampling instead of ours."""
-    with ExitStack() as stock:
-        for part in (attention, deformable_attention, linear, layer_norm):
-            part.uninstall(detector.model)
-            stock.callback(part.install, detector.model)
-        for module in (detr, deformable_detr):
-            stock.enter_context(patch.object(module, "dropout", nn.functional.dropout))
-        stock.enter_context(patch.object(layers, "add_norm", plain_add_norm))
-        stock.enter_context(patch.object(layers, "feed_forward", plain_feed_forward))
-        yield
-
-
-def plain_add_norm(norm: nn.Module, x: Tensor, branch: Tensor, probability: float, training: bool) -> Tensor:
-    """The norm of the sum of tokens and a branch, by PyTorch's operations."""
-    return norm(x + F.dropout(branch, probability, training))
-
-
-def plain_feed_forward(block: Any, x: Tensor) -> Tensor:
-    """A feed-forward block without its last dropout, by PyTorch's operations."""
-    return block.fc2(F.dropout(block.activation_fn(block.fc1(x)), block.activation_dropout, block.training))
 
 
 class PlainSiamese:

@@ -34,14 +34,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plain import PlainSiamese, stock_modules
+from plain import PlainSiamese
 from siamese_detr.detectors import build_detector
+from siamese_detr.kernels import accelerate
 from siamese_detr.kernels.frozen import is_norm
 from siamese_detr.pretext import SiameseConfig
 from siamese_detr.pretext.heads import BatchNorm
 from siamese_detr.pretext.siamese import SiamesePretext
 from siamese_detr.runtime.hardware import emulates_bf16
-from siamese_detr.runtime.memory import hand_back_memory, keep_memory
 from siamese_detr.training.optimizer import adamw
 from siamese_detr.views.batch import ViewInputs
 
@@ -193,9 +193,8 @@ def plain_step(pretext: SiamesePretext, clock: Clock) -> Step:
     optimizer = plain.optimizer()
 
     def step(inputs: ViewInputs) -> dict[str, Tensor]:
-        with stock_modules(pretext.detector):
-            loss, terms = plain.losses(inputs, *plain.backbone(inputs))
-            plain.update(loss, optimizer, CLIP)
+        loss, terms = plain.losses(inputs, *plain.backbone(inputs))
+        plain.update(loss, optimizer, CLIP)
         return {"loss": loss.detach(), **terms}
 
     return step
@@ -203,6 +202,7 @@ def plain_step(pretext: SiamesePretext, clock: Clock) -> Step:
 
 def our_step(pretext: SiamesePretext, clock: Clock, precision: str) -> Step:
     """Ours as the trainer runs it."""
+    accelerate(pretext, next(pretext.parameters()).device)
     optimizer = adamw(pretext, 1e-4, 1e-4, decay_all=True)
     parameters = [parameter for parameter in pretext.parameters() if parameter.requires_grad]
     time_within(pretext, clock)
@@ -318,9 +318,6 @@ def serve(pipe: Connection, name: str, case: str, scale: Scale, dropout: float, 
     torch.set_num_threads(threads)
     inputs, pretext, clock = make_inputs(scale), make_pretext(case, scale), Clock()
     step = make_step(name, pretext, clock)
-    hand_back_memory()  # what making these has freed
-    if name != "plain":
-        keep_memory()  # as a training does
     with contextlib.suppress(OSError):  # Linux: forget the peak of the imports and of building the model
         Path("/proc/self/clear_refs").write_text("5")
     before = current_memory()

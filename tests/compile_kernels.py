@@ -10,8 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from siamese_detr.kernels import gpu_assign as hungarian
-from siamese_detr.kernels import gpu_layers, gpu_linear, gpu_photometric, gpu_sampling, gpu_stem
+from siamese_detr.kernels import gpu_assign, gpu_photometric, gpu_sampling, gpu_stem
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -28,12 +27,12 @@ def build(kernel: Any, warps: int = 4, **arguments: Any) -> None:
 def main() -> None:
     for size in ("i32", 1):
         build(
-            hungarian._assign, warps=1, cost="*fp32", valid="*i1", chosen="*i64", targets=size, queries=size,
+            gpu_assign._assign, warps=1, cost="*fp32", valid="*i1", chosen="*i64", targets=size, queries=size,
             highest="fp32", ROWS=16, COLUMNS=128,
         )  # fmt: skip
         for value, sums, width in (("*bf16", "*fp32", 32), ("*fp64", "*fp64", 8)):
-            inputs = {"value": value, "reference": sums, "weights": sums, "sizes": "*i64", "starts": "*i64"}
-            inputs |= {"locations": value, "AROUND": width == 32}
+            inputs = {"value": value, "weights": sums, "sizes": "*i64", "starts": "*i64"}
+            inputs |= {"locations": value}
             inputs |= dict.fromkeys(("tokens", "queries", "heads", "channels", "levels", "points"), size)
             precise = tl.float32 if sums == "*fp32" else tl.float64
             inputs |= {"QUERIES": gpu_sampling.QUERIES, "WIDTH": width, "PRECISE": precise}
@@ -54,42 +53,6 @@ def main() -> None:
             maps |= dict.fromkeys(("tall", "wide", "height", "width"), size)
             build(gpu_stem._arrange, colours=size, first="i32", CHANNELS=16, **maps)
             build(gpu_stem._pool, channels=size, KERNEL=3, STRIDE=2, PADDING=1, **maps)
-        drawn = {"seed": "i64", "probability": "fp32", "factor": "fp32"}
-        tile = {"PART": gpu_linear.ROWS, "TALL": gpu_linear.TALL, "WIDE": gpu_linear.WIDE}
-        for kind, precise in (
-            ("*bf16", tl.float32),
-            ("*fp16", tl.float32),
-            ("*fp32", tl.float32),
-            ("*fp64", tl.float64),
-        ):
-            build(
-                gpu_layers._relu_dropout, x=kind, count=size, GROUP=gpu_layers.GROUP, DROPS=kind != "*fp32",
-                PRECISE=precise, **drawn,
-            )  # fmt: skip
-            build(
-                gpu_layers._relu_dropout_backward, gradient=kind, hidden=kind,
-                sums="*fp64" if precise is tl.float64 else "*fp32", rows=size, size=size, factor="fp32",
-                PRECISE=precise, **tile,
-            )  # fmt: skip
-            if precise is tl.float32:
-                build(gpu_linear._sum_rows, x=kind, sums="*fp32", rows=size, size=size, **tile)
-        for branch, drops, width in (
-            ("*bf16", True, 256),
-            ("*fp32", False, 4),
-            ("*fp16", True, 4),
-            ("*fp32", True, 1024),
-        ):
-            tokens = {"total": "*fp32", "weight": "*fp32", "rows": size, "size": size, "eps": "fp32"} | drawn
-            warps = max(1, width // gpu_layers.SHARE)
-            tokens |= {"TOKENS": gpu_layers.TOKENS, "WIDTH": width, "DROPS": drops}
-            build(
-                gpu_layers._add_norm, warps=warps, x="*fp32", branch=branch, bias="*fp32", out="*fp32", ADDS=drops,
-                **tokens,
-            )  # fmt: skip
-            build(
-                gpu_layers._add_norm_backward, warps=warps, gradient="*fp32", to_x="*fp32", to_branch=branch,
-                to_weight="*fp32", to_bias="*fp32", APART=drops or branch != "*fp32", **tokens,
-            )  # fmt: skip
         for rows in (False, True):
             blurred = {"images": "*fp32", "between": "*fp32", "which": "*fp32", "count": size}
             build(gpu_photometric._blur_lines, ROWS=rows, **blurred, **extent)

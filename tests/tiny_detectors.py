@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LwDetrViTConfig, PretrainedConfig, ResNetConfig, RfDetrDinov2Config
 
 from siamese_detr.detectors import DetectorAdapter, build_detector
@@ -91,30 +90,6 @@ def tiny_batch(padded: bool = True, side: int | None = None) -> tuple[Tensor, Te
 
 def region_queries(batch: int = 3) -> Tensor:
     return torch.randn(batch, QUERIES, WIDTH, generator=torch.Generator().manual_seed(3))
-
-
-def same_with_stock_layers(case: str, part: ModuleType, kind: type[nn.Module]) -> None:
-    """Check that a detector in training computes the same when ``part`` uninstalls its layers, of ``kind``, and that
-    names stay as they are.
-    """
-    detector = tiny_detector(case, dropout=0.0).train()
-    images, mask = tiny_batch()
-    names, kinds = list(detector.state_dict()), [type(module) for module in detector.modules()]
-    assert kind in kinds
-    ours = detector(images, mask)
-    ours[1].sum().backward()
-    gradients = {name: value.grad for name, value in detector.named_parameters() if value.grad is not None}
-    detector.zero_grad()
-    part.uninstall(detector)
-    assert kind not in [type(module) for module in detector.modules()]
-    theirs = detector(images, mask)
-    theirs[1].sum().backward()
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    for name, value in gradients.items():
-        torch.testing.assert_close(value, detector.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
-    assert list(detector.state_dict()) == names
-    part.install(detector)
-    assert [type(module) for module in detector.modules()] == kinds
 
 
 def gradients_in_half_precision_are_numbers(case: str, device: str, dtype: torch.dtype) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -125,16 +124,6 @@ def test_the_batch_makes_no_difference(tmp_path):
         assert len(shared.scores) <= 5
         np.testing.assert_allclose(single.scores[:5], shared.scores, atol=1e-5)
         np.testing.assert_allclose(single.boxes[:5], shared.boxes, atol=1e-2)
-
-
-def test_memory_is_kept_for_the_next_batch(tmp_path, monkeypatch):
-    result, labels = learned()
-    context = MagicMock()
-    monkeypatch.setattr("siamese_detr.evaluation.inference.kept_memory", context)
-    images = str(labels.with_suffix(""))
-    predict(model=str(result.out), images=images, out=str(tmp_path / "out"), draw=False, workers=0, device="cpu")
-    context.return_value.__enter__.assert_called_once()
-    context.return_value.__exit__.assert_called_once()
 
 
 def test_unreadable_images_are_listed(tmp_path, capsys):

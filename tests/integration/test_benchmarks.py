@@ -26,9 +26,10 @@ def test_the_plain_step_has_our_losses(case: str, pool_padding: bool, monkeypatc
     for parameter in learned:  # initially, sampling points lie on cells' centres, where the gradient is not unique
         parameter.data += 0.01 * step.torch.randn(parameter.shape, generator=random)
     plain = step.PlainSiamese(pretext, step.Clock())
-    with step.HostReads() as theirs, step.stock_modules(pretext.detector):
+    with step.HostReads() as theirs:
         loss, expected = plain.losses(inputs, *plain.backbone(inputs))
         gradients = step.torch.autograd.grad(loss, learned)
+    step.accelerate(pretext, "cpu")
     pretext.frozen_features(inputs)  # folds the backbone, once
     with step.HostReads() as reads:
         output = pretext(pretext.frozen_features(inputs))
@@ -53,22 +54,6 @@ def test_the_step_benchmark_writes_its_tables(monkeypatch: pytest.MonkeyPatch, t
     assert (tmp_path / "step.json").is_file()
 
 
-def test_the_floors_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import floor
-
-    threads = floor.torch.get_num_threads()
-    try:
-        summary = floor.main(["--quick", "--cases", "detr", "--out", str(tmp_path), "--threads", "1"])
-    finally:
-        floor.torch.set_num_threads(threads)
-    parts = summary["cases"]["detr"]
-    assert 1 < parts["backbone"]["gflop"] < 100
-    forward, backward = parts["Transformer, heads, losses"]["gflop"], parts["backward"]["gflop"]
-    assert 1.2 * forward < backward < 2.5 * forward  # two products for each of the forward pass's, but for the first
-    assert (tmp_path / "floor.json").is_file()
-
-
 def test_both_data_paths_make_the_same_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr("siamese_detr.views.sampler.WINDOW", 1)  # no grouping: the sizes within a batch differ
@@ -86,12 +71,8 @@ def test_the_gpu_benchmark_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu
 
-    sizes = ["--batch", "2", "--run-batch", "4", "--run-steps", "4", "--workers", "1", "--photos", "12"]
-    what = ["--cases", "detr", "--variants", "plain", "bf16", "--run-variants", "bf16", "--out", str(tmp_path)]
-    summary = gpu.main(["--device", "cpu", "--quick", *sizes, *what])
+    what = ["--cases", "detr", "--variants", "plain", "bf16", "--batch", "2", "--out", str(tmp_path)]
+    summary = gpu.main(["--device", "cpu", "--quick", *what])
     assert summary["steps"]["detr"].keys() == {"plain", "bf16"}
-    run = summary["runs"]["detr, bf16"]
-    assert run["images/s"] > 0
-    assert run["recipe, hours"] == pytest.approx(300_000 * 256 / 3600 / run["images/s"])
-    assert "| detr, bf16 |" in gpu.tables(summary)
+    assert "| detr, bf16 |" in gpu.table(summary)
     assert (tmp_path / "gpu.json").is_file()

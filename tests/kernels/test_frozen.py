@@ -202,23 +202,6 @@ class Scaled(torch.nn.Module):
 
 
 @needs_onednn
-def test_first_layers_see_fewer_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 32 * 64)
-    monkeypatch.setattr(frozen, "LATE", 3)
-    network = Scaled().requires_grad_(False)
-    fast = FrozenBackbone(network)
-    seen = []
-    for module in fast.network(torch.float32).modules():
-        if isinstance(module, FusedConv2d):
-            module.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[::3])))
-    images = torch.randn(8, 3, 64, 64)
-    for got, want in zip(fast(images), network(images), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-    first = [(2, 64), (2, 32), (2, 16)]
-    assert seen == 3 * first + [(6, 8)] + first + [(2, 8)]
-
-
-@needs_onednn
 def test_weights_are_packed_once_for_all_chunks_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 32 * 64)
     monkeypatch.setattr(frozen, "LATE", 3)
@@ -233,33 +216,6 @@ def test_weights_are_packed_once_for_all_chunks_of_a_step(monkeypatch: pytest.Mo
     packed = layouts()
     fast(views), fast(crops)
     assert layouts() == packed
-
-
-@needs_onednn
-def test_few_multiplications_are_part_of_it() -> None:
-    network = timm.create_model("resnet18", features_only=True, out_indices=(2, 3), zero_init_last=False).eval()
-    fast = FrozenBackbone(network.requires_grad_(False))
-    images = torch.randn(2, 3, 200, 136)
-    with torch.no_grad():
-        for got, want in zip(fast(images), network(images), strict=True):
-            assert (got - want).abs().max() <= 2e-5 * want.abs().max()
-    fused = [m for m in fast.network(torch.float32).modules() if isinstance(m, FusedConv2d)]
-    assert any(m._filters is not None for m in fused)
-
-
-def test_a_batch_turned_round_is_not_parted() -> None:
-    class Turned(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = torch.nn.Conv2d(3, 3, 8, stride=8), torch.nn.Conv2d(3, 3, 2, stride=2)
-
-        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-            turned = self.a(x).permute(1, 0, 2, 3) * 1.0
-            return [self.b(turned.permute(1, 0, 2, 3)) + self.b(turned.permute(1, 0, 2, 3) * 2)]
-
-    network = Turned().eval().requires_grad_(False)
-    images = torch.randn(13, 3, 128, 128)
-    torch.testing.assert_close(FrozenBackbone(network)(images), network(images))
 
 
 def test_what_cannot_be_traced_stays_as_it_is() -> None:

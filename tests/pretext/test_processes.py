@@ -29,7 +29,7 @@ class Replay(nn.Module):
         super().__init__()
         self.images = images
 
-    def encode(self, maps, pixel_mask, padding=False):
+    def encode(self, maps, pixel_mask):
         maps = torch.cat([OUT[f"memory_v{view}.level0"][self.images] for view in (1, 2)])
         return SimpleNamespace(tokens=maps.flatten(2).transpose(1, 2), shapes=[(5, 6)])
 

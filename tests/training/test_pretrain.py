@@ -854,16 +854,6 @@ def test_compiling_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None
         assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)  # batch norms over four images
 
 
-def test_memory_is_kept_for_the_next_step(
-    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context = MagicMock()
-    monkeypatch.setattr("siamese_detr.training.trainer.kept_memory", context)
-    pretrain(**{**base, "out": str(tmp_path / "run"), "steps": 1})
-    context.return_value.__enter__.assert_called_once()
-    context.return_value.__exit__.assert_called_once()
-
-
 def test_one_process_uses_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def two_gpus(arguments: TrainingArguments) -> torch.device:
         arguments._n_gpu = 2

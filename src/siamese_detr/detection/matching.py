@@ -1,8 +1,8 @@
 """Which query answers for which region: Hungarian matching of a whole step at once (paper §3.2; DETR §3.1).
 
-The costs of all decoder layers, directions and images are computed on the device in one batch. A CUDA device finds the
-assignment, too (:mod:`.hungarian`), and the host need not wait for it. From others the costs are copied to the host,
-once.
+The costs of all decoder layers, directions and images are computed on the device in one batch. The assignment is an
+operation, ``siamese_detr::assign``. Its reference copies all costs to the host at once, where SciPy solves them; a
+kernel for CUDA devices leaves them where they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from siamese_detr.detection.boxes import box_corners, full_precision, generalized_iou
 from siamese_detr.errors import UserError
-from siamese_detr.runtime.gpu import runs_kernels, send
+from siamese_detr.runtime.gpu import send
 
 OBJECT, NO_OBJECT = 1, 2  # index 0 of the three classes is never used: class ids start at 1, as in COCO
 
@@ -91,51 +91,40 @@ def assign(cost: Tensor, valid: Tensor | None = None) -> Tensor:
         ``valid``).
 
     Raises:
-        NonFiniteError: a cost of a valid row is NaN or infinite. Not on a CUDA device, where finding out would wait for
-            it: there such a pair is the last choice, and the loss, which is not finite either, tells.
+        NonFiniteError: a cost of a valid row is NaN or infinite. A CUDA kernel does not raise, since finding out would
+            wait for the device: there such a pair is the last choice, and the loss is not finite either.
         ValueError: more targets than queries.
     """
     *outer, targets, queries = cost.shape
     if targets > queries:
         raise ValueError(f"{targets} targets cannot be matched to {queries} queries")
-    if runs_kernels(cost):
-        from siamese_detr.kernels import gpu_assign as hungarian
-
-        if valid is None:
-            valid = torch.ones((), dtype=torch.bool, device=cost.device)
-        valid = valid.expand(*outer, targets)
-        return hungarian.assign(cost.detach().flatten(0, -3), valid.flatten(0, -2)).view(valid.shape)
-    return _assign_on_host(cost, valid)
-
-
-@torch.compiler.disable
-def _assign_on_host(cost: Tensor, valid: Tensor | None) -> Tensor:
-    *outer, targets, _ = cost.shape
     if valid is None:
-        table, mask = cost.detach().cpu().numpy(), None
-    else:  # costs and mask travel in one copy
-        packed = (
-            torch.cat([cost.detach().flatten(), valid.expand(*outer, targets).flatten().to(cost.dtype)]).cpu().numpy()
-        )
-        table = packed[: cost.numel()].reshape(cost.shape)
-        mask = packed[cost.numel() :].reshape(*outer, targets) != 0
-        if mask.all():
-            mask = None
-    finite = np.isfinite(table).all(-1)
-    if mask is not None:
-        finite |= ~mask
+        valid = torch.ones((), dtype=torch.bool, device=cost.device)
+    return assign_operation(cost.detach(), valid.expand(*outer, targets).contiguous())
+
+
+@torch.library.custom_op("siamese_detr::assign", mutates_args=())
+def assign_operation(cost: Tensor, valid: Tensor) -> Tensor:
+    """Shortest augmenting paths (Jonker and Volgenant), problem by problem, on the host."""
+    *outer, targets, _ = cost.shape
+    # Costs and mask travel in one copy.
+    packed = torch.cat([cost.flatten(), valid.flatten().to(cost.dtype)]).cpu().numpy()
+    table = packed[: cost.numel()].reshape(cost.shape)
+    mask = packed[cost.numel() :].reshape(*outer, targets) != 0
+    finite = np.isfinite(table).all(-1) | ~mask
     if not finite.all():
         broken = ~finite.all(-1)
         raise NonFiniteError(np.flatnonzero(broken.reshape(-1, broken.shape[-1]).any(0)).tolist())
-
     chosen = np.zeros((*outer, targets), dtype=np.int64)
     for place in np.ndindex(*outer):
-        if mask is None:
-            chosen[place] = linear_sum_assignment(table[place])[1]
-        else:
-            rows = np.flatnonzero(mask[place])
-            chosen[place][rows] = linear_sum_assignment(table[place][rows])[1]
+        rows = np.flatnonzero(mask[place])
+        chosen[place][rows] = linear_sum_assignment(table[place][rows])[1]
     return send(torch.from_numpy(chosen), cost.device)
+
+
+@assign_operation.register_fake
+def _(cost: Tensor, valid: Tensor) -> Tensor:
+    return cost.new_empty(valid.shape, dtype=torch.int64)
 
 
 def match(

@@ -7,6 +7,7 @@ parameter of its own and copies no model code. So what pre-training leaves behin
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,8 +21,6 @@ from siamese_detr.detectors.backbones import Backbone
 from siamese_detr.detectors.functional import level_mask
 from siamese_detr.detectors.structures import Decoded, DetectorSize, Memory
 from siamese_detr.errors import UserError
-from siamese_detr.kernels import attention, deformable_attention, layer_norm, linear
-from siamese_detr.kernels.frozen import FrozenBackbone
 
 __all__ = ["Decoded", "DetectorAdapter", "DetectorSize", "Memory"]
 
@@ -57,10 +56,6 @@ class DetectorAdapter(nn.Module):
         provenance: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        attention.install(model)
-        deformable_attention.install(model)
-        linear.install(model)
-        layer_norm.install(model)
         self.model: Any = model  # its sub-modules are looked up by name: typing would only say Tensor | Module
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.provenance = dict(provenance or {})
@@ -68,7 +63,8 @@ class DetectorAdapter(nn.Module):
         if self.square_side is not None:
             self.input_size = {"height": 20 * self.square_side, "width": 20 * self.square_side}
         self.load_report: Any = None
-        self.frozen_backbone = FrozenBackbone(self.backbone, self.square_side or 64)
+        self.frozen_backbone: Callable[[Tensor], list[Tensor]] | None = None
+        """Another way to the maps of a frozen backbone, equal up to rounding; ``kernels.accelerate`` sets it."""
         self.set_trainable(backbone=False, class_head=False)
 
     # --- what a family says -------------------------------------------------------------------------------------
@@ -91,34 +87,32 @@ class DetectorAdapter(nn.Module):
         """Initialise everything but the backbone as the family's paper does."""
         raise NotImplementedError
 
-    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None, *, fast: bool = False) -> list[Tensor]:
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> list[Tensor]:
         """Backbone maps the detector consumes, finest first.
 
         Args:
             pixel_values: (B, 3, H, W), normalised.
             pixel_mask: (B, H, W) boolean, True = inside the image; None: everywhere. What lies outside is set to zero
                 first.
-            fast: run a frozen backbone through :class:`FrozenBackbone`: equal up to rounding, several times faster.
 
         Returns:
             One (B, C, h, w) per level; without gradient while the backbone is frozen.
         """
         if pixel_mask is not None:
             pixel_values = pixel_values * pixel_mask[:, None].to(pixel_values.dtype)
-        if fast and not self.backbone_trainable:
+        if self.frozen_backbone is not None and not self.backbone_trainable:
             return self.frozen_backbone(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone_trainable):
             maps = self.backbone(pixel_values)
             maps = maps if isinstance(maps, list | tuple) else maps.feature_maps
         return list(maps)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
         """Projection and Transformer encoder.
 
         Args:
             maps: as `features` gives them (also cached ones).
             pixel_mask: (B, H, W) boolean, True = inside the image.
-            padding: whether what becomes of the padding is of use; else a family may give zeros for its tokens.
         """
         raise NotImplementedError
 
@@ -306,9 +300,9 @@ class DetectorAdapter(nn.Module):
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Plain detection: logits (layers, B, Q, labels) and boxes (layers, B, Q, 4) of every decoder layer.
 
-        In evaluation mode the same numbers as the stock model's; in training a frozen backbone runs the fast way.
+        The same numbers as the stock model's.
         """
-        memory = self.encode(self.features(pixel_values, pixel_mask, fast=self.training), pixel_mask)
+        memory = self.encode(self.features(pixel_values, pixel_mask), pixel_mask)
         decoded = self.decode(memory, None)
         return self.classify(decoded.states) if decoded.logits is None else decoded.logits, decoded.boxes
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -66,9 +67,7 @@ def read_config(directory: Path, config_class: type[PretrainedConfig] | None = N
         config_class = CONFIG_MAPPING[kind]
     values.pop("auto_map", None)  # names code in the directory, which is never run
     try:
-        for name, value in values.items():
-            if "dropout" in name and isinstance(value, int | float) and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {value!r}")
+        _check_numbers(values)
         _name_classes(values)
         if hasattr(config_class, "backbone_config"):
             _describe_backbone(values)
@@ -76,6 +75,16 @@ def read_config(directory: Path, config_class: type[PretrainedConfig] | None = N
             return config_class.from_dict(values)
     except Exception as error:  # Transformers raises anything here, depending on the value
         raise UserError(f"{file} has a value that is not valid: {first_line(error)}; correct it there") from None
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    """Raise for numbers that would only fail, or never end, when the model is built or run."""
+    for name, value in values.items():
+        if isinstance(value, int | float):
+            low, high = (0, 1) if "dropout" in name else (-1000, 10**6)
+            low = 0 if re.search("heads|layers|num_|dim", name) else low
+            if (isinstance(value, int) or high == 1) and not low <= value <= high:
+                raise ValueError(f"{name} must be between {low} and {high}, not {value!r}")
 
 
 def _name_classes(values: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ class DabDetrAdapter(DetectorAdapter):
         initialise.box_head(self.model.bbox_predictor)
         initialise.class_head(self.model.class_embed)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
         detr, last = self.model.model, maps[-1]
         (mask,), shapes = self.level_masks([last], pixel_mask)
         positions = detr.backbone.position_embedding(last, mask).to(last.dtype).flatten(2).transpose(1, 2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, PretrainedConfig
 
 from siamese_detr.detectors import initialise
@@ -24,9 +25,6 @@ from siamese_detr.detectors.functional import (
 )
 from siamese_detr.detectors.layers import decoder_layer, encoder_layer
 from siamese_detr.errors import UserError
-from siamese_detr.kernels.deformable_attention import DeformableAttention
-from siamese_detr.kernels.dropout import dropout
-from siamese_detr.kernels.packing import find_packing
 
 
 class DeformableDetrAdapter(DetectorAdapter):
@@ -101,7 +99,7 @@ class DeformableDetrAdapter(DetectorAdapter):
         for head in self.class_heads:
             initialise.class_head(head)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
         detr = self.model.model
         sources = [projection(x) for projection, x in zip(detr.input_proj, maps, strict=False)]
         for level in range(len(maps), self.config.num_feature_levels):
@@ -115,27 +113,10 @@ class DeformableDetrAdapter(DetectorAdapter):
         extra = level_arguments(shapes, tokens.device)
         reference = detr.encoder.get_reference_points(tuple(shapes), ratios, device=tokens.device)
         tokens = dropout(tokens, detr.encoder.dropout, self.training)
-        packing = find_packing(masks) if self._may_leave_out(tokens) and not padding else None
-        if packing is None:
-            own = dict(attention_mask=mask, position_embeddings=position, reference_points=reference, **extra)
-        else:
-            tokens = packing.pack(tokens)
-            own = dict(
-                position_embeddings=packing.pack(position),
-                reference_points=packing.pack(reference / ratios[:, None]),  # across the image, not the padded level
-                spatial_shapes_list=packing.shapes,
-            )
+        own = dict(attention_mask=mask, position_embeddings=position, reference_points=reference, **extra)
         for layer in detr.encoder.layers:
             tokens = encoder_layer(layer, tokens, encoder_hidden_states=tokens, **own)
-        if packing is not None:
-            tokens = packing.unpack(tokens)
         return Memory(tokens, mask, shapes, position, {"valid_ratios": ratios, **extra})
-
-    def _may_leave_out(self, tokens: Tensor) -> bool:
-        """Whether padding, which no token inside an image reads, may be left out. Not where a device would have to be
-        asked how much it is, nor where sizes are compiled for, nor in inference, which is the stock model's."""
-        fits = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        return self.training and fits and isinstance(self.model.model.encoder.layers[0].self_attn, DeformableAttention)
 
     def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
         detr = self.model.model

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout
 from transformers import DetrConfig, DetrForObjectDetection, PretrainedConfig, PreTrainedModel
 
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from siamese_detr.detectors.functional import additive_mask, at_least_float32, padding_mask, sine_positions
 from siamese_detr.detectors.layers import decoder_layer, encoder_layer
-from siamese_detr.kernels.dropout import dropout
 
 
 class DetrAdapter(DetectorAdapter):
@@ -45,7 +45,7 @@ class DetrAdapter(DetectorAdapter):
         initialise.box_head(self.model.bbox_predictor, zero_last=False)
         initialise.class_head(self.model.class_labels_classifier, focal=False)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
         detr, last = self.model.model, maps[-1]
         (mask,), shapes = self.level_masks([last], pixel_mask)
         positions = sine_positions(detr.position_embedding, last, mask).to(last.dtype)

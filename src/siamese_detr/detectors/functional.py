@@ -82,20 +82,6 @@ def valid_ratios(model: Any, masks: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack([model.get_valid_ratio(mask, dtype=dtype) for mask in masks], 1)
 
 
-def observed(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """``output``, of which a module's forward hooks are told though it was computed in the module's place."""
-    for hook in module._forward_hooks.values():
-        hook(module, inputs, output)
-    return output
-
-
-def retype(model: nn.Module, kind: type[nn.Module], other: Any) -> None:
-    """Make every module of exactly the class ``kind`` one of the class ``other``, which holds the same."""
-    for module in model.modules():
-        if type(module) is kind:
-            module.__class__ = other
-
-
 def constant(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A small tensor of numbers that the host knows; unlike with ``torch.tensor``, it waits for no accelerator."""
     return send(torch.tensor(values, dtype=dtype), device)

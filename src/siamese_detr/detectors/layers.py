@@ -1,8 +1,7 @@
 """The Transformer layers of DETR, Conditional DETR and Deformable DETR, through their own sub-modules.
 
 Equal to calling the layers, but without their finiteness test, which in training costs a device synchronisation per
-layer, and with dropout, feed-forward blocks and norms that are fast on a CPU and on a GPU. Gradient checkpointing,
-where enabled in the model, is honoured.
+layer. Gradient checkpointing, where enabled in the model, is honoured.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
-
-from siamese_detr.kernels.feed_forward import feed_forward
-from siamese_detr.kernels.layer_norm import add_norm
 
 
 def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
@@ -28,7 +25,7 @@ def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
 
     def run(tokens: Tensor) -> Tensor:
         attended, _ = layer.self_attn(hidden_states=tokens, **attention)
-        tokens = add_norm(layer.self_attn_layer_norm, tokens, attended, layer.dropout, layer.training)
+        tokens = _add(layer.self_attn_layer_norm, tokens, attended, layer)
         return _feed_forward(layer, tokens)
 
     return _checkpointed(layer, run, tokens)
@@ -47,17 +44,20 @@ def decoder_layer(
 
     def run(queries: Tensor) -> Tensor:
         attended, _ = layer.self_attn(hidden_states=queries, **self_attention)
-        queries = add_norm(layer.self_attn_layer_norm, queries, attended, layer.dropout, layer.training)
+        queries = _add(layer.self_attn_layer_norm, queries, attended, layer)
         attended, _ = layer.encoder_attn(hidden_states=queries, **cross_attention)
-        queries = add_norm(layer.encoder_attn_layer_norm, queries, attended, layer.dropout, layer.training)
+        queries = _add(layer.encoder_attn_layer_norm, queries, attended, layer)
         return _feed_forward(layer, queries)
 
     return _checkpointed(layer, run, queries)
 
 
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:
-    block = layer.mlp
-    return add_norm(layer.final_layer_norm, x, feed_forward(block, x), block.dropout, block.training)
+    return layer.final_layer_norm(x + layer.mlp(x))  # the block drops values itself
+
+
+def _add(norm: Any, x: Tensor, branch: Tensor, layer: Any) -> Tensor:
+    return norm(x + dropout(branch, layer.dropout, layer.training))
 
 
 def _checkpointed(layer: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -134,15 +134,15 @@ class LwDetrAdapter(DetectorAdapter):
         height, width = x.shape[-2:]
         return nn.functional.pad(x, (0, -width % self.block, 0, -height % self.block))
 
-    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None, *, fast: bool = False) -> list[Tensor]:
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> list[Tensor]:
         mask = None if pixel_mask is None else self.pad(pixel_mask)
-        return super().features(self.pad(pixel_values), mask, fast=fast)
+        return super().features(self.pad(pixel_values), mask)
 
     def project(self, maps: list[Tensor]) -> list[Tensor]:
         """The projector: maps of the ViT's layers -> one map per level."""
         return self.model.model.backbone.projector(maps)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
         detr, pixel_mask = self.model.model, self.pad(pixel_mask)
         masks, _ = self.level_masks(maps, pixel_mask)
         # The projector knows no mask: at least there is nothing in the padding.

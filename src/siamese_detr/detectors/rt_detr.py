@@ -119,11 +119,11 @@ class RTDetrAdapter(DetectorAdapter):
         for head in self.class_heads:
             initialise.class_head(head)
 
-    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None, *, fast: bool = False) -> list[Tensor]:
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> list[Tensor]:
         mask = None if pixel_mask is None else pad_to_multiple(pixel_mask)
-        return super().features(pad_to_multiple(pixel_values), mask, fast=fast)
+        return super().features(pad_to_multiple(pixel_values), mask)
 
-    def encode(self, maps: list[Tensor], pixel_mask: Tensor, padding: bool = False) -> Memory:
+    def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
         detr, pixel_mask = self.model.model, pad_to_multiple(pixel_mask)
         masks, _ = self.level_masks(maps, pixel_mask)
         # There is no attention mask to keep the padding out with: at least there is nothing in it.

@@ -24,7 +24,7 @@ from siamese_detr.detectors.loading import find_detector, open_detector
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
-from siamese_detr.runtime.memory import kept_memory
+from siamese_detr.kernels import accelerate
 from siamese_detr.runtime.processes import begin_worker, machine_explained
 
 
@@ -111,7 +111,8 @@ class Detector:
             )
         processor = stored.load_processor()
         place = choose_device(device)
-        return cls(model.to(place).eval(), processor, place)
+        accelerate(model.to(place).eval(), place)
+        return cls(model, processor, place)
 
     @torch.no_grad()  # not inference_mode: position embeddings that models cache must stay usable in training
     def detect(self, inputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], top_k: int) -> list:
@@ -239,7 +240,7 @@ def run(
         worker_init_fn=begin_worker,
     )
     explained = machine_explained("start it again (with --resume, where the command has that)")
-    with kept_memory(detector.device), explained:
+    with explained:
         for samples in itertools.chain(loader, itertools.repeat([], idle)):
             each_batch()
             # The size of a file may differ from the labels: trust the tensors.

@@ -40,7 +40,7 @@ class CheckConfig:
         workers: processes that decode images; 0 for one per processor.
         min_labels: classes with fewer boxes than this are reported.
         min_side: images whose short side is less than this many pixels are reported.
-        near_duplicates: also look for images that are only similar (saved anew, resized).
+        near_duplicates: also look for images that are only similar (saved again, resized).
     """
 
     data: str

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -18,7 +17,7 @@ from siamese_detr.errors import ImageError, UserError
 from siamese_detr.images.decode import read_image, read_size
 from siamese_detr.images.shards import is_plain_file, read_bytes
 
-# Of 600 VOC photos saved anew at two thirds of their size and JPEG quality 40, 99 % differ in at most 9 of the 128
+# Of 600 VOC photos saved again at two thirds of their size and JPEG quality 40, 99 % differ in at most 9 of the 128
 # bits and all correlate above 0.98; among the 15 million pairs of 5,476 different photos none is within both bounds.
 MAX_DISTANCE = 12
 MIN_CORRELATION = 0.97
@@ -79,7 +78,7 @@ def fingerprints(paths: Sequence[str], workers: int) -> Iterator[Fingerprint | I
         return
     with ProcessPoolExecutor(workers) as pool:
         try:
-            yield from pool.map(partial(fingerprint), paths, chunksize=32)
+            yield from pool.map(fingerprint, paths, chunksize=32)
         except BrokenProcessPool:
             raise UserError(
                 "a process reading images was killed, likely for lack of memory: use fewer workers"
@@ -95,7 +94,7 @@ def equal_groups(prints: Sequence[Fingerprint]) -> list[list[int]]:
 
 
 def similar_groups(prints: Sequence[Fingerprint]) -> list[list[int]]:
-    """Indices of images that look the same (saved anew, resized, slightly brighter), in groups of two or more.
+    """Indices of images that look the same (saved again, resized, slightly brighter), in groups of two or more.
 
     Candidates are neighbours after sorting by each of sixteen 16-bit parts of the hash, so the cost is linear but for
     sorting, and a pair that differs in every part is missed. Pictures with hardly any contrast are left out: they all

@@ -122,7 +122,7 @@ def read_labels(
 ) -> DetectionDataset:
     """Read labels, whichever of the known kinds they are.
 
-    Single faults (see `siamese_detr.images.problems.ACTIONS`) are mended or left out, and counted in ``problems``.
+    Single faults (see `siamese_detr.images.problems.ACTIONS`) are corrected or left out, and counted in ``problems``.
     Boxes are clipped to the image; sizes that the labels give are trusted, others are read from the images' headers.
 
     Args:
@@ -158,7 +158,7 @@ def read_labels(
         raise UserError(f"{source}: no usable image ({problems.summary() or 'it lists none'})")
     if not any(len(image.boxes) for image in found):
         why = problems.summary() or "there are no annotations"
-        raise UserError(f"{source}: no usable box in {len(found)} images ({why}): mend the labels")
+        raise UserError(f"{source}: no usable box in {len(found)} images ({why}): fix the labels")
     if all((image.boxes <= 1).all() for image in found):
         raise UserError(f"{source}: no box reaches beyond the first pixel: give pixels, not shares of the image")
     return DetectionDataset(root, tables.class_names, found, problems.as_list(), tables.category_ids)

@@ -16,7 +16,7 @@ from siamese_detr.images.decode import read_size
 
 MAX_EXAMPLES = 5
 CLIP_TOLERANCE = 1.0
-"""Boxes that leave the image by no more than this many pixels are clipped without a word: it is rounding."""
+"""Boxes that leave the image by no more than this many pixels are clipped without a report: it is rounding."""
 MIN_BOX_SIDE = 0.01
 """Boxes thinner than this many pixels inside the image count as empty."""
 
@@ -31,13 +31,13 @@ ACTIONS = {
     "box of an unknown image": "dropped",
     "box of an unknown class": "dropped",
     "wrong size in the labels": "the picture's own size is used, which all of its boxes fit",
-    "size differs from the picture's": "boxes are clipped to the labels' size and scaled to the picture's: mend that",
+    "size differs from the picture's": "boxes are clipped to the labels' size, then scaled to the picture's; fix it",
     "repeated box": "dropped",
-    "duplicate annotation id": "kept and numbered anew, as its box is another one",
+    "duplicate annotation id": "kept and renumbered, as its box is another one",
     "box of zero size": "dropped",
     "box outside the image": "dropped",
     "box partly outside the image": "clipped to the image",
-    "image ids are no integers": "numbered anew from 1",
+    "image ids are no integers": "renumbered from 1",
     "repeated class name": "kept apart, the id appended to the name",
     "malformed class": "left out with its boxes",
     "missing label file": "taken for an image without objects",
@@ -107,7 +107,7 @@ class LabelTables:
     Args:
         paths: absolute file of each image.
         ids: number of each image.
-        sizes: (width, height) of each image; (0, 0) where the labels do not tell.
+        sizes: (width, height) of each image; (0, 0) where the labels do not give it.
         class_names: names by class index.
         category_ids: the file's own id of each class.
         owners: for each box, the index of its image.
@@ -177,7 +177,7 @@ def assemble(tables: LabelTables, problems: Problems) -> list[LabelledImage]:
     if tables.normalised:
         boxes *= bounds
     relevant = present[owners]
-    if not tables.normalised and _mend_sizes(tables, sizes, owners[relevant], boxes[relevant], problems):
+    if not tables.normalised and _correct_sizes(tables, sizes, owners[relevant], boxes[relevant], problems):
         bounds = sizes[owners][:, [0, 1, 0, 1]].astype(np.float64)
     inside = np.clip(boxes, 0, bounds)
     zero = relevant & ~(boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(1)
@@ -210,7 +210,7 @@ def assemble(tables: LabelTables, problems: Problems) -> list[LabelledImage]:
     return images
 
 
-def _mend_sizes(
+def _correct_sizes(
     tables: LabelTables, sizes: np.ndarray, owners: np.ndarray, boxes: np.ndarray, problems: Problems
 ) -> bool:
     """Look at the pictures whose boxes leave the size that the labels give: is it theirs? Changes ``sizes``.
@@ -219,22 +219,22 @@ def _mend_sizes(
         whether a size was changed.
     """
     leaving = ((boxes < -CLIP_TOLERANCE) | (boxes > sizes[owners][:, [0, 1, 0, 1]] + CLIP_TOLERANCE)).any(1)
-    told = np.array(tables.sizes, dtype=np.int64).reshape(-1, 2)
+    given = np.array(tables.sizes, dtype=np.int64).reshape(-1, 2)
     suspects = np.unique(owners[leaving])
-    suspects = suspects[(told[suspects] > 0).all(1)]  # else it is the picture's own already
-    mended = False
+    suspects = suspects[(given[suspects] > 0).all(1)]  # else it is the picture's own already
+    changed = False
     for index, size in zip(suspects, _header_sizes([tables.paths[i] for i in suspects]), strict=True):
-        if isinstance(size, ImageError) or tuple(told[index]) == size:
+        if isinstance(size, ImageError) or tuple(given[index]) == size:
             continue
-        text = f"{tables.paths[index]}: {told[index][0]}x{told[index][1]}, the picture is {size[0]}x{size[1]}"
+        text = f"{tables.paths[index]}: {given[index][0]}x{given[index][1]}, the picture is {size[0]}x{size[1]}"
         theirs = boxes[owners == index]
         if (theirs >= -CLIP_TOLERANCE).all() and (theirs <= np.array(size * 2) + CLIP_TOLERANCE).all():
             problems.add("wrong size in the labels", text)
             sizes[index] = size
-            mended = True
+            changed = True
         else:
             problems.add("size differs from the picture's", text)
-    return mended
+    return changed
 
 
 def _present(paths: Sequence[str]) -> np.ndarray:

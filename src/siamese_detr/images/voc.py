@@ -110,7 +110,7 @@ def _split(path: Path, split: str) -> set[str]:
             f"{file} does not exist: the splits are {', '.join(known) or 'none, as that folder has no .txt'}"
         )
     try:
-        # Lists of one class have a second column that tells whether it is there; the images are the first.
+        # Lists of one class have a second column that says whether the class is there; the images are the first.
         stems = {line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {error}") from None

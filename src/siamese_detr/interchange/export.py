@@ -1,4 +1,4 @@
-"""The verb ``export``: a detector as a clean Hugging Face directory, also in half precision, or as ONNX."""
+"""The verb ``export``: a detector as a clean Hugging Face directory, as ONNX, or for the papers' codes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from siamese_detr.config import verb
-from siamese_detr.detectors.loading import find_detector
+from siamese_detr.detectors.loading import find_detector, load_detector
 from siamese_detr.detectors.saving import write_model
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.files import TEMPORARY, clean
 from siamese_detr.interchange.export_config import ExportConfig
+from siamese_detr.interchange.research import save_research_checkpoint
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -63,13 +64,15 @@ def export(config: ExportConfig) -> ExportResult:
             folder = Path(name)
             if config.format == "onnx":
                 difference = export_onnx(detector, folder, config)
+            elif config.format == "research":
+                difference = export_research(source, folder, config)
             else:
                 difference = export_directory(detector, folder, config)
             for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
                 shutil.move(file, out / file.name)
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror or error}") from error
-    weights = out / ("model.onnx" if config.format == "onnx" else "model.safetensors")
+    weights = out / {"hf": "model.safetensors", "onnx": "model.onnx", "research": "checkpoint.pth"}[config.format]
     Console(stderr=True, soft_wrap=True).print(
         f"{weights}: {weights.stat().st_size / 1e6:.1f} MB, differs from the original by at most {difference:.1e}",
         markup=False,
@@ -88,6 +91,14 @@ def export_directory(detector: Detector, folder: Path, config: ExportConfig) -> 
     if config.precision == "fp32" and difference > 1e-5:
         raise UserError(f"the exported detector differs from the original by {difference:.1e}; nothing was written")
     return difference
+
+
+def export_research(source: Path, folder: Path, config: ExportConfig) -> float:
+    """Write ``checkpoint.pth`` under the research codes' names; tensors are copied, so nothing differs."""
+    if config.precision != "fp32":
+        raise UserError("research checkpoints are in fp32; leave --precision out")
+    save_research_checkpoint(load_detector(source), folder / "checkpoint.pth")
+    return 0.0
 
 
 def export_onnx(detector: Detector, folder: Path, config: ExportConfig) -> float:

@@ -11,10 +11,11 @@ class ExportConfig:
     """Write a detector for use elsewhere, and check that it computes the same.
 
     Args:
-        model: a detector's Hugging Face directory, or a run directory.
-        out: folder to write: config.json, preprocessor_config.json and model.safetensors or model.onnx.
-        format: hf (a Hugging Face directory) or onnx (needs the extra `onnx`).
-        precision: of the weights: fp32, fp16 or bf16; onnx: fp32 only.
+        model: a detector's Hugging Face directory, a run directory, or a name on the Hugging Face Hub.
+        out: folder to write: config.json, preprocessor_config.json and model.safetensors, model.onnx or checkpoint.pth.
+        format: hf (a Hugging Face directory), onnx (needs the extra `onnx`), or research (a checkpoint for the papers'
+            codes of DETR, Conditional DETR and Deformable DETR, without the class head).
+        precision: of the weights: fp32, fp16 or bf16; onnx and research: fp32 only.
         height: onnx: of the image in the graph; default: what the detector's image processor makes.
         width: onnx: likewise.
         dynamic_batch: onnx: any number of images per call.
@@ -23,7 +24,7 @@ class ExportConfig:
 
     model: str
     out: str
-    format: Literal["hf", "onnx"] = "hf"
+    format: Literal["hf", "onnx", "research"] = "hf"
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     height: int | None = None
     width: int | None = None

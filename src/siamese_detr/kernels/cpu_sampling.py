@@ -1,4 +1,4 @@
-"""The sampling of deformable attention (Deformable DETR §4.1, eq. 3) on a CPU, without the samples in memory.
+"""The kernel of ``siamese_detr::deformable_sample`` for CPUs, which never stores a sample.
 
 A thread sums the samples of all queries of one head of one image, whose values, packed together, stay in its core's
 caches. What the backward pass needs is read and computed again. Results do not depend on the number of threads.
@@ -9,9 +9,8 @@ since Numba's cache consists of pickles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import accumulate, pairwise
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
@@ -19,150 +18,67 @@ import torch
 from numba import int32, uint64
 from torch import Tensor
 
-from siamese_detr.kernels.compiled import compiled
-from siamese_detr.kernels.threads import on_all_threads
+from siamese_detr.detectors.deformable_sampling import (
+    check_shapes,
+    deformable_sample,
+    deformable_sample_backward,
+    pairs,
+)
 
 FEWEST_POINTS = 30_000
-"""From which on several threads pay."""
+"""From this many points on several threads pay."""
 
-Shapes = list[tuple[int, int]] | list[list[tuple[int, int]]]
-"""(h, w) of each level, the same of all images, or of each image's own."""
-
-
-@torch.compiler.disable
-def sample(
-    value: Tensor,
-    locations: Tensor,
-    weights: Tensor,
-    shapes: Shapes,
-    reference: Tensor | None = None,
-    shown: Tensor | None = None,
-) -> Tensor:
-    """Weighted samples of every query.
-
-    Args:
-        value: (B, S, heads, C), the levels one after the other.
-        locations: (B, Q, heads, levels, points, 2) as (x, y), 0 to 1 across each level; zeros are read outside. With
-            ``reference``, their distances from it in cells of their level.
-        weights: (B, Q, heads, levels, points).
-        shapes: (h, w) of each level; or, for images packed one after the other (B = 1) that are sampled at their own
-            tokens (Q = S), those of each image.
-        reference: (B, Q, levels, 2), 0 to 1 across each level.
-        shown: (B, S), False where zeros are to be read for the values.
-
-    Returns:
-        (B, Q, heads * C), in the precision of ``value``; computed in single precision at least.
-
-    Raises:
-        ValueError: the shapes do not belong together.
-    """
-    batch, queries, heads, levels, _ = weights.shape
-    packed = _are_packed(shapes)
-    images: Any = shapes if packed else [shapes]  # in a row of the batch
-    cells = sum(map(_cells, images))
-    fitting = (  # what is compiled does not look
-        value.shape[:3] == (batch, cells, heads)
-        and locations.shape == (*weights.shape, 2)
-        and all(len(image) == levels for image in images)
-        and (not packed or (batch == 1 and queries == cells))
-        and (reference is None or reference.shape == (batch, queries, levels, 2))
-        and (shown is None or shown.shape == value.shape[:2])
-    )
-    if not fitting:
-        given = [None if x is None else tuple(x.shape) for x in (value, locations, weights, reference, shown)]
-        raise ValueError(f"sampling from maps of {list(shapes)}: shapes that do not belong together: {given}")
-    return _Sample.apply(value, locations, weights, shapes, reference, shown)
+# Sums may be taken in another order, as the reference does, but NaN stays NaN.
+compiled = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 
 
-class _Sample(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        value: Tensor,
-        locations: Tensor,
-        weights: Tensor,
-        shapes: Shapes,
-        reference: Tensor | None,
-        shown: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(value, locations, weights, reference, shown)
-        ctx.shapes = shapes
-        inputs = _inputs(value, locations, weights, reference, shown)
-        out = inputs[0].new_empty(*weights.shape[:3], value.shape[3])
-        _run(_sum, shapes, reference is None, [*inputs, out])
-        return out.flatten(2).to(value.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        value, locations, weights, reference, shown = ctx.saved_tensors
-        inputs = _inputs(value, locations, weights, reference, shown)
-        above = gradient.to(inputs[0].dtype).reshape(*weights.shape[:3], value.shape[3]).contiguous()
-        results = to_value, to_locations, to_weights = [above.new_empty(x.shape) for x in (value, locations, weights)]
-        _run(_spread, ctx.shapes, reference is None, [*inputs, above, *results])
-        to_reference = None
-        if ctx.needs_input_grad[4]:
-            to_reference = to_locations.sum((2, 4))
-            for rows, levels in _images(ctx.shapes, len(value)):
-                to_reference[rows] *= torch.tensor(levels).flip(-1)
-        return to_value.to(value.dtype), to_locations, to_weights, None, to_reference, None
+@deformable_sample.register_kernel("cpu")
+def sample(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
+    """See the reference."""
+    check_shapes(value, locations, weights, sizes)
+    inputs = _inputs(value, locations, weights)
+    out = inputs[0].new_empty(*weights.shape[:3], value.shape[3])
+    _run(_sum, sizes, [*inputs, out])
+    return out.flatten(2).to(value.dtype)
 
 
-def _inputs(
-    value: Tensor, locations: Tensor, weights: Tensor, reference: Tensor | None, shown: Tensor | None
-) -> list[Tensor]:
-    """What both kernels read: value, shown, locations, weights, reference; numbers in single precision at least."""
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    batch, queries, _, levels, _ = weights.shape
-    if reference is None:
-        reference = weights.new_zeros(batch, queries, levels, 2)
-    if shown is None:
-        shown = torch.ones(value.shape[:2], dtype=torch.bool)
-    value, locations, weights, reference = (x.to(dtype).contiguous() for x in (value, locations, weights, reference))
-    return [value, shown.bool().contiguous(), locations, weights, reference]
+@deformable_sample_backward.register_kernel("cpu")
+def sample_backward(
+    gradient: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the reference."""
+    given = (value, locations, weights)
+    inputs = _inputs(*given)
+    above = gradient.to(inputs[0].dtype).reshape(*weights.shape[:3], value.shape[3]).contiguous()
+    results = [above.new_empty(x.shape) for x in given]
+    _run(_spread, sizes, [*inputs, above, *results])
+    to_value, to_locations, to_weights = (result.to(x.dtype) for result, x in zip(results, given, strict=True))
+    return to_value, to_locations, to_weights
 
 
-def _are_packed(shapes: Shapes) -> bool:
-    return bool(shapes) and isinstance(shapes[0], list)
+def _inputs(*tensors: Tensor) -> list[Tensor]:
+    """What both kernels read, in at least single precision."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [x.to(dtype).contiguous() for x in tensors]
 
 
-def _cells(levels: list[tuple[int, int]]) -> int:
-    return sum(height * width for height, width in levels)
-
-
-def _images(shapes: Any, batch: int) -> list[tuple[tuple[int, slice], list[tuple[int, int]]]]:
-    """Of every image: where its rows are in tensors (B, Q or S, ...), and its levels' shapes."""
-    if not _are_packed(shapes):
-        return [((image, slice(None)), shapes) for image in range(batch)]
-    starts = [0, *accumulate(map(_cells, shapes))]
-    return [((0, slice(*ends)), levels) for ends, levels in zip(pairwise(starts), shapes, strict=True)]
-
-
-def _run(kernel: Callable[..., None], shapes: Shapes, absolute: bool, tensors: list[Tensor]) -> None:
-    """Run a kernel for every head of every image.
-
-    Args:
-        absolute: whether locations span a level from 0 to 1.
-        tensors: what the kernel reads (:func:`_inputs` first) and fills, (B, ...) each.
-    """
-    arrays = [x.numpy() for x in tensors]
-    batch, _, heads, *_ = (weights := tensors[3]).shape
-    images = [(rows, np.array(levels)) for rows, levels in _images(shapes, batch)]
+def _run(kernel: Callable[..., None], sizes: Sequence[int], tensors: list[Tensor]) -> None:
+    """Run a kernel for every head of every image; ``tensors``, (B, ...) each, are what it reads and fills."""
+    arrays, levels = [x.detach().numpy() for x in tensors], np.array(pairs(sizes))
+    batch, _, heads, *_ = (weights := tensors[2]).shape
 
     def run(part: tuple[int, int]) -> None:
         image, head = part
-        rows, sizes = images[image]
-        kernel(head, sizes, absolute, *(x[rows] for x in arrays))
+        kernel(head, levels, *(x[image] for x in arrays))
 
-    parts = [(image, head) for image in range(len(images)) for head in range(heads)]
-    on_all_threads(run, parts, 1 if weights.numel() < FEWEST_POINTS else None)
-
-
-@compiled
-def _frame(cells, centre, absolute, kind):
-    """Along one axis of a level: its size, and how locations become places in cells, by a factor and a summand."""
-    size = kind(cells)
-    return size, size if absolute else kind(1), centre * size - kind(0.5)
+    parts = [(image, head) for image in range(batch) for head in range(heads)]
+    threads = torch.get_num_threads()
+    if threads == 1 or weights.numel() < FEWEST_POINTS:
+        for part in parts:
+            run(part)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, parts))
 
 
 @compiled
@@ -189,38 +105,33 @@ def _corners(cell, right, below, channels):
 
 
 @compiled
-def _pack(head, value, shown):
-    """The values (S * C) of one head, which its core's caches hold; zeros for what is not shown."""
+def _pack(head, value):
+    """The values (S * C) of one head, which its core's caches hold."""
     cells, heads, channels = value.shape
-    table, value = np.zeros(cells * channels, value.dtype), value.reshape(-1)
+    table, value = np.empty(cells * channels, value.dtype), value.reshape(-1)
     for cell in range(cells):
-        if shown[cell]:
-            first, place = uint64(cell * channels), uint64((cell * heads + head) * channels)
-            for i in range(uint64(channels)):
-                table[first + i] = value[place + i]
+        first, place = uint64(cell * channels), uint64((cell * heads + head) * channels)
+        for i in range(uint64(channels)):
+            table[first + i] = value[place + i]
     return table
 
 
 @compiled
-def _unpack(head, table, shown, value):
-    """Fill one head of ``value`` (S, heads, C) with ``table`` (S * C), and with zeros where it is not shown."""
+def _unpack(head, table, value):
+    """Fill one head of ``value`` (S, heads, C) with ``table`` (S * C)."""
     cells, heads, channels = value.shape
     value = value.reshape(-1)
     for cell in range(cells):
         first, place = uint64(cell * channels), uint64((cell * heads + head) * channels)
-        if shown[cell]:
-            for i in range(uint64(channels)):
-                value[place + i] = table[first + i]
-        else:
-            for i in range(uint64(channels)):
-                value[place + i] = 0
+        for i in range(uint64(channels)):
+            value[place + i] = table[first + i]
 
 
 @compiled
-def _sum(head, sizes, absolute, value, shown, locations, weights, reference, out):
+def _sum(head, sizes, value, locations, weights, out):
     """Fill ``out`` (Q, heads, C) for one head of one image, whose values are (S, heads, C)."""
     queries, heads, levels, points = weights.shape
-    table = _pack(head, value, shown)
+    table = _pack(head, value)
     channels, kind = out.shape[2], table.dtype.type
     locations, weights = locations.reshape(-1), weights.reshape(-1)
     for query in range(queries):
@@ -229,11 +140,10 @@ def _sum(head, sizes, absolute, value, shown, locations, weights, reference, out
         at, start = uint64((query * heads + head) * levels * points), 0
         for level in range(levels):
             rows, columns = sizes[level]
-            width, x_scale, x_origin = _frame(columns, reference[query, level, 0], absolute, kind)
-            height, y_scale, y_origin = _frame(rows, reference[query, level, 1], absolute, kind)
+            width, height = kind(columns), kind(rows)
             for _ in range(points):
-                x = locations[uint64(2) * at] * x_scale + x_origin
-                y = locations[uint64(2) * at + uint64(1)] * y_scale + y_origin
+                x = locations[uint64(2) * at] * width - kind(0.5)
+                y = locations[uint64(2) * at + uint64(1)] * height - kind(0.5)
                 if x > kind(-1) and y > kind(-1) and x < width and y < height:
                     column, right, near_x, far_x, _, _ = _axis(x, columns, kind)
                     row, down, near_y, far_y, _, _ = _axis(y, rows, kind)
@@ -252,12 +162,10 @@ def _sum(head, sizes, absolute, value, shown, locations, weights, reference, out
 
 
 @compiled
-def _spread(
-    head, sizes, absolute, value, shown, locations, weights, reference, gradient, to_value, to_locations, to_weights
-):
+def _spread(head, sizes, value, locations, weights, gradient, to_value, to_locations, to_weights):
     """From the gradient (Q, heads, C) of what :func:`_sum` fills, those of its inputs."""
     queries, heads, levels, points = weights.shape
-    table = _pack(head, value, shown)
+    table = _pack(head, value)
     to_table = np.zeros_like(table)
     channels, kind = gradient.shape[2], table.dtype.type
     locations, weights = locations.reshape(-1), weights.reshape(-1)
@@ -267,11 +175,10 @@ def _spread(
         at, start = uint64((query * heads + head) * levels * points), 0
         for level in range(levels):
             rows, columns = sizes[level]
-            width, x_scale, x_origin = _frame(columns, reference[query, level, 0], absolute, kind)
-            height, y_scale, y_origin = _frame(rows, reference[query, level, 1], absolute, kind)
+            width, height = kind(columns), kind(rows)
             for _ in range(points):
-                x = locations[uint64(2) * at] * x_scale + x_origin
-                y = locations[uint64(2) * at + uint64(1)] * y_scale + y_origin
+                x = locations[uint64(2) * at] * width - kind(0.5)
+                y = locations[uint64(2) * at + uint64(1)] * height - kind(0.5)
                 to_x = to_y = to_weight = kind(0)
                 if x > kind(-1) and y > kind(-1) and x < width and y < height:
                     column, right, near_x, far_x, fall_x, rise_x = _axis(x, columns, kind)
@@ -288,8 +195,8 @@ def _spread(
                     to_weight = near_y * top + far_y * bottom
                     near_y *= weights[at]
                     far_y *= weights[at]
-                    to_x = (near_y * (rise_x * b - fall_x * a) + far_y * (rise_x * d - fall_x * c)) * x_scale
-                    to_y = (rise_y * bottom - fall_y * top) * weights[at] * y_scale
+                    to_x = (near_y * (rise_x * b - fall_x * a) + far_y * (rise_x * d - fall_x * c)) * width
+                    to_y = (rise_y * bottom - fall_y * top) * weights[at] * height
                     _add(near_y * near_x, above, to_table, top_left)
                     _add(near_y * far_x, above, to_table, top_right)
                     _add(far_y * near_x, above, to_table, bottom_left)
@@ -300,7 +207,7 @@ def _spread(
                 to_weights[at] = to_weight
                 at += uint64(1)
             start += rows * columns
-    _unpack(head, to_table, shown, to_value)
+    _unpack(head, to_table, to_value)
 
 
 @numba.njit(inline="always")  # LLVM would leave it a call

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from siamese_detr.kernels import winograd
-from siamese_detr.runtime.gpu import runs_kernels
+from siamese_detr.runtime.gpu import runs_triton
 
 
 class ConvolutionTracer(fx.Tracer):
@@ -104,7 +103,7 @@ class Blocks:
         """(B, C, H, W) -> (B, channels, height, width), channels last, with the blocks of zeros around."""
         outputs = ((side + 2 * self.padding - self.kernel) // 2 + 1 for side in x.shape[2:])
         height, width = (size + self.blocks - 1 for size in outputs)
-        if runs_kernels(x):
+        if runs_triton(x.device):
             from siamese_detr.kernels.gpu_stem import arrange
 
             return arrange(x, self.first, (height, width), self.channels)
@@ -125,8 +124,6 @@ class FusedConv2d(nn.Module):
     oneDNN computes with weights in a blocked layout that depends on the input's shape. It is kept here; else the
     weights are brought into it at every call. Shapes with the same layout share it. The plain weights, which any
     layout gives back exactly, are not kept.
-    Large convolutions of 3x3 without a sum are computed with fewer multiplications instead, see :mod:`winograd`; their
-    transformed filters do not depend on the shape.
 
     Args:
         convolution: frozen, padding with zeros; not changed.
@@ -148,15 +145,9 @@ class FusedConv2d(nn.Module):
         self.geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
         self.activation, self.in_place = activation, in_place
         self._packed: dict[torch.Size, Tensor] = {}
-        self._filters: Tensor | None = None
-        self.minimal = winograd.suits(convolution) and (activation is None or activation[0] == "relu")
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Activation of the convolution of ``x`` (B, C, H, W) plus ``other``, which has the result's shape."""
-        if self.minimal and other is None and winograd.pays(x.shape):
-            if self._filters is None:
-                self._filters = winograd.transform_filters(self.plain())
-            return winograd.convolve(x, self._filters, self.bias, relu=self.activation is not None)
         mkldnn = torch.ops.mkldnn
         weight = self._packed.pop(x.shape, None)
         if weight is None:

@@ -1,7 +1,7 @@
-"""The cheapest assignment computed on the GPU, every problem by a program of its own: the host need not wait for costs.
+"""The kernel of ``siamese_detr::assign`` for CUDA devices: every problem has a program of its own.
 
-Shortest augmenting paths (Jonker and Volgenant), as in SciPy's ``linear_sum_assignment``: the same sums in double
-precision, so the same result but for ties.
+The host need not wait for the costs. Shortest augmenting paths (Jonker and Volgenant), as in SciPy's
+``linear_sum_assignment``: the same sums in double precision, so the same result but for ties.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from siamese_detr.detection.matching import assign_operation
+
 HIGHEST = 1e30
 """What counts as the cost of what is no finite number: such a query is the last to be taken."""
 
 
+@assign_operation.register_kernel("cuda")
 def assign(cost: Tensor, valid: Tensor) -> Tensor:
-    """The query of each target.
+    """The query of each target: int64 (..., P), 0 where not valid.
 
     Args:
-        cost: (N, P, Q), P <= Q.
-        valid: bool (N, P); rows that are False take no query.
-
-    Returns:
-        int64 (N, P), 0 where not valid.
+        cost: (..., P, Q), P <= Q.
+        valid: bool (..., P); rows that are False take no query.
     """
-    count, targets, queries = cost.shape
-    chosen = torch.zeros((count, targets), dtype=torch.int64, device=cost.device)
+    *outer, targets, queries = cost.shape
+    chosen = torch.zeros((*outer, targets), dtype=torch.int64, device=cost.device)
     if chosen.numel():
+        count = chosen.numel() // targets
         rows, columns = triton.next_power_of_2(targets), triton.next_power_of_2(queries)
         warps = min(16, max(1, columns // 128))
         tables = cost.contiguous(), valid.contiguous(), chosen

@@ -1,11 +1,14 @@
-"""Photometric augmentation and normalisation of many images on a GPU: every pixel is read, augmented and written once.
+"""The kernels of ``siamese_detr::augment`` and ``siamese_detr::cut`` for CUDA devices.
 
-The same functions as :mod:`siamese_detr.views.photometric`, where they are described. Contrast needs the mean of what
+Every pixel is read, augmented, normalised and written once. The functions are those of
+:mod:`siamese_detr.views.photometric`. Contrast needs the mean of what
 the operations before it make of an image: a first kernel computes these means. The blur is two passes over the images
 that have one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,9 +16,12 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import roi_align
 
 from siamese_detr.runtime.gpu import send
 from siamese_detr.views.photometric import CONTRAST, GRAY, HUE, LUMA, ORDER, ORDERS, SATURATION, SIGMA, blur_radius
+from siamese_detr.views.photometric import augment as augment_operation
+from siamese_detr.views.photometric import cut as cut_operation
 
 PIXELS = 1024
 """Pixels of a program."""
@@ -29,39 +35,42 @@ _NONE, _COLUMNS = tl.constexpr(NONE), tl.constexpr(COLUMNS)
 _RED, _GREEN, _BLUE = (tl.constexpr(share) for share in LUMA)
 
 
-def augment(
-    pixels: Tensor,
-    parameters: NDArray[np.float32],
-    sizes: Tensor,
-    mean: NDArray[np.float32],
-    std: NDArray[np.float32],
-) -> Tensor:
-    """Augment and normalise images.
+@cut_operation.register_kernel("cuda")
+def cut(images: Tensor, sizes: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops by RoIAlign: each pixel is the mean of a grid of bilinear samples at most one pixel apart, a box filter.
 
-    Args:
-        pixels: uint8, or float in [0, 1], (n, 3, H, W), of any strides; what is outside the valid area is not read.
-        parameters: (n, K) on the host, columns :data:`~siamese_detr.views.batch.PHOTOMETRIC`.
-        sizes: int64 (n, 2) valid (height, width), on the pixels' device.
-        mean, std: of the normalisation, three each, for pixels in [0, 1].
-
-    Returns:
-        float32 (n, 3, H, W), channels last; 0 outside the valid area.
+    Float in [0, 1], which :func:`augment` takes as well: rounding to whole levels would need one more pass.
     """
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+    # Bilinear samples at the last valid pixel's far half read the next pixel: repeat the border there.
+    index = torch.arange(len(sizes), device=sizes.device)
+    after_y, after_x = (torch.clamp(sizes[:, i], max=pixels.shape[2 + i] - 1) for i in range(2))
+    pixels[index, :, :, after_x] = pixels[index, :, :, sizes[:, 1] - 1]
+    pixels[index, :, after_y] = pixels[index, :, sizes[:, 0] - 1]
+    owners = index.repeat_interleave(boxes.shape[1])[:, None].to(boxes.dtype)
+    rois = torch.cat([owners, boxes.flatten(0, 1)], 1)
+    return roi_align(pixels, rois, (size, size), spatial_scale=1.0, sampling_ratio=-1, aligned=True)
+
+
+@augment_operation.register_kernel("cuda")
+def augment(pixels: Tensor, parameters: Tensor, sizes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """See the reference; ``pixels`` may also be float in [0, 1]. The result is channels last."""
     count, _, height, width = pixels.shape
     out = torch.empty(pixels.shape, device=pixels.device, memory_format=torch.channels_last)
     if not out.numel():
         return out
-    operations = _table(parameters, pixels.device)
+    host = parameters.numpy()
+    operations = _table(host, pixels.device)
     blocks = triton.cdiv(height * width, PIXELS)
     unit = 1.0 if pixels.is_floating_point() else 1 / 255
-    normal = [float(x) for x in (*(1 / std), *(-mean / std))]
+    normal = [*(1 / x for x in std), *(-x / y for x, y in zip(mean, std, strict=True))]
     source = pixels, *pixels.stride(), unit, sizes, operations
     with torch.cuda.device_of(pixels):
         parts = torch.empty(count, blocks, device=pixels.device)
         _brightness[(count * blocks,)](*source, parts, height, width, PIXELS)
         means = parts.sum(1).div_(sizes.prod(1))
         _augment[(count * blocks,)](*source, means, *normal, out, height, width, PIXELS)
-        _blur(out, parameters[:, SIGMA], sizes)
+        _blur(out, host[:, SIGMA], sizes)
     return out
 
 

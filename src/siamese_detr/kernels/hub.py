@@ -28,14 +28,14 @@ def use_kernels(model: nn.Module) -> list[str]:
     if not import_utils.is_kernels_available():
         oldest, later = import_utils.KERNELS_MIN_VERSION, import_utils.KERNELS_MAX_VERSION
         raise UserError(
-            f"use_kernels: Transformers {transformers.__version__} needs the package kernels for this: "
-            f"pip install 'kernels>={oldest},<{later}', or leave the option out"
+            f"kernels hub: Transformers {transformers.__version__} needs the package kernels for this: "
+            f"pip install 'kernels>={oldest},<{later}', or use --kernels auto"
         )
     detector = next(part for part in model.modules() if isinstance(part, transformers.PreTrainedModel))
     try:
         detector.set_use_kernels(True)
     except Exception as error:  # whatever downloading, checking and loading a library can end with
-        raise UserError(f"use_kernels: no kernel could be loaded ({error}); leave the option out") from error
+        raise UserError(f"kernels hub: no kernel could be loaded ({error}); use --kernels auto") from error
     return sorted({type(part).__name__ for part in detector.modules() if has_kernel(part)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from typing import TYPE_CHECKING
 
 from siamese_detr import plugins
@@ -64,4 +65,4 @@ def build_pretext(method: str, detector: DetectorAdapter, config: PretextConfig 
     kind = find_pretext(method)
     if config is not None and not isinstance(config, kind):
         raise UserError(f"method {method!r} takes a {kind.__name__}, not a {type(config).__name__}")
-    return (config or kind()).build(detector)
+    return pkgutil.resolve_name(kind.task)(detector, config or kind())

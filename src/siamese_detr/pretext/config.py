@@ -1,16 +1,11 @@
-"""What the pretext tasks are told, and the facts about each. Nothing here loads PyTorch, so ``--help`` is quick."""
+"""The options of the pretext tasks, and the facts about each. Nothing here loads PyTorch, so ``--help`` is quick."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from siamese_detr.errors import UserError
-
-if TYPE_CHECKING:
-    from siamese_detr.detectors.adapter import DetectorAdapter
-    from siamese_detr.pretext.base import Pretext
 
 
 @dataclass(kw_only=True)
@@ -18,6 +13,7 @@ class PretextConfig:
     """The options that all pretext tasks share. A subclass adds a method's own options and the facts about it.
 
     Facts (class variables, not options):
+        task: ``module:Class`` of the :class:`.base.Pretext` it configures, which is imported when a run begins.
         title: the method's name in reports.
         view_kind: what a sample shows: "two" views of an image, one view with random "patches", or one view with the
             best object "proposals".
@@ -34,6 +30,7 @@ class PretextConfig:
         no_object_weight: weight of unmatched queries in the class loss.
     """
 
+    task: ClassVar[str]
     title: ClassVar[str]
     view_kind: ClassVar[Literal["two", "patches", "proposals"]]
     paper_regions: ClassVar[int]
@@ -57,11 +54,6 @@ class PretextConfig:
     def needs_crops(self) -> bool:
         """Whether batches must hold the regions' crops."""
         return True
-
-    @abstractmethod
-    def build(self, detector: DetectorAdapter) -> Pretext:
-        """The pretext task with this configuration around ``detector``."""
-        raise NotImplementedError
 
 
 @dataclass(kw_only=True)
@@ -90,6 +82,7 @@ class SiameseConfig(PretextConfig):
         global_predictor_size: width of the global predictor's inner layer.
     """
 
+    task = "siamese_detr.pretext.siamese:SiamesePretext"
     title = "Siamese DETR"
     view_kind = "two"
     paper_regions = 10
@@ -128,11 +121,6 @@ class SiameseConfig(PretextConfig):
     def needs_crops(self) -> bool:
         return self.learns_regions and self.region_target == "crop"
 
-    def build(self, detector: DetectorAdapter) -> Pretext:
-        from siamese_detr.pretext.siamese import SiamesePretext
-
-        return SiamesePretext(detector, self)
-
 
 @dataclass(kw_only=True)
 class UpDetrConfig(PretextConfig):
@@ -143,6 +131,7 @@ class UpDetrConfig(PretextConfig):
         patch_dropout: probability with which a query of a training step goes without its patch (§3.2).
     """
 
+    task = "siamese_detr.pretext.up_detr:UpDetrPretext"
     title = "UP-DETR"
     view_kind = "patches"
     paper_regions = 10
@@ -156,11 +145,6 @@ class UpDetrConfig(PretextConfig):
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"patch_dropout must be at least 0 and below 1, not {self.patch_dropout}")
 
-    def build(self, detector: DetectorAdapter) -> Pretext:
-        from siamese_detr.pretext.up_detr import UpDetrPretext
-
-        return UpDetrPretext(detector, self)
-
 
 @dataclass(kw_only=True)
 class DetRegConfig(PretextConfig):
@@ -170,14 +154,10 @@ class DetRegConfig(PretextConfig):
         embedding_weight: weight of the object embedding loss.
     """
 
+    task = "siamese_detr.pretext.detreg:DetRegPretext"
     title = "DETReg"
     view_kind = "proposals"
     paper_regions = 30
     paper_proposals = "selective-search"
 
     embedding_weight: float = 1.0
-
-    def build(self, detector: DetectorAdapter) -> Pretext:
-        from siamese_detr.pretext.detreg import DetRegPretext
-
-        return DetRegPretext(detector, self)

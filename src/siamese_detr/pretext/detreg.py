@@ -1,5 +1,5 @@
-"""DETReg (Bar et al., CVPR 2022): find the object proposals without being told them, and embed them as the frozen
-backbone does.
+"""DETReg (Bar et al., CVPR 2022): find the object proposals without their positions as input, and embed them as the
+frozen backbone does.
 """
 
 from __future__ import annotations

@@ -85,11 +85,11 @@ def freeze(detector: DetectorAdapter, inputs: ViewInputs, crops: bool) -> Frozen
     if crops:
         if inputs.crops is None:
             raise UserError("this pretext task needs the regions' crops: prepare the batch with crops")
-        levels = detector.features(inputs.crops, None, fast=True)
+        levels = detector.features(inputs.crops, None)
         pooled = torch.cat([full_precision(level).mean((2, 3)) for level in levels], dim=-1)
         crop_features = pooled.unflatten(0, inputs.boxes.shape[:3])
     return FrozenFeatures(
-        maps=list(detector.features(inputs.pixel_values, inputs.pixel_mask, fast=True)),
+        maps=list(detector.features(inputs.pixel_values, inputs.pixel_mask)),
         pixel_mask=inputs.pixel_mask,
         sizes=inputs.sizes,
         boxes=inputs.boxes,

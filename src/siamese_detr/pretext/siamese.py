@@ -65,7 +65,7 @@ class SiamesePretext(Pretext):
 
     def predict(self, features: FrozenFeatures) -> tuple[Memory, Decoded]:
         """Decode on each view's memory the other view's regions."""
-        memory = self.detector.encode(features.maps, features.pixel_mask, padding=self.config.pool_padding)
+        memory = self.detector.encode(features.maps, features.pixel_mask)
         return memory, self.detector.decode(memory, self._other(self.queries(features)).flatten(0, 1))
 
     def queries(self, features: FrozenFeatures) -> Tensor:

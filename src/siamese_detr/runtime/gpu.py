@@ -1,4 +1,4 @@
-"""Whether this project's own kernels, written in Triton, can run; how tensors get to a GPU."""
+"""Whether kernels written in Triton run on a device; how tensors get to a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 
-def runs_kernels(x: Tensor) -> bool:
-    """Whether they can on the device of ``x``; if not, there is always another way."""
-    return x.is_cuda and _supported(x.device.index or 0)
+@functools.cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether they run on ``device``. Triton comes with PyTorch, but not on Windows."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def send(host: Tensor, device: torch.device) -> Tensor:
@@ -21,10 +24,3 @@ def send(host: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not torch.compiler.is_compiling():
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _supported(index: int) -> bool:
-    # Triton comes with PyTorch, but not on Windows.
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(index) >= (7, 0)

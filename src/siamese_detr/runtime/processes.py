@@ -15,7 +15,6 @@ from accelerate import PartialState
 
 from siamese_detr.errors import UserError
 from siamese_detr.runtime.cores import usable_cores
-from siamese_detr.runtime.memory import hand_back_memory
 from siamese_detr.runtime.signals import ignore_signals
 
 DEATH_HEARD = 1.0
@@ -47,7 +46,6 @@ class Team:
 def begin_worker(worker: int) -> None:
     """A data process's ``worker_init_fn``."""
     ignore_signals()
-    hand_back_memory()  # unlike the process it comes from: of a large picture, there are many of them
 
 
 def on_cpu(device: str) -> bool:

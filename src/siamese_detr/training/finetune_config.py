@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # load PyTorch, for which --help need not wait
 
 MAY_CHANGE = {
     *("resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep", "log_every"),
-    *("steps", "epochs", "max_bad_share", "use_kernels", "out", "eval_batch_size", "eval_every"),
+    *("steps", "epochs", "max_bad_share", "kernels", "out", "eval_batch_size", "eval_every"),
     *("train", "val", "train_images", "val_images", "model", "init"),  # whose content is compared
 }
 """What a resumed run may be told otherwise than before: it does not change what an update computes, but ``steps`` and
@@ -82,8 +82,8 @@ class FinetuneConfig:
         workers: data processes per training process; default: all cores but one, at most 8.
         precision: fp32, bf16 or fp16 (autocast).
         device: auto or cpu.
-        use_kernels: let layers compute by compiled kernels, downloaded from the Hugging Face hub, where there are some
-            for the device (on a GPU: deformable attention). Needs the package kernels.
+        kernels: auto exchanges modules for faster ones that compute the same; off exchanges none; hub also lets
+            Transformers load kernels from the Hugging Face hub (needs the package kernels).
         save_every: updates between checkpoints; default: about as often as the evaluations, at most every 500.
         keep: newest checkpoints that remain; 0: all.
         log_every: updates between logs.
@@ -138,7 +138,7 @@ class FinetuneConfig:
     workers: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
-    use_kernels: bool = False
+    kernels: Literal["auto", "off", "hub"] = "auto"
     save_every: int | None = None
     keep: int = 2
     log_every: int = 10
@@ -253,7 +253,7 @@ class FinetuneConfig:
             accumulate=self.accumulate,
             precision=self.precision,
             device=self.device,
-            use_kernels=self.use_kernels,
+            kernels=self.kernels,
             seed=self.seed,
             workers=default_workers() if self.workers is None else self.workers,
             save_every=self.save_every or min(math.ceil(steps / max(evaluations, 1)), 500),

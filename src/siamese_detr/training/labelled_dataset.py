@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from siamese_detr.detectors.functional import constant
 from siamese_detr.errors import ImageError
@@ -26,7 +27,6 @@ from siamese_detr.images.decode import decoded_scale, read_image
 from siamese_detr.images.labels import DetectionDataset, LabelledImage
 from siamese_detr.randomness import rng
 from siamese_detr.views.batch import valid_mask
-from siamese_detr.views.photometric import luma
 
 # What separates the random streams that share (seed, epoch): sample augmentation and sample order.
 AUGMENT, ORDER = 1, 2
@@ -266,7 +266,7 @@ def jitter_colours(images: Tensor, factors: Tensor) -> Tensor:
     brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
     images = images * brightness
     images = (images - 0.5) * contrast + 0.5
-    grey = luma(images).unsqueeze(1)
+    grey = rgb_to_grayscale(images)
     return (grey + (images - grey) * saturation).clamp(0, 1)
 
 

@@ -222,7 +222,7 @@ def run_settings(config: PretrainConfig, steps: int) -> RunSettings:
         log_every=config.log_every,
         max_bad_share=config.max_bad_share,
         compile=config.compile,
-        use_kernels=config.use_kernels,
+        kernels=config.kernels,
         report_to=config.report_to,
     )
 

@@ -16,7 +16,7 @@ Value = int | float | bool | str
 
 MAY_CHANGE = {
     *("resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep", "log_every"),
-    *("out", "steps", "epochs", "max_bad_share", "compile", "use_kernels", "bank_dir", "checkpoint_activations"),
+    *("out", "steps", "epochs", "max_bad_share", "compile", "kernels", "bank_dir", "checkpoint_activations"),
     *("images", "proposals", "init"),  # whose content is compared
 }
 """What a resumed run may be told otherwise than before: it does not change what an update computes, but ``steps`` and
@@ -117,8 +117,8 @@ class PretrainConfig:
         precision: fp32, bf16 or fp16.
         device: auto or cpu.
         compile: use torch.compile.
-        use_kernels: let layers compute by compiled kernels, downloaded from the Hugging Face hub, where there are some
-            for the device (on a GPU: deformable attention). Needs the package kernels.
+        kernels: auto exchanges modules for faster ones that compute the same; off exchanges none; hub also lets
+            Transformers load kernels from the Hugging Face hub (needs the package kernels).
         checkpoint_activations: recompute activations in the backward pass, to save memory.
         seed: of everything random.
         workers: data processes per training process (default: all cores but one, at most 8).
@@ -218,7 +218,7 @@ class PretrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
     compile: bool = False
-    use_kernels: bool = False
+    kernels: Literal["auto", "off", "hub"] = "auto"
     checkpoint_activations: bool = False
     seed: int = 0
     workers: int | None = None

@@ -24,8 +24,8 @@ class RunConfig:
         precision: fp32, bf16 or fp16 (autocast).
         device: auto (the accelerator, if there is one) or cpu.
         compile: use torch.compile.
-        use_kernels: let layers compute by compiled kernels, downloaded from the Hugging Face hub, where there are some
-            for the device (on a GPU: deformable attention). Needs the package kernels.
+        kernels: auto exchanges modules for faster ones that compute the same; off exchanges none; hub also lets
+            Transformers load kernels from the Hugging Face hub (needs the package kernels).
         seed: of everything random.
         workers: data processes per training process (default: all cores but one, at most 8).
         save_every: updates between checkpoints.
@@ -46,7 +46,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
     compile: bool = False
-    use_kernels: bool = False
+    kernels: Literal["auto", "off", "hub"] = "auto"
     seed: int = 0
     workers: int | None = None
     save_every: int | None = None

@@ -8,7 +8,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import transformers
 
@@ -46,7 +46,7 @@ class RunSettings:
         evaluations: calls of :meth:`BaseTrainer.evaluate`, evenly over the run, the last at its end (0: none).
         max_bad_share: largest share of unreadable images that a run tolerates, 0 to 1.
         compile: run the model through ``torch.compile``.
-        use_kernels: compiled kernels where there are some; see :func:`siamese_detr.kernels.hub.use_kernels`.
+        kernels: which modules are exchanged for faster ones; see :func:`siamese_detr.kernels.accelerate`.
         report_to: further experiment trackers known to Transformers, e.g. ``wandb``.
     """
 
@@ -66,7 +66,7 @@ class RunSettings:
     evaluations: int = 0
     max_bad_share: float = 0.05
     compile: bool = False
-    use_kernels: bool = False
+    kernels: Literal["auto", "off", "hub"] = "auto"
     report_to: Sequence[str] = ()
 
     @property

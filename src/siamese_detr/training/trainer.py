@@ -26,12 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError, too_many_unreadable
 from siamese_detr.files import write_json
-from siamese_detr.kernels.hub import use_kernels
+from siamese_detr.kernels import accelerate
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime import checkpoint as checkpoints
 from siamese_detr.runtime.gpu import send
 from siamese_detr.runtime.journal import Journal, JsonLines
-from siamese_detr.runtime.memory import kept_memory
 from siamese_detr.runtime.processes import begin_worker, machine_explained
 from siamese_detr.runtime.signals import Locked, Preempted, RunLock, StopRequest
 from siamese_detr.training.ahead import AheadLoader
@@ -94,11 +93,9 @@ class BaseTrainer(PersistentTrainer):
         self._hosts: Any = torch.distributed.new_group(backend="gloo") if self.args.world_size > 1 else None
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it when accumulating
         self.remove_callback(transformers.PrinterCallback)
-        if settings.use_kernels:
-            replaced = use_kernels(model)
-            if self.args.should_save:
-                named = ", ".join(replaced) or f"there is none for this detector on {self.args.device.type}"
-                print(f"compiled kernels: {named}", file=sys.stderr)
+        exchanged = accelerate(model, self.args.device, settings.kernels)
+        if settings.kernels == "hub" and self.args.should_save:
+            print(f"kernels: {', '.join(exchanged)}", file=sys.stderr)
         self.add_callback(_AtBoundary(self))
         check_batch_size(settings.batch_size, settings.accumulate, self.args.world_size)
 
@@ -140,8 +137,7 @@ class BaseTrainer(PersistentTrainer):
             listed = self._skipped_lines().rewind(step, lambda record: self.still_unreadable(record["path"]))
             self._listed = {record["path"]: record["reason"] for record in listed}
             self._found_before = len(self._listed)
-        with kept_memory(self.args.device):
-            self._fit(checkpoint, step)
+        self._fit(checkpoint, step)
         if self.preempted is not None:
             raise self._stopped()
 
