@@ -3,9 +3,9 @@
     python benchmarks/gpu.py [--cases conditional-detr ...] [--batch 64] [--rounds 10] [--variants plain bf16 compiled]
                              [--out benchmarks/results] [--device cuda] [--quick]
 
-Ours in several precisions, and compiled, against the plain re-creation of the research code's structure (plain.py), with
-inputs as in step.py. Prints Markdown and writes gpu.json. ``--device cpu --quick`` tries the program without a GPU. The
-rate of a whole run stands in its log: ``seconds`` in OUT/log.jsonl.
+Ours in several precisions, and compiled, against the plain re-creation of the research code's structure (plain.py),
+with inputs as in step.py. Prints Markdown and writes gpu.json. ``--device cpu --quick`` tries the program without a GPU.
+The rate of a whole run stands in its log: ``seconds`` in OUT/log.jsonl.
 """
 
 from __future__ import annotations

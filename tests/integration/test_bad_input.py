@@ -140,7 +140,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "no detector to measure": ("evaluate {gone} {labels.json} --images {photos}", ["no detector", "gone"]),
     "no detector to export": ("export {empty} {out}", ["empty is no detector"]),
     "no proposals": (PRETRAIN.replace("{store}", "{empty}"), ["empty: no proposal store", "propose"]),
-    "no run": ("report {empty}", ["empty holds no run"]),
+    "no run": ("report {empty}", ["empty is not a run directory"]),
     "no folder of a run": ("report {gone}", ["gone does not exist"]),
     # places
     "a file as folder": (PROPOSE.replace("{out}", "{labels.json}"), ["labels.json", "another directory"]),
