@@ -24,11 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from siamese_detr.config import check_numbers, verb, write_config
 from siamese_detr.errors import UserError
+from siamese_detr.files import write_text
 from siamese_detr.images.listing import ImageList, list_images
 from siamese_detr.images.shards import location
 from siamese_detr.proposals.methods import Method
 from siamese_detr.proposals.registry import find_method, make_method
-from siamese_detr.proposals.shard import Failure, Row, atomic_file
+from siamese_detr.proposals.shard import Failure, Row
 from siamese_detr.proposals.store import ProposalStore, StoreSettings, part_name
 from siamese_detr.proposals.worker import Job, Outcome, begin, compute
 from siamese_detr.proposals.writer import StoreWriter
@@ -276,8 +277,9 @@ def _failures_among(store: ProposalStore, paths: pa.Array) -> list[Failure]:
 
 def _list_failures(store: ProposalStore) -> None:
     """All failures of the store as a text file, a path and a reason per line."""
-    with contextlib.suppress(OSError), atomic_file(store.directory / FAILURES) as handle:
-        handle.write("".join(f"{failure.path}\t{failure.reason}\n" for failure in store.failures).encode())
+    with contextlib.suppress(OSError):
+        lines = "".join(f"{failure.path}\t{failure.reason}\n" for failure in store.failures)
+        write_text(store.directory / FAILURES, lines)
 
 
 def _show(report: ProposeReport, console: Console) -> None:

@@ -4,23 +4,27 @@ Any Arrow reader opens it. Columns: ``path`` (relative to the store's image root
 after the EXIF rotation), ``boxes`` (lists of x1, y1, x2, y2 in pixels), ``scores``, ``crc`` (of the row's other
 values). The schema's metadata hold the images that could not be read, with reasons, and checksums.
 
-Reading is lazy and trusts nothing: opening parses the footer, the columns are memory-mapped, a row is checked against
-its checksum when it is read. A file that fails raises :class:`DamagedShard`, never a wrong box.
+The columns are memory-mapped. Arrow checks their structure when a shard is opened, and each row is compared with its
+checksum when it is read: a damaged file raises :class:`DamagedShard` and never gives a wrong box.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from siamese_detr.errors import UserError
+from siamese_detr.files import written_aside
 
 _SCHEMA = pa.schema(
     [
@@ -101,179 +105,113 @@ def write_shard(file: Path, rows: Sequence[Row], failures: Sequence[Failure]) ->
     ).encode()
     schema = _SCHEMA.with_metadata({b"facts": facts, b"crc": str(zlib.crc32(facts)).encode()})
     batch = pa.record_batch(columns, schema=schema)
-    with atomic_file(file) as handle, pa.ipc.new_file(handle, schema) as writer:
-        writer.write_batch(batch)
-
-
-class atomic_file:
-    """``with atomic_file(path) as f``: a binary file that appears under its name only once all of it is on the disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self):
-        self._handle = open(self._temporary, "wb")
-        return self._handle
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                self._handle.flush()
-                os.fsync(self._handle.fileno())
-            self._handle.close()
-            if kind is None:
-                os.replace(self._temporary, self._path)
-                _sync_directory(self._path.parent)
-        finally:
-            self._temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename durable. Not every file system (nor Windows) can."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+    with written_aside(file) as aside, open(aside, "wb") as handle:
+        with pa.ipc.new_file(handle, schema) as writer:
+            writer.write_batch(batch)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _sizes_checksum(widths: np.ndarray, heights: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(heights).tobytes(), zlib.crc32(np.ascontiguousarray(widths).tobytes()))
 
 
-@dataclass(frozen=True, slots=True)
-class ShardFacts:
-    """What the footer of a shard tells without reading its columns."""
-
-    rows: int
-    sizes_crc: int
-    failures: tuple[Failure, ...]
-
-
-def read_facts(file: Path) -> ShardFacts:
-    """Parse and check the footer.
-
-    Raises:
-        DamagedShard: truncated, changed, or not a shard.
-        UserError: the operating system cannot read the file.
-    """
-    return _open(file)[1]
-
-
-def _open(file: Path) -> tuple[pa.RecordBatchFileReader, ShardFacts]:
+@contextlib.contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """Turn what Arrow and Python say of a damaged file into `DamagedShard`."""
     try:
-        # Read from the mapping without keeping the descriptor: a store of 10,000 shards must not need 10,000 of them.
-        with pa.memory_map(str(file)) as source:
-            reader = pa.ipc.open_file(source.read_buffer())
-        if not reader.schema.equals(_SCHEMA) or reader.num_record_batches != 1:
-            raise DamagedShard("not a shard of proposals")
-        metadata = reader.schema.metadata or {}
-        if zlib.crc32(metadata[b"facts"]) != int(metadata[b"crc"]):
-            raise DamagedShard("checksum of its metadata")
-        facts = json.loads(metadata[b"facts"])
-        failures = tuple(Failure(path, reason) for path, reason in facts["failures"])
-        return reader, ShardFacts(int(facts["rows"]), int(facts["sizes_crc"]), failures)
+        yield
     except FileNotFoundError as error:
         raise DamagedShard("it is missing") from error
-    except OSError as error:
-        if error.errno is None:  # Arrow's word for a file it cannot parse
-            raise DamagedShard(str(error).splitlines()[0]) from error
-        # The disk's trouble, perhaps a passing one: no reason to drop the shard.
-        raise UserError(f"cannot read {file}: {error.strerror}; mend it and run again") from error
-    except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            # The disk's fault, perhaps a passing one, and no reason to drop the shard. Arrow's own have no number.
+            raise UserError(f"cannot read {file}: {error.strerror}; check the disk and run again") from error
         raise DamagedShard(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
 
 class Shard:
-    """A memory-mapped shard.
+    """A memory-mapped shard. Opening it reads the metadata only; the columns are checked when first used.
+
+    Attributes:
+        rows: how many images it holds.
+        failures: the images that could not be read.
 
     Raises:
-        DamagedShard: from the constructor and every method.
+        DamagedShard: from the constructor and every method: truncated, changed, or not a shard.
+        UserError: the operating system cannot read the file.
     """
 
     def __init__(self, file: Path) -> None:
-        reader, facts = _open(file)
-        self.rows = facts.rows
-        try:
-            batch = reader.get_batch(0)
-            if batch.num_rows != facts.rows:
+        self._file = file
+        with _damage_named(file):
+            # The mapping stays without the descriptor: a store of 10,000 shards must not need 10,000 of them.
+            with pa.memory_map(str(file)) as source:
+                self._reader = pa.ipc.open_file(source.read_buffer())
+            if not self._reader.schema.equals(_SCHEMA) or self._reader.num_record_batches != 1:
+                raise DamagedShard("not a shard of proposals")
+            metadata = self._reader.schema.metadata or {}
+            if zlib.crc32(metadata[b"facts"]) != int(metadata[b"crc"]):
+                raise DamagedShard("checksum of its metadata")
+            facts = json.loads(metadata[b"facts"])
+            self.rows = int(facts["rows"])
+            self.failures = tuple(Failure(path, reason) for path, reason in facts["failures"])
+            self._sizes_crc = int(facts["sizes_crc"])
+
+    @functools.cached_property
+    def _columns(self) -> _Columns:
+        with _damage_named(self._file):
+            batch = self._reader.get_batch(0)
+            batch.validate(full=True)  # afterwards no length or offset leads out of the file
+            if batch.num_rows != self.rows or any(column.null_count for column in batch.columns):
                 raise DamagedShard("rows are missing")
-            # Views of the mapped file; nothing is read yet. Lengths come from the checked metadata, not the offsets.
-            self._paths = batch.column("path")
-            self._widths = self._numbers(batch.column("width"))
-            self._heights = self._numbers(batch.column("height"))
-            self._crc = self._numbers(batch.column("crc"))
-            self._box_offsets = self._offsets(batch.column("boxes"))
-            self._score_offsets = self._offsets(batch.column("scores"))
-            self._boxes = self._numbers(batch.column("boxes").values.values).reshape(-1, 4)
-            self._scores = self._numbers(batch.column("scores").values)
-            self._path_offsets = self._offsets(self._paths)
-            self._path_bytes = self._paths.buffers()[2]
-        # SystemError: Python's answer to a length below zero.
-        except (pa.ArrowException, OSError, ValueError, TypeError, SystemError) as error:
-            raise DamagedShard(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-        if _sizes_checksum(self._widths, self._heights) != facts.sizes_crc:
-            raise DamagedShard("checksum of the image sizes")
-
-    @staticmethod
-    def _numbers(column: pa.Array) -> np.ndarray:
-        # Not `to_numpy`: it believes the length that the file tells, and reading beyond the mapping kills the process.
-        buffer, kind = column.buffers()[-1], np.dtype(column.type.to_pandas_dtype())
-        if buffer is None or len(column) == 0:
-            return np.zeros(0, kind)
-        return np.frombuffer(buffer, kind, len(column), column.offset * kind.itemsize)
-
-    def _offsets(self, column: pa.Array) -> np.ndarray:
-        buffer = column.buffers()[1]
-        if self.rows == 0 or buffer is None:
-            return np.zeros(self.rows + 1, np.int32)
-        return np.frombuffer(buffer, np.int32, self.rows + 1)
-
-    @staticmethod
-    def _span(offsets: np.ndarray, index: int, end: int) -> slice:
-        first, last = int(offsets[index]), int(offsets[index + 1])
-        if not 0 <= first <= last <= end:
-            raise DamagedShard(f"offsets of row {index}")
-        return slice(first, last)
+            boxes, scores = batch.column("boxes"), batch.column("scores")
+            columns = _Columns(
+                batch.column("path"),
+                batch.column("width").to_numpy(),
+                batch.column("height").to_numpy(),
+                boxes.offsets.to_numpy(),
+                boxes.values.values.to_numpy().reshape(-1, 4),
+                scores.offsets.to_numpy(),
+                scores.values.to_numpy(),
+                batch.column("crc").to_numpy(),
+            )
+            if _sizes_checksum(columns.widths, columns.heights) != self._sizes_crc:
+                raise DamagedShard("checksum of the image sizes")
+            return columns
 
     def row(self, index: int) -> Row:
-        """A checked copy of row ``index`` of this shard."""
-        span = self._span(self._path_offsets, index, self._path_bytes.size if self._path_bytes else 0)
-        try:
-            path = self._path_bytes[span].to_pybytes().decode() if span.start < span.stop else ""
-        except UnicodeDecodeError as error:
-            raise DamagedShard(f"path of row {index}") from error
-        row = Row(
-            path,
-            int(self._widths[index]),
-            int(self._heights[index]),
-            self._boxes[self._span(self._box_offsets, index, len(self._boxes))].copy(),
-            self._scores[self._span(self._score_offsets, index, len(self._scores))].copy(),
-        )
-        if row.checksum() != int(self._crc[index]):
+        """A copy of row ``index`` of this shard, compared with its checksum."""
+        columns = self._columns
+        boxes = columns.boxes[columns.box_offsets[index] : columns.box_offsets[index + 1]].copy()
+        scores = columns.scores[columns.score_offsets[index] : columns.score_offsets[index + 1]].copy()
+        row = Row(columns.paths[index].as_py(), int(columns.widths[index]), int(columns.heights[index]), boxes, scores)
+        if row.checksum() != columns.crc[index]:
             raise DamagedShard(f"checksum of row {index}")
         return row
 
     def sizes(self) -> np.ndarray:
         """int32 (rows, 2): width and height of every image."""
-        return np.stack([self._widths, self._heights], 1)
+        return np.stack([self._columns.widths, self._columns.heights], 1)
 
     def paths(self) -> pa.StringArray:
-        """Paths of all rows, structurally valid (offsets and UTF-8 checked)."""
-        try:
-            self._paths.validate(full=True)
-        except pa.ArrowException as error:
-            raise DamagedShard(str(error).splitlines()[0]) from error
-        return self._paths
+        """Paths of all rows."""
+        return self._columns.paths
 
     def verify(self) -> None:
         """Read and check everything."""
-        self.paths()
         for index in range(self.rows):
             self.row(index)
+
+
+class _Columns(NamedTuple):
+    """Arrays that view the mapped file."""
+
+    paths: pa.StringArray
+    widths: np.ndarray
+    heights: np.ndarray
+    box_offsets: np.ndarray
+    boxes: np.ndarray
+    score_offsets: np.ndarray
+    scores: np.ndarray
+    crc: np.ndarray

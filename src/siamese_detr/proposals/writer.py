@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from siamese_detr.errors import UserError
-from siamese_detr.proposals.shard import DamagedShard, Failure, Row, Shard, atomic_file, read_facts, write_shard
-from siamese_detr.proposals.store import META, ProposalStore, StoreSettings, shard_files
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows: two writers at a time are not detected there
-    fcntl = None  # type: ignore[assignment]
+from siamese_detr.errors import UserError
+from siamese_detr.files import clean, write_text
+from siamese_detr.proposals.shard import DamagedShard, Failure, Row, Shard, write_shard
+from siamese_detr.proposals.store import META, ProposalStore, StoreSettings, shard_files
 
 
 class StoreWriter:
@@ -44,39 +42,29 @@ class StoreWriter:
         self._last_flush = time.monotonic()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.directory / ".lock", "ab")  # noqa: SIM115 (held as long as the writer)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.directory}: {error.strerror}; choose another directory") from error
-        try:
-            self._take_lock()
-            self._begin(settings)
-        except BaseException:
-            self._lock.close()
-            raise
-
-    def _take_lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._lock = FileLock(self.directory / ".lock", timeout=0)
+            self._lock.acquire()
+        except Timeout:
             raise UserError(
                 f"{self.directory}: another propose is writing there; wait for it or choose another directory"
             ) from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            raise UserError(f"cannot write to {self.directory}: {error.strerror}; choose another directory") from error
+        try:
+            self._begin(settings)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _begin(self, settings: StoreSettings) -> None:
-        for leftover in self.directory.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        clean(self.directory)
         if (self.directory / META).exists():
             _require_same(self.directory, StoreSettings.read(self.directory), settings)
         elif shard_files(self.directory):
             raise UserError(f"{self.directory}: has shards but no {META}; delete it and run propose again")
         else:
             try:
-                with atomic_file(self.directory / META) as handle:
-                    handle.write(settings.to_json())
+                write_text(self.directory / META, settings.to_json())
             except OSError as error:
                 raise _write_error(self.directory, error) from error
         self._drop_damaged()
@@ -98,8 +86,8 @@ class StoreWriter:
     def forget_failures(self) -> None:
         """Drop the list of failed images, so that they are tried again."""
         for file in shard_files(self.directory):
-            if read_facts(file).failures:
-                shard = Shard(file)
+            shard = Shard(file)
+            if shard.failures:
                 self._write(file, [shard.row(index) for index in range(shard.rows)], [])
 
     def add(self, row: Row) -> None:
@@ -145,7 +133,7 @@ class StoreWriter:
             if kind is None:
                 raise  # else the error on its way tells more
         finally:
-            self._lock.close()
+            self._lock.release()
 
 
 def _require_same(directory: Path, there: StoreSettings, wanted: StoreSettings) -> None:
