@@ -12,8 +12,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 TINY: dict[str, Any] = dict(
     backbone="random:test_efficientnet",
     hidden_size=16,
@@ -39,17 +37,6 @@ TINY: dict[str, Any] = dict(
     proposal_method="random",
 )
 """Options of ``pretrain`` for a run of a second."""
-
-
-def note_calls(patch: pytest.MonkeyPatch, order: list[str], *methods: tuple[type, str]) -> None:
-    """Add the name of each of these methods to ``order`` whenever it is called."""
-
-    def noted(owner: type, name: str) -> None:
-        stock = getattr(owner, name)
-        patch.setattr(owner, name, lambda *given, **options: (order.append(name), stock(*given, **options))[1])
-
-    for method in methods:
-        noted(*method)
 
 
 context = multiprocessing.get_context("forkserver")

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import dataclasses
 import errno
 import inspect
-import io
-import itertools
-import os
-import select
+import re
 import sys
-from typing import Annotated, Any, get_origin, get_type_hints
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from siamese_detr import VERBS, __version__, load_config, load_verb
 from siamese_detr.errors import UserError
 from siamese_detr.runtime.signals import EXIT_PREEMPTED, Preempted, stoppable
+from siamese_detr.runtime.streams import drop_output, prepare_streams, reader_gone
 
 CONTINUED = ("propose", "pretrain", "finetune", "compare")
 """Commands that, started again, go on where they were."""
 REFUSALS = {
-    errno.ENOSPC: "make room and start it again (with --resume, where the command has it)",
-    errno.EDQUOT: "make room and start it again (with --resume, where the command has it)",
+    errno.ENOSPC: "free disk space and start it again (with --resume, where the command has it)",
+    errno.EDQUOT: "free disk space and start it again (with --resume, where the command has it)",
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "change its permissions, or choose another place",
     errno.EPERM: "change its permissions, or choose another place",
@@ -31,6 +31,7 @@ REFUSALS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for a user's mistake, or what the verb documents."""
+    prepare_streams()
     try:
         try:
             return dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         if not reader_gone():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
     except OSError as error:
         # Wherever the machine refuses: what was written before is whole (everything is written aside, then renamed).
@@ -57,15 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("siamese-detr: interrupted", file=sys.stderr)
         return 130
-
-
-def reader_gone() -> bool:
-    """Whether nobody reads our output any more, as when head or less have seen enough: nothing is wrong then."""
-    if not hasattr(select, "poll"):  # Windows
-        return True
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def dispatch(argv: list[str]) -> int:
@@ -80,7 +72,7 @@ def dispatch(argv: list[str]) -> int:
     if name not in VERBS:
         from siamese_detr.config import nearest
 
-        raise UserError(f"unknown command {name!r}{nearest(name, list(VERBS))}; the commands are {', '.join(VERBS)}")
+        raise UserError(f"unknown command {name!r}{nearest(name, VERBS)}; the commands are {', '.join(VERBS)}")
     with stoppable() if name in CONTINUED else contextlib.nullcontext():
         run(name, rest)
     return 0
@@ -99,120 +91,188 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
         UserError: a mistake in them; one line.
         SystemExit: the help has been printed.
     """
-    import tyro
+    from siamese_detr.config import ordered, read_sources, resolve
 
-    from siamese_detr.config import is_required, nearest, read_sources, recipe_names, validate, validate_values
-
-    fields = dataclasses.fields(config_class)
-    undecided = [field.name for field in fields if field.type == "bool | None"]
-    names = [field.name for field in fields]
-    # Bare words in front stand for the first fields: `propose photos store` is `propose --images photos --out store`.
-    bare = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    if bare > len(fields):
-        bare = len(fields)
-    named = [word for field, value in zip(fields, argv[:bare], strict=False) for word in (f"--{field.name}", value)]
-    argv = named + argv[bare:]
-    argv, sources = take_options(argv, tuple(name for name in ("--config", "--recipe") if name[2:] not in names))
-    options = [word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")]
-    for option in options:
-        if option not in names and option.removeprefix("no_") not in names and option not in ("help", ""):
-            near = nearest(option, names).replace("_", "-").replace("'", "--", 1).replace("'", "")
-            raise UserError(f"unknown option --{option.replace('_', '-')}{near}; {seek_help(name)}")
-    argv = spell_out(resume_flag(argv), undecided)
-    values = read_sources(config_class, sources.get("--recipe"), sources.get("--config"))
-    missing = {field.name: tyro.MISSING for field in fields if is_required(field) and field.name not in values}
-    if not {"-h", "--help"} & set(argv) and (left := [key for key in missing if key not in options]):
-        raise UserError(f"{' and '.join(f'--{key}' for key in left)} must be given; {seek_help(name)}")
-    # Values from files are validated by the same types as arguments before they become the command line's defaults.
-    files = " and ".join(sources.values())
-    shown = with_flags(config_class, undecided)
-    values = validate_values(config_class, values, files)
-    # tyro makes an option of every entry of a mapping that is not empty, and takes no others.
-    mappings = [name for name, kind in get_type_hints(config_class).items() if get_origin(kind) is dict]
-    default = shown(**(values | {name: {} for name in mappings} | missing))
-    recipes = recipe_names(config_class)
-    about = inspect.cleandoc(config_class.__doc__ or VERBS[name][1]).partition("\nArgs:")[0].strip()
-    required = " ".join(field.name.upper() for field in fields if is_required(field))
-    description = f"{about}\n\nShort: siamese-detr {name} {required} [OPTIONS]. Also: --config FILE.yaml" + (
-        f"; --recipe NAME, one of {', '.join(recipes)}, or a path" if recipes else ""
-    )
-    mistakes = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(mistakes):
-            config = tyro.cli(
-                shown,
-                prog=f"siamese-detr {name}",
-                description=description,
-                args=argv,
-                default=default,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-    except SystemExit as end:
-        if end.code in (0, None):
-            raise
-        raise UserError(f"{one_line(mistakes.getvalue())}; {seek_help(name)}") from None
-    kept = {name: values[name] for name in mappings if name in values and name not in options}
-    return validate(config_class, {f.name: getattr(config, f.name) for f in fields} | kept, "arguments")
-
-
-def with_flags(config_class: type[Any], undecided: list[str]) -> type[Any]:
-    """``config_class``, in whose help the options that are yes, no or left to be decided look like any other flag."""
-    import tyro
-
-    if not undecided:
-        return config_class
-    types = {
-        name: Annotated[bool | None, tyro.conf.arg(metavar=f"| --no-{name.replace('_', '-')}")] for name in undecided
+    kinds = get_type_hints(config_class)
+    flags = {name for name, kind in kinds.items() if bool in (kind, *get_args(kind)) and get_origin(kind) is not dict}
+    mappings = {name for name, kind in kinds.items() if get_origin(kind) is dict}
+    argv = spell_alike(argv, flags)
+    parser = Parser(name, config_class, [word for word in argv if word.startswith("--") and "." in word], mappings)
+    parsed, rest = parser.parse_known_args(argv)
+    given = vars(parsed)
+    sources = {key: given.pop(key, None) for key in ("recipe", "config") if key not in kinds}
+    files = read_sources(config_class, sources.get("recipe"), sources["config"])
+    if {"-h", "--help"} & set(rest):
+        parser.describe(files)
+        print(parser.format_help(), end="")
+        raise SystemExit(0)
+    for word in rest:
+        if word.startswith("-") and not re.fullmatch(r"-[\d.]+", word):
+            parser.unknown(word)
+    fields = ordered(config_class)
+    if len(rest) > len(fields):
+        parser.error(f"unexpected {rest[len(fields)]!r}")
+    for field, word in zip(fields, rest, strict=False):
+        if field.name in given:
+            parser.error(f"unexpected {word!r}: {option(field.name)} is given as well")
+        given[field.name] = word
+    for key in [key for key in given if "." in key]:
+        head, _, path = key.partition(".")
+        value = [scalar(word) for word in given.pop(key)]
+        *owner, last = path.rsplit(".", 1) if get_args(kinds[head])[1:] and is_nested(kinds[head]) else [path]
+        mapping = given.setdefault(head, {k: dict(v) if owner else v for k, v in (files.get(head) or {}).items()})
+        for part in owner:
+            mapping = mapping.setdefault(part, {})
+        mapping[last.replace("-", "_")] = value[0] if len(value) == 1 else value
+    for key in [key for key in given if key in mappings and isinstance(given[key], list)]:
+        words = given[key]
+        if len(words) % 2 or (words and is_nested(kinds[key])):
+            parser.error(f"{option(key)} takes pairs of a name and a value; or give --{key}.NAME VALUE")
+        given[key] = {word: scalar(value) for word, value in zip(words[::2], words[1::2], strict=True)}
+    given = {
+        key: None if value == "None" and type(None) in get_args(kinds[key]) else value for key, value in given.items()
     }
-    content = {"__doc__": config_class.__doc__, "__module__": config_class.__module__, "__annotations__": types}
-    made = type(config_class.__name__, (config_class,), {**content, **dict.fromkeys(undecided)})
-    return dataclasses.dataclass(made)
+    try:
+        return resolve(config_class, given, form=option, **sources)
+    except UserError as error:
+        raise UserError(f"{error}; {parser.hint}") from None
 
 
-def spell_out(argv: list[str], undecided: list[str]) -> list[str]:
-    """``--square`` and ``--no-square`` with the value that tyro wants of an option that may also be left undecided."""
+class Parser(argparse.ArgumentParser):
+    """The options of a verb, of which only those given appear in the result; types are left to the configuration.
+
+    Args:
+        name: the verb.
+        config_class: its configuration.
+        dotted: words such as ``--finetune.lr``, which set an entry of a mapping.
+        mappings: the fields that are mappings.
+    """
+
+    def __init__(self, name: str, config_class: type[Any], dotted: list[str], mappings: set[str]) -> None:
+        from siamese_detr.config import explained, is_required, ordered, recipe_names
+
+        fields, texts = ordered(config_class), explained(config_class)
+        required = " ".join(field.name.upper() for field in fields if is_required(field))
+        super().__init__(
+            prog=f"siamese-detr {name}",
+            usage=f"siamese-detr {name} {required} [OPTIONS]",
+            description=inspect.cleandoc(config_class.__doc__ or "").partition("\nArgs:")[0],
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
+        )
+        self.hint = f"siamese-detr {name} --help lists the options"
+        self.fields = fields
+        kinds = get_type_hints(config_class)
+        common = getattr(config_class, "COMMON", ())
+        first = [field for field in fields if is_required(field) or field.name in common]
+        groups = {"": self.add_argument_group("common options" if common else "options")}
+        for field in sorted(fields, key=lambda field: field not in first):
+            owner, text = texts[field.name]
+            title = "" if field in first or not common else group_title(owner, config_class)
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            groups[title].add_argument(option(field.name), dest=field.name, help=text, **shape(kinds[field.name]))
+        groups[""].add_argument("--config", metavar="FILE", help="YAML file with values for these options.")
+        if "recipe" not in kinds:
+            names = ", ".join(recipe_names(config_class)) or "none is shipped"
+            groups[""].add_argument("--recipe", metavar="NAME", help=f"values to start from: {names}; or a YAML file.")
+        for word in dict.fromkeys(word.partition("=")[0] for word in dotted):
+            if word[2:].partition(".")[0].replace("-", "_") in mappings:
+                head, _, path = word[2:].partition(".")
+                dest = f"{head.replace('-', '_')}.{path}"
+                groups[""].add_argument(word, dest=dest, nargs="+", help=argparse.SUPPRESS)
+
+    def describe(self, values: Mapping[str, Any]) -> None:
+        """Add the defaults to the help, those of a recipe or file where there is one."""
+        from siamese_detr.config import default_of, is_required
+
+        fields = {field.name: field for field in self.fields}
+        for action in self._actions:
+            field = fields.get(action.dest)
+            if field is None or action.help is argparse.SUPPRESS:
+                continue
+            text = (action.help or "").replace("%", "%%")
+            value = values.get(field.name, None if is_required(field) else default_of(field))
+            if is_required(field) and field.name not in values:
+                text += " (required)"
+            elif value not in (None, (), {}, []) and value is not False:
+                shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+                text += f" (default: {str(shown).replace('%', '%%')})"
+            action.help = text
+
+    def unknown(self, word: str) -> NoReturn:
+        from siamese_detr.config import nearest
+
+        names = [*(field.name for field in self.fields), "config", "recipe"]
+        bare = word.lstrip("-").partition("=")[0].replace("-", "_")
+        near = option(bare) if bare in names else ""
+        near = f" (did you mean {near}?)" if near else nearest(bare, names, option)
+        self.error(f"unknown option {word.partition('=')[0]}{near}")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; {self.hint}")
+
+
+def option(name: str) -> str:
+    """A field as an option of the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def group_title(owner: type, config_class: type) -> str:
+    """The heading of the options that ``owner`` documents: what its docstring begins with."""
+    if owner is config_class:
+        return "more options"
+    return inspect.cleandoc(owner.__doc__ or owner.__name__).partition("\n")[0].partition(";")[0].rstrip(".").lower()
+
+
+def shape(kind: Any) -> dict[str, Any]:
+    """How an option of this type is written, for argparse."""
+    if get_origin(kind) in (Union, types.UnionType):
+        inner = [part for part in get_args(kind) if part is not type(None)]
+        return shape(inner[0])
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return {"metavar": "{" + ",".join(map(str, get_args(kind))) + "}"}
+    if get_origin(kind) is dict:
+        return {"nargs": "*", "metavar": "NAME VALUE"}
+    if get_origin(kind) is not None:  # a tuple or list
+        return {"nargs": "*", "metavar": getattr(get_args(kind)[0], "__name__", "value").upper()}
+    return {"metavar": getattr(kind, "__name__", "value").upper()}
+
+
+def is_nested(kind: Any) -> bool:
+    """Whether the values of a mapping type are mappings."""
+    return get_origin(get_args(kind)[1]) is dict
+
+
+def scalar(text: str) -> int | float | bool | str:
+    """A word in a mapping: a number, True or False if it reads so."""
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def spell_alike(argv: list[str], flags: set[str]) -> list[str]:
+    """Options with dashes for underscores, and ``--square False`` or ``--resume auto`` as the flags they are."""
     words: list[str] = []
-    for word, after in itertools.zip_longest(argv, argv[1:]):
-        name = word.removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name.removeprefix("no_") in undecided and after not in ("True", "False", "None"):
-            words += [f"--{name.removeprefix('no_')}", str(not name.startswith("no_"))]
-        else:
-            words.append(word)
-    return words
-
-
-def resume_flag(argv: list[str]) -> list[str]:
-    """``--resume auto``, as other tools spell it, is ``--resume``: the newest valid checkpoint, or the beginning."""
-    words = [word.replace("--resume=auto", "--resume") for word in argv]
-    return [word for before, word in itertools.pairwise(["", *words]) if (before, word) != ("--resume", "auto")]
-
-
-def seek_help(name: str) -> str:
-    return f"siamese-detr {name} --help lists the options"
-
-
-def one_line(box: str) -> str:
-    """The message in the frame that tyro draws around it."""
-    lines = [line.strip("│ ") for line in box.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
-    message = itertools.takewhile(lambda line: not line.startswith(("─", "For full help")), lines)
-    return " ".join(message).rstrip(".") or "the arguments cannot be read"
-
-
-def take_options(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    """Split ``--name value`` and ``--name=value`` of ``names`` off ``argv``."""
-    rest: list[str] = []
-    taken: dict[str, str] = {}
-    words = iter(argv)
-    for word in words:
+    for word in argv:
+        last = words[-1][2:].replace("-", "_") if words and words[-1].startswith("--") else ""
+        if last in flags and word in ("True", "False", "None", "auto"):
+            words[-1:] = {"False": [f"--no-{words[-1][2:]}"], "None": []}.get(word, words[-1:])
+            continue
         name, equals, value = word.partition("=")
-        if name in names:
-            taken[name] = value if equals else next(words, "")
-            if not taken[name]:
-                raise UserError(f"{name} needs a value")
-        else:
-            rest.append(word)
-    return rest, taken
+        if word.startswith("--"):
+            head, dot, path = name.partition(".")
+            name = head.replace("_", "-") + dot + path
+            if equals and name[2:].replace("-", "_") in flags and value in ("True", "False", "None", "auto"):
+                words += {"False": [f"--no-{name[2:]}"], "None": []}.get(value, [name])
+                continue
+        words.append(name + equals + value)
+    return words
 
 
 def usage() -> str:

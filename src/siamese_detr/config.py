@@ -1,8 +1,8 @@
 """One typed dataclass per verb is its Python signature, its command line and its YAML file.
 
-Values are taken, each overriding the one before, from the dataclass's defaults, a recipe (a YAML file shipped in
-``siamese_detr/recipes``, or a path), a configuration file, and the arguments given. All of them are validated by the
-same types.
+A verb's configuration inherits those of the components it uses; each class documents and checks its own fields. Values
+come from, each overriding the one before: the defaults, a recipe (a YAML file shipped in ``siamese_detr/recipes``, or a
+path), a configuration file, and the arguments given. All of them are validated by the same types.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any, Protocol, TypeVar, get_type_hints
@@ -26,6 +29,32 @@ from siamese_detr.files import write_text
 
 Config = TypeVar("Config")
 Result = TypeVar("Result", covariant=True)
+SYNONYMS = {
+    "learning_rate": ("lr",),
+    "conf": ("threshold",),
+    "confidence": ("threshold",),
+    "model": ("init",),
+    "weights": ("model", "init"),
+    "imgsz": ("image_size",),
+    "batch": ("batch_size",),
+    "output": ("out",),
+    "train": ("finetune", "pretrain"),
+    "detect": ("predict",),
+}
+"""What other tools call an option or a command -> what it is called here."""
+
+
+class Options:
+    """Base of configurations that are put together: after construction, every class checks the fields it defines.
+
+    A class's ``check`` raises :class:`UserError` for values that make no sense. Its ``idle`` yields fields that have no
+    effect beside the values of others, and why; :func:`resolve` refuses those that the user gives.
+    """
+
+    def __post_init__(self) -> None:
+        for kind in reversed(type(self).__mro__):
+            if "check" in vars(kind):
+                vars(kind)["check"](self)
 
 
 class Verb(Protocol[Result]):
@@ -45,8 +74,7 @@ def verb(config_class: type[Config]) -> Callable[[Callable[[Config], Result]], V
     ``propose(config="run.yaml", recipe="laptop", out="store")``; ``help`` shows its arguments. Raises
     :class:`UserError` for unknown keys or wrong types.
     """
-    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
-    names = [field.name for field in fields]
+    names = [field.name for field in ordered(config_class)]
 
     def decorate(function: Callable[[Config], Result]) -> Verb[Result]:
         # A true function, because only of those `help` and editors show the signature.
@@ -63,8 +91,7 @@ def verb(config_class: type[Config]) -> Callable[[Callable[[Config], Result]], V
                 raise TypeError(f"{', '.join(sorted(twice))} given twice")
             if "recipe" in names and recipe is not None:  # the verb applies it itself
                 options, recipe = options | {"recipe": recipe}, None
-            values = read_sources(config_class, recipe, config) | given | options
-            return function(validate(config_class, values, "arguments"))
+            return function(resolve(config_class, given | options, recipe, config))
 
         made: Any = call
         made.config_class = config_class
@@ -85,7 +112,7 @@ def signature(config_class: type, result: Any) -> inspect.Signature:
             default=inspect.Parameter.empty if is_required(field) else default_of(field),
             annotation=types[field.name],
         )
-        for field in dataclasses.fields(config_class)
+        for field in ordered(config_class)
     ]
     sources = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | Path | None)
@@ -98,7 +125,8 @@ def signature(config_class: type, result: Any) -> inspect.Signature:
 def document(function: Callable, config_class: type) -> str:
     """The docstring of a verb: the function's own, with the arguments that its configuration explains."""
     about, raises, errors = inspect.cleandoc(function.__doc__ or "").partition("\n\nRaises:")
-    arguments = inspect.cleandoc(config_class.__doc__ or "").partition("\nArgs:\n")[2].rstrip()
+    texts = [f"{name}: {text}" for name, (_, text) in explained(config_class).items()]
+    arguments = "\n".join(textwrap.fill(text, 120, initial_indent=" " * 4, subsequent_indent=" " * 8) for text in texts)
     names = "".join(f"{name}, " for name in recipe_names(config_class))
     sources = [
         "config: path of a YAML file with values for these arguments.",
@@ -107,6 +135,22 @@ def document(function: Callable, config_class: type) -> str:
     own = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     lines = [f"    {line}" for line in sources if line.partition(":")[0] not in own]
     return "\n".join([f"{about}\n\nArgs:\n{arguments}", *lines]) + raises + errors
+
+
+def explained(config_class: type) -> dict[str, tuple[type, str]]:
+    """Field -> the class that documents it, and its text there; the fields of the verb itself first."""
+    texts = {}
+    for kind in config_class.__mro__:
+        arguments = inspect.cleandoc(vars(kind).get("__doc__") or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+        for entry in re.split(r"\n(?=    \w)", arguments):
+            name, _, text = entry.strip().partition(":")
+            texts.setdefault(name, (kind, " ".join(text.split())))
+    return {field.name: texts.get(field.name, (config_class, "")) for field in ordered(config_class)}
+
+
+def ordered(config_class: type) -> list[dataclasses.Field]:
+    """The fields of a configuration: those that may be given by position first, then by name only."""
+    return sorted(dataclasses.fields(config_class), key=lambda field: field.kw_only)  # type: ignore[arg-type]
 
 
 def is_required(field: dataclasses.Field) -> bool:
@@ -187,32 +231,94 @@ def check_keys(config_class: type, values: Mapping[Any, Any], source: str) -> No
             raise UserError(f"unknown key {key!r} in {source}{known}")
 
 
-def nearest(word: str, words: list[str]) -> str:
+def nearest(word: str, words: Iterable[str], form: Callable[[str], str] = repr) -> str:
     """``" (did you mean X?)"`` for the most similar of ``words``, or an empty string."""
-    match = difflib.get_close_matches(word.replace("-", "_"), words, n=1) or difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    words = list(words)
+    names = [name for name in SYNONYMS.get(word.replace("-", "_"), ()) if name in words]
+    for spelling in (word.replace("-", "_"), word):
+        names = names or difflib.get_close_matches(spelling, words, n=1)
+    return f" (did you mean {' or '.join(map(form, names))}?)" if names else ""
 
 
-def validate(config_class: type[Config], values: Mapping[str, Any], source: str) -> Config:
+def resolve(
+    config_class: type[Config],
+    given: Mapping[str, Any],
+    recipe: str | None = None,
+    config: str | Path | None = None,
+    form: Callable[[str], str] = str,
+) -> Config:
+    """The configuration from its sources.
+
+    Args:
+        config_class: what to make.
+        given: the user's own values; they must have an effect.
+        recipe: name or path of a recipe, whose values without effect are left out.
+        config: configuration file; its values without effect are reported and left out.
+        form: how messages write the name of an option.
+
+    Raises:
+        UserError: an unknown key, a wrong value, or an option given that has no effect.
+    """
+    base = read_sources(config_class, recipe, None)
+    file = read_sources(config_class, None, config)
+    check_keys(config_class, given, "arguments")
+    if given.get("steps") is not None and given.get("epochs") is not None:
+        raise UserError(f"{form('steps')} and {form('epochs')} both say how long to train: give one of them")
+    steps = {"steps": None} if given.get("epochs") is not None else {}  # those of a file or recipe: the user's win
+    source = " and ".join(map(str, filter(None, (recipe, config))))
+    values = validate_values(config_class, base | file, source) | steps
+    for name, value in given.items():
+        values |= validate_values(config_class, {name: value}, "arguments", form)
+    made = validate(config_class, values, "arguments", form)
+    idle = {name: why for names, why in idle_options(made) for name in names if name in values}
+    for name, why in idle.items():
+        if name in given and values[name] != default_value(config_class, name):
+            raise UserError(f"{form(name)} has no effect: {why}; leave it out")
+    reported = [name for name in idle if name in file and file[name] != plain(default_value(config_class, name))]
+    for name in reported:
+        print(f"{name} in {config} has no effect: {idle[name]}", file=sys.stderr)
+    return validate(config_class, {key: value for key, value in values.items() if key not in idle}, source, form)
+
+
+def idle_options(config: Any) -> Iterator[tuple[Iterable[str], str]]:
+    """Fields that have no effect in ``config``, and why, as its classes tell."""
+    for kind in type(config).__mro__:
+        if "idle" in vars(kind):
+            yield from vars(kind)["idle"](config)
+
+
+def default_value(config_class: type, name: str) -> Any:
+    """The default of a field; :data:`dataclasses.MISSING` if it must be given."""
+    return next(default_of(field) for field in ordered(config_class) if field.name == name)
+
+
+def validate(
+    config_class: type[Config], values: Mapping[str, Any], source: str, form: Callable[[str], str] = str
+) -> Config:
     """Build ``config_class`` from ``values``; :class:`UserError` names the first wrong key and what it must be."""
-    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-        if is_required(field) and field.name not in values:
-            raise UserError(f"{field.name} is required")
-    return config_class(**validate_values(config_class, values, source))
+    if left := [field.name for field in ordered(config_class) if is_required(field) and field.name not in values]:
+        raise UserError(f"{' and '.join(map(form, left))} {'is' if len(left) == 1 else 'are'} required")
+    return config_class(**validate_values(config_class, values, source, form))
 
 
-def validate_values(config_class: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+def validate_values(
+    config_class: type, values: Mapping[str, Any], source: str, form: Callable[[str], str] = str
+) -> dict[str, Any]:
     """``values`` converted to the types of the fields they name."""
     check_keys(config_class, values, source)
     types = get_type_hints(config_class)
-    return {key: validate_value(key, value, types[key], source) for key, value in values.items()}
+    return {key: validate_value(form(key), value, types[key], source) for key, value in values.items()}
 
 
 def validate_value(key: str, value: Any, kind: Any, source: str) -> Any:
+    """``value`` as a ``kind``; ``key`` and ``source`` say in messages where it comes from."""
     try:
-        return pydantic.TypeAdapter(kind).validate_python(str(value) if isinstance(value, PurePath) else value)
+        value = pydantic.TypeAdapter(kind).validate_python(str(value) if isinstance(value, PurePath) else value)
     except pydantic.ValidationError as error:
         raise UserError(f"{key}={value!r} in {source} is not valid: {error.errors()[0]['msg']}") from error
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{key}={value!r} in {source} is not valid: it holds a zero byte")
+    return value
 
 
 def check_numbers(
@@ -239,10 +345,16 @@ def check_numbers(
         raise UserError(f"seed must be below 2**63, not {config.seed}")
 
 
+def plain(value: Any) -> Any:
+    """A configuration, or a value in one, as YAML holds it."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in ordered(type(value))}  # type: ignore[arg-type]
+    if isinstance(value, Mapping):
+        return {key: plain(content) for key, content in value.items()}
+    return [plain(content) for content in value] if isinstance(value, (tuple, list)) else value
+
+
 def write_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration as YAML, readable back with ``--config``."""
-    plain = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
-    }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(path), yaml.safe_dump(plain, sort_keys=False))
+    write_text(Path(path), yaml.safe_dump(plain(config), sort_keys=False))

@@ -1,4 +1,4 @@
-"""The whole job on a small example: photos -> proposals -> pre-training -> fine-tuning -> metrics -> pictures."""
+"""The whole workflow on a small example: images, proposals, pre-training, fine-tuning, metrics, pictures."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from siamese_detr.images.scenes import make_scenes
 
 @dataclass
 class DemoConfig:
-    """Run the whole job on a small example, in about five minutes on two CPU cores.
+    """Run the whole workflow on a small example, in about five minutes on two CPU cores.
 
     Args:
-        out: folder for everything the demonstration makes.
-        images: your own photos for the unlabelled part (a folder, a list file or a COCO JSON), not generated scenes.
+        out: folder for all results.
+        images: your own images to pre-train on (a folder, a list file or a COCO JSON) instead of generated scenes.
         unlabelled: number of generated scenes to pre-train on.
         labelled: number of labelled scenes to fine-tune on.
         validation: number of labelled scenes to measure on.
         pretrain_steps: steps of pre-training.
         finetune_epochs: passes over the labelled scenes, the same from scratch and from pre-training.
-        seed: seed of everything random.
+        seed: random seed.
     """
 
     out: str = "siamese-detr-demo"
@@ -43,7 +43,7 @@ class DemoConfig:
 
 @dataclass
 class DemoResult:
-    """What the demonstration measured: COCO metrics on the validation scenes, and seconds per stage."""
+    """Results of the demonstration: COCO metrics on the validation scenes (0 to 1), and seconds per stage."""
 
     out: str
     scratch: dict[str, float]
@@ -53,17 +53,18 @@ class DemoResult:
 
 @verb(DemoConfig)
 def demo(config: DemoConfig) -> DemoResult:
-    """Run the whole job on a small example, in about five minutes on two CPU cores."""
-    # Here, because they load PyTorch, for which --help need not wait.
+    """Run the whole workflow on a small example, in about five minutes on two CPU cores."""
+    # Imported here so that --help does not wait for PyTorch to load.
     from siamese_detr import finetune, predict, pretrain, propose
+    from siamese_detr.evaluation.coco import percent
 
     out = Path(config.out)
     if (out / "demo.json").exists() or (out / "pretrained").exists():
         raise UserError(f"{out} already holds a demonstration: choose another folder with --out, or delete it")
     if out.exists() and not (out.is_dir() and ((out / "demo.yaml").exists() or not any(out.iterdir()))):
-        raise UserError(f"{out} is no empty folder: choose another one with --out")
+        raise UserError(f"{out} is not an empty folder: choose another one with --out")
     if config.images is not None:
-        list_images(config.images)  # a mistake is found now, not after the scenes have been made
+        list_images(config.images)  # a wrong path ends the demonstration now, not after the scenes have been made
     console = Console()
     seconds: dict[str, float] = {}
     write_config(config, out / "demo.yaml")
@@ -88,7 +89,7 @@ def demo(config: DemoConfig) -> DemoResult:
     propose(images=images, out=str(out / "proposals"), seed=config.seed)
     done("propose")
 
-    stage(3, "pretrain", "Pre-training: find in one view of a photo what was shown from the other; no labels")
+    stage(3, "pretrain", "Pre-training without labels: find the regions of one view of an image in its other view")
     pretrain(
         recipe="demo",
         images=images,
@@ -102,9 +103,9 @@ def demo(config: DemoConfig) -> DemoResult:
     metrics: dict[str, dict[str, float]] = {}
     for number, name, text in (
         (4, "scratch", "Fine-tuning from scratch (backbone pre-trained, Transformer random)"),
-        (5, "pretrained", "The same fine-tuning from the pre-trained detector"),
+        (5, "pretrained", "The same fine-tuning, starting from the pre-trained detector"),
     ):
-        stage(number, f"finetune-{name}", f"{text}, {config.labelled} labelled scenes")
+        stage(number, f"finetune-{name}", f"{text} on {config.labelled} labelled scenes")
         tuned = finetune(
             recipe="demo",
             train=str(train),
@@ -114,10 +115,10 @@ def demo(config: DemoConfig) -> DemoResult:
             seed=config.seed,
             model=str(out / "pretrained") if name == "pretrained" else None,
         )
-        metrics[name] = tuned.last  # not the best: that would be chosen on the validation scenes
+        metrics[name] = tuned.last  # the best evaluation would have been chosen on the same validation scenes
         done(f"finetune-{name}")
 
-    stage(6, "predict", "Pictures of what the fine-tuned detector finds")
+    stage(6, "predict", "Pictures of the fine-tuned detector's predictions")
     predict(
         model=str(out / "finetuned-pretrained" / "last"),
         images=str(out / "validation"),
@@ -128,15 +129,15 @@ def demo(config: DemoConfig) -> DemoResult:
 
     result = DemoResult(str(out), metrics["scratch"], metrics["pretrained"], seconds)
     write_json(out / "demo.json", vars(result))
-    table = Table(title=f"COCO metrics on {config.validation} validation scenes (higher is better)")
+    table = Table(title=f"COCO metrics on {config.validation} validation scenes, in % (higher is better)")
     for column in ("start", "AP", "AP50", "AP75"):
         table.add_column(column)
     for name, text in (("scratch", "from scratch"), ("pretrained", "pre-trained")):
-        table.add_row(text, *(f"{metrics[name][key]:.3f}" for key in ("AP", "AP50", "AP75")))
+        table.add_row(text, *(percent(metrics[name][key]) for key in ("AP", "AP50", "AP75")))
     console.print(table)
     text = f"""{sum(seconds.values()) / 60:.1f} minutes. Look at:
-  {out}/pictures/pictures          boxes found on the validation scenes
-  {out}/pretrained/tensorboard     curves of every loss (tensorboard --logdir {out})
+  {out}/pictures/pictures          the validation scenes with predicted boxes
+  {out}/pretrained/tensorboard     curves of all losses (tensorboard --logdir {out})
   {out}/finetuned-pretrained/last  an ordinary Hugging Face detector
 
 Next, on your own photos and labels (COCO JSON, VOC or YOLO):

@@ -7,6 +7,7 @@ over by the same command with --resume.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -187,6 +188,40 @@ def test_a_data_worker_killed(base: dict[str, Any], tmp_path: Path) -> None:
     assert_continues(options)
 
 
+SMALL_SHARED_MEMORY = """
+import ctypes, json, subprocess, sys
+
+if ctypes.CDLL(None).unshare(0x00020000):  # a mount namespace of its own
+    sys.exit(77)
+for command in (["mount", "--make-rprivate", "/"], ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"]):
+    if subprocess.run(command, capture_output=True).returncode:
+        sys.exit(77)
+from siamese_detr import load_verb
+
+for verb, options in json.loads(sys.argv[1]):
+    load_verb(verb)(**options)
+"""
+
+
+def test_shared_memory_too_small_for_a_batch(base: dict[str, Any], tmp_path: Path) -> None:
+    """As in a container: training, a bank of features, fine-tuning with its evaluation, and evaluate need none."""
+    labels = str(tiny_finetuning.write_scenes(tmp_path / "scenes", count=4))
+    run, tuned = base | {"steps": 2, "workers": 1}, tiny_finetuning.TINY | tiny_finetuning.QUICK
+    tuned |= {"train": labels, "val": labels, "out": str(tmp_path / "tuned"), "steps": 1, "workers": 1}
+    verbs = [
+        ("pretrain", run | {"out": str(tmp_path / "run")}),
+        ("pretrain", run | {"out": str(tmp_path / "banked"), "feature_bank": 1}),
+        ("finetune", tuned),
+        ("evaluate", {"model": str(tmp_path / "tuned"), "labels": labels, "device": "cpu", "workers": 1}),
+    ]
+    command = [sys.executable, "-c", SMALL_SHARED_MEMORY, json.dumps(verbs)]
+    done = subprocess.run(command, timeout=4 * PATIENCE, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("mounting needs root")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path / "run")[-1]["step"] == logged(tmp_path / "banked")[-1]["step"] == 2
+
+
 def test_a_data_process_that_hangs_holds_up_nobody() -> None:
     """As one does that waits for a lock which another one held when it was killed."""
     program = """
@@ -310,12 +345,12 @@ def test_the_death_of_a_data_process_may_be_heard_of_after_its_connection_broke_
 
 
 def test_an_allocation_too_large(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from siamese_detr.training.pretrain import PretextTrainer, pretrain
+    from siamese_detr.training.pretrain import PretextTask, pretrain
 
-    def terms(self: PretextTrainer, *args: Any) -> Any:
+    def step(self: PretextTask, *args: Any) -> Any:
         return torch.empty(2**50)
 
-    monkeypatch.setattr(PretextTrainer, "terms", terms)
+    monkeypatch.setattr(PretextTask, "step", step)
     with pytest.raises(UserError, match=r"out of memory.*--resume"):
         pretrain(**base | {"out": str(tmp_path / "run"), "steps": 1})
 

@@ -140,7 +140,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "no detector to measure": ("evaluate {gone} {labels.json} --images {photos}", ["no detector", "gone"]),
     "no detector to export": ("export {empty} {out}", ["empty is no detector"]),
     "no proposals": (PRETRAIN.replace("{store}", "{empty}"), ["empty: no proposal store", "propose"]),
-    "no run": ("report {empty}", ["empty holds no run"]),
+    "no run": ("report {empty}", ["empty is not a run directory"]),
     "no folder of a run": ("report {gone}", ["gone does not exist"]),
     # places
     "a file as folder": (PROPOSE.replace("{out}", "{labels.json}"), ["labels.json", "another directory"]),
@@ -153,7 +153,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "no mapping": ("propose --config {list.yaml}", ["list.yaml", "key: value"]),
     "no such file": ("propose --config {gone.yaml}", ["gone.yaml"]),
     "unknown recipe": (PRETRAIN + " --recipe lapptop", ["did you mean 'laptop'?", "imagenet-conditional"]),
-    "no out": ("propose {photos}", ["--out must be given", "propose --help"]),
+    "no out": ("propose {photos}", ["--out is required", "propose --help"]),
     "no number": (PROPOSE + " --seed x", ["--seed", "'x'"]),
     "no choice": ("propose {photos} {out} --method selective", ["'selective'", "'selective-search'"]),
     "impossible number": (FINETUNE + " --fraction 2", ["fraction", "at most 1"]),
@@ -279,7 +279,7 @@ def test_a_full_disk_leaves_the_detector_before(
     assert [path.name for path in tmp_path.iterdir()] == ["detector"]
 
 
-@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "make room"), (errno.EROFS, "choose a place")])
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "free disk space"), (errno.EROFS, "choose a place")])
 def test_what_the_machine_refuses_is_one_line(
     number: int, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,7 +129,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     with pytest.raises(SystemExit):
         cli.main(["toy", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--square | --no-square" in said
+    assert "--square, --no-square" in said
     assert "stretch; default: it depends" in said
     write_config(ToyConfig("x", steps=9), tmp_path / "c.yaml")
     assert cli.main(["toy", f"--config={tmp_path / 'c.yaml'}", "--method", "b"]) == 0
@@ -138,7 +138,12 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert cli.main(["toy", "--config", str(tmp_path / "partial.yaml"), "--images", "y"]) == 0
     assert seen.pop() == ToyConfig("y", sides=(3,))
     (tmp_path / "partial.yaml").write_text("further: {a: 1, b: 2}\n")
-    for words, expected in (([], {"a": 1, "b": 2}), (["--further", "c", "x"], {"c": "x"}), (["--further"], {})):
+    for words, expected in (
+        ([], {"a": 1, "b": 2}),
+        (["--further", "c", "x"], {"c": "x"}),
+        (["--further"], {}),
+        (["--further.b", "3", "--further.c=x"], {"a": 1, "b": 3, "c": "x"}),
+    ):
         assert cli.main(["toy", "y", "--config", str(tmp_path / "partial.yaml"), *words]) == 0
         assert seen.pop() == ToyConfig("y", further=expected)
     (tmp_path / "partial.yaml").write_text("steps: many\n")
@@ -149,8 +154,12 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["photos", "--no-resum"], ["--no-resum", "unknown option"]),
         (["photos", "--steps", "many"], ["many", "--steps"]),
         (["photos", "--steps"], ["--steps"]),
-        (["photos", "--method", "c"], ["'c'", "--method", "'a', 'b'"]),
-        (["--steps", "5"], ["--images must be given"]),
+        (["photos", "--method", "c"], ["'c'", "--method", "'a' or 'b'"]),
+        (["--steps", "5"], ["--images is required"]),
+        (["-images", "x"], ["did you mean --images?"]),
+        (["--images", "x", "y"], ["unexpected 'y'", "--images is given as well"]),
+        (["photos", "--further", "a"], ["--further takes pairs"]),
+        (["--images", "a\0b"], ["zero byte"]),
     ):
         assert cli.main(["toy", *arguments]) == 2
         message = capsys.readouterr().err

@@ -19,6 +19,8 @@ def test_everything_promised_is_there(tmp_path: Path, capsys: pytest.CaptureFixt
     out = tmp_path / "demo"
     result = demo(out=str(out), **SMALL)
     said = capsys.readouterr().out
+    assert "in % (higher is better)" in said
+    assert f"{100 * result.pretrained['AP']:.1f}" in said
     for path in ("pictures/pictures", "pretrained/tensorboard", "finetuned-pretrained/last"):
         assert f"{out}/{path}" in said
         assert any((out / path).iterdir())
@@ -46,6 +48,6 @@ def test_photos_that_are_not_there_are_missed_before_anything_is_made(tmp_path: 
 def test_a_folder_of_something_else_is_refused(photos: Path) -> None:
     before = sorted(photos.iterdir())
     for out in (photos, photos / "0.jpg"):
-        with pytest.raises(UserError, match=f"{out} is no empty folder.*--out"):
+        with pytest.raises(UserError, match=f"{out} is not an empty folder.*--out"):
             demo(out=str(out))
     assert sorted(photos.iterdir()) == before

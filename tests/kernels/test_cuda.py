@@ -19,15 +19,14 @@ from torch.testing import assert_close
 import siamese_detr
 from conftest import slow
 from pretext_cases import random_features, randomise, small_detector
-from runs import TINY, logged, note_calls
+from runs import TINY, logged
 from siamese_detr.detection.matching import assign
 from siamese_detr.detectors import build_detector
 from siamese_detr.errors import UserError
+from siamese_detr.kernels import accelerate
 from siamese_detr.kernels.frozen import FrozenBackbone, is_norm, run
 from siamese_detr.kernels.fused import CudnnConv2d
 from siamese_detr.pretext import build_pretext
-from siamese_detr.pretext.base import Pretext
-from siamese_detr.training.ahead import AheadLoader
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
 from siamese_detr.views import TwoViewDataset, augment, collate
 from tiny_detectors import gradients_in_half_precision_are_numbers
@@ -48,9 +47,9 @@ def _no_tf32() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _kernels_for_few_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_linear = pytest.importorskip("siamese_detr.kernels.gpu_linear", reason="this system has no Triton")
-    monkeypatch.setattr(gpu_linear, "LARGE", 0)
+def _kernels_are_registered() -> None:
+    pytest.importorskip("triton", reason="this system has no Triton")
+    accelerate(torch.nn.Identity(), "cuda")
 
 
 @pytest.mark.parametrize("method", ["siamese", "detreg"])
@@ -59,6 +58,7 @@ def test_losses_and_gradients_are_those_of_a_cpu(family: str, method: str) -> No
     here = randomise(build_pretext(method, small_detector(family)))  # else points lie where gradients are not unique
     features = random_features(views=2 if method == "siamese" else 1, detector=here.detector)
     there, moved = copy.deepcopy(here).cuda(), features.to("cuda")
+    accelerate(there, "cuda")
     expected, found = here(features), there(moved)
     expected.loss.backward()
     found.loss.backward()
@@ -146,31 +146,6 @@ def test_augmentation_is_that_of_a_cpu(photos: Path) -> None:
 @pytest.mark.parametrize("case", ["deformable-detr", "rt-detr", "lw-detr"])
 def test_gradients_in_half_precision_are_numbers_in_spite_of_padding(case: str) -> None:
     gradients_in_half_precision_are_numbers(case, "cuda", torch.float16)
-
-
-def test_batches_arrive_as_they_were() -> None:
-    rows = [{"x": torch.arange(4) + n, "name": str(n)} for n in range(7)]
-    loader = AheadLoader(rows, torch.device("cuda"), batch_size=None, num_workers=2)
-    for n, batch in enumerate(loader):
-        assert batch["x"].is_cuda
-        assert batch["x"].tolist() == [n, n + 1, n + 2, n + 3]
-        assert batch["name"] == str(n)
-        assert batch.get("noted") == (n or None)  # in what was the next batch
-        following = loader.peek()
-        assert (following is None) == (n == 6)
-        if following is not None:
-            assert following["x"].tolist() == [n + 1, n + 2, n + 3, n + 4]
-            following["noted"] = n + 1
-    assert n == 6
-
-
-def test_the_next_batch_is_frozen_before_the_update(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[str] = []
-    note_calls(monkeypatch, order, (Pretext, "frozen_features"), (torch.optim.AdamW, "step"))
-    pretrain(PretrainConfig(images=str(photos), out=str(tmp_path / "run"), **TINY | {"device": "auto", "steps": 3}))
-    assert order == ["frozen_features", *2 * ["frozen_features", "step"], "step"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -143,6 +143,12 @@ def test_pretraining_page(runs: dict[str, Path], tmp_path: Path) -> None:
     assert text.count("data:image/jpeg") == 2 * 2 + 2
 
 
+@pytest.mark.parametrize("kind", ["pretrained", "finetuned"])
+def test_predictions_are_computed_on_the_device_asked_for(runs: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    with pytest.raises(UserError, match="device 'abacus'"):
+        siamese_detr.report(run=str(runs[kind]), out=str(tmp_path / "page.html"), samples=1, device="abacus")
+
+
 def test_what_is_missing_is_left_out_with_a_reason(runs: dict[str, Path], tmp_path: Path) -> None:
     broken = tmp_path / "run"
     broken.mkdir()
@@ -273,7 +279,8 @@ def test_text_is_escaped_and_figures_keep_to_themselves(tmp_path: Path) -> None:
     photo = album.add(np.zeros((40, 60, 3), np.uint8))
     picture = photo.draw([Box((-5, -5, 90, 90), "#fff", evil)], evil, evil)
     curve = Curve(evil, [1.0, 2.0], [3.0, 4.0], [3.0, 4.0], [3.0, 4.0])
-    charts = [line_chart(evil, "x", "y", [curve, curve]) for _ in range(2)]
+    nothing = Curve("nothing", [], [], [], [])
+    charts = [line_chart(evil, "x", "y", curves) for curves in ([curve, curve], [curve, nothing], [nothing])]
     table = Table(evil, [evil], [[evil]])
     page = Page(evil, evil, [Section(evil, [Grid([picture, *charts]), table])], album.markup())
     file = tmp_path / "page.html"

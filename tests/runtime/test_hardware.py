@@ -11,7 +11,7 @@ import torch
 
 from siamese_detr.runtime import hardware
 from siamese_detr.runtime.hardware import emulates_bf16, prefers_onednn
-from siamese_detr.training import settings
+from siamese_detr.training import checks
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
@@ -70,9 +70,9 @@ def test_onednn_is_preferred_on_amd_processors_with_wide_vectors_only(
 def test_a_run_in_an_emulated_precision_says_that_it_is_slow(
     precision: str, device: str, main: bool, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings, "on_cpu", lambda device: device == "cpu")
-    monkeypatch.setattr(settings, "emulates_bf16", lambda asked: asked == device)
+    monkeypatch.setattr(checks, "on_cpu", lambda device: device == "cpu")
+    monkeypatch.setattr(checks, "emulates_bf16", lambda asked: asked == device)
     with pytest.warns(UserWarning, match=said) if said else contextlib.nullcontext():
-        settings.check_precision(precision, device, main)
-    monkeypatch.setattr(settings, "emulates_bf16", lambda asked: False)
-    settings.check_precision(precision, device, main)
+        checks.check_precision(precision, device, main)
+    monkeypatch.setattr(checks, "emulates_bf16", lambda asked: False)
+    checks.check_precision(precision, device, main)

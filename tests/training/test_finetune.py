@@ -21,8 +21,10 @@ from siamese_detr.detectors.build import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.runtime.signals import Preempted
+from siamese_detr.training.detection_task import is_due
 from siamese_detr.training.finetune import finetune
 from siamese_detr.training.finetune_config import FinetuneConfig
+from siamese_detr.training.optimizer import lr_factor
 from tiny_finetuning import CLASSES, QUICK, TINY, learned, write_scenes
 
 HEAD = ("class_labels_classifier", "class_embed")
@@ -122,13 +124,14 @@ def test_a_killed_run_ends_as_if_it_had_not_been(labels, tmp_path):
     config.write_text(json.dumps({**options, "out": str(tmp_path / "killed"), "workers": 2}))
     script = (
         "import json, os, signal, sys\n"
-        "from siamese_detr.training.detection_trainer import DetectionTrainer\n"
+        "from siamese_detr.training.detection_task import DetectionTask\n"
         "from siamese_detr.training.finetune import finetune\n"
-        "terms = DetectionTrainer.terms\n"
-        "def killed(self, *args):\n"
-        "    if self.state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return terms(self, *args)\n"
-        "DetectionTrainer.terms = killed\n"
+        "step, calls = DetectionTask.step, []\n"
+        "def killed(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(*args)\n"
+        "DetectionTask.step = killed\n"
         "finetune(**json.load(open(sys.argv[1])))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -317,16 +320,16 @@ def test_validation_without_a_known_class_is_refused_before_training(labels, tmp
 @pytest.mark.parametrize(("images", "epochs", "eval_every"), [(402, 20, 10), (40, 40, 1), (33, 50, 1), (3, 9, 0.5)])
 def test_evaluations_are_even_and_end_with_the_run(images: int, epochs: float, eval_every: float) -> None:
     config = FinetuneConfig(train="t.json", out="o", val="v.json", epochs=epochs, eval_every=eval_every)
-    settings = config.settings(images, evaluates=True)
-    at = [step for step in range(1, settings.steps + 1) if settings.evaluates_at(step)]
-    assert len(at) == min(round(epochs / eval_every), settings.steps)
-    assert at[-1] == settings.steps
+    steps, count = config.total_steps(images), config.evaluations(images)
+    at = [step for step in range(1, steps + 1) if is_due(step, steps, count)]
+    assert len(at) == min(round(epochs / eval_every), steps)
+    assert at[-1] == steps
     gaps = {after - before for before, after in zip([0, *at], at, strict=False)}
     assert max(gaps) - min(gaps) <= 1
     config.eval_every = 0
-    last = config.settings(images, evaluates=True)
-    assert [step for step in range(1, last.steps + 1) if last.evaluates_at(step)] == [last.steps]
-    assert not config.settings(images, evaluates=False).evaluates_at(last.steps)
+    count = config.evaluations(images)
+    assert [step for step in range(1, steps + 1) if is_due(step, steps, count)] == [steps]
+    assert not is_due(steps, steps, 0)
 
 
 def test_every_update_is_in_the_log_and_in_an_evaluations_loss(labels, tmp_path):
@@ -359,8 +362,8 @@ def test_recipes_are_those_of_the_papers(name: str, fraction: float, epochs: int
     }
     assert {key: getattr(config, key) for key in expected} == expected
     assert not config.square
-    settings = config.settings(1600, evaluates=True)
-    assert settings.steps == 100 * epochs
-    drop = settings.steps * 4 // 5  # of 50 epochs at 40
-    factors = [settings.lr_factor(step) for step in (0, drop - 1, drop, settings.steps - 1)]
-    assert factors == pytest.approx([1, 1, 0.1, 0.1])
+    steps = config.total_steps(1600)
+    assert steps == 100 * epochs
+    factor = lr_factor(config.schedule, steps, config.drop_at, config.warmup)
+    drop = steps * 4 // 5  # of 50 epochs at 40
+    assert [factor(step) for step in (0, drop - 1, drop, steps - 1)] == pytest.approx([1, 1, 0.1, 0.1])

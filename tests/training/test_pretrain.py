@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
-import itertools
 import json
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForObjectDetection, TrainingArguments
+from transformers import AutoModelForObjectDetection
 
 from conftest import slow, textured
-from runs import TINY, logged, note_calls
+from runs import TINY, logged
 from siamese_detr import cli
 from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.detectors import plan_detector
@@ -28,17 +27,15 @@ from siamese_detr.pretext import PRETEXTS
 from siamese_detr.pretext.siamese import SiamesePretext
 from siamese_detr.proposals.propose import propose
 from siamese_detr.proposals.store import ProposalStore, StoredImage
-from siamese_detr.runtime.processes import machine_explained
+from siamese_detr.runtime.processes import Team, machine_explained
 from siamese_detr.runtime.rundir import sessions
-from siamese_detr.training import ahead
 from siamese_detr.training import pretrain as module
 from siamese_detr.training.feature_bank import FeatureBank, fingerprint
+from siamese_detr.training.loop import Loop
 from siamese_detr.training.optimizer import lr_factor
-from siamese_detr.training.persistence import PersistentTrainer
 from siamese_detr.training.pretrain import pretrain
 from siamese_detr.training.pretrain_config import PretrainConfig
-from siamese_detr.training.settings import RunSettings
-from siamese_detr.training.trainer import BaseTrainer
+from siamese_detr.training.source import find_source
 from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.sampler import ViewBatchSampler
 from siamese_detr.views.two_views import TwoViewDataset
@@ -61,81 +58,12 @@ def saved(out: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(out / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
 
 
-class CopiedHere(ahead.CopiedAhead):
-    """Batches that stay on a CPU."""
-
-    def __init__(self, batches: Any, device: torch.device) -> None:
-        self.batches, self.waiting = iter(batches), collections.deque()
-
-    def __next__(self) -> Any:
-        self.waiting.extend(itertools.islice(self.batches, 2 - len(self.waiting)))
-        if not self.waiting:
-            raise StopIteration
-        return self.waiting.popleft()
-
-    def peek(self) -> Any:
-        return self.waiting[0] if self.waiting else None
-
-
-@pytest.fixture
-def _looking_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done on a CUDA device: the next batch is looked at while an update's numbers are waited for."""
-    set_up, across = ahead.AheadLoader.__init__, PersistentTrainer._across
-
-    def set_up_ahead(loader: Any, *arguments: Any, **options: Any) -> None:
-        set_up(loader, *arguments, **options)
-        loader.ahead_on = torch.device("cpu")
-
-    def looking(trainer: Any, values: torch.Tensor, meanwhile: Any = None) -> list[float]:
-        if meanwhile is not None:
-            meanwhile()
-        return across(trainer, values)
-
-    monkeypatch.setattr(ahead, "CopiedAhead", CopiedHere)
-    monkeypatch.setattr(ahead.AheadLoader, "__init__", set_up_ahead)
-    monkeypatch.setattr(PersistentTrainer, "_across", looking)
-
-
 def with_photos(base: dict[str, Any], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A copy of the photos with proposals of its own, which a test may damage, and the options of a run on it."""
     photos, store = tmp_path / "photos", str(tmp_path / "store")
     shutil.copytree(base["images"], photos)
     propose(images=str(photos), out=store, method="random", workers=1)
     return photos, {**base, "images": str(photos), "proposals": store}
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_looking_ahead_changes_nothing(
-    base: dict[str, Any], tmp_path: Path, accumulate: int, request: pytest.FixtureRequest, monkeypatch: Any
-) -> None:
-    photos, options = with_photos(base, tmp_path)
-    for n in (1, 3, 4, 6):  # of batches of two, some have nothing that can be read
-        (photos / f"{n:02}.jpg").write_bytes(b"no image")
-    options |= {"batch_size": 2 * accumulate, "accumulate": accumulate, "max_bad_share": 1.0, "steps": 8}
-    order: list[str] = []
-    note_calls(monkeypatch, order, (SiamesePretext, "frozen_features"), (torch.optim.AdamW, "step"))
-    pretrain(**options, out=str(tmp_path / "plain"))
-    before = order.copy()
-    order.clear()
-    request.getfixturevalue("_looking_ahead")
-    pretrain(**options, out=str(tmp_path / "ahead"))
-    assert order != before
-    assert sorted(order) == sorted(before)
-    for plain, found in zip(logged(tmp_path / "plain"), logged(tmp_path / "ahead"), strict=True):
-        assert plain.get("loss") == found.get("loss")  # there is none of an update without images
-
-
-def test_a_loader_does_not_keep_what_data_processes_end_with() -> None:
-    rows = [{"x": torch.arange(2) + n} for n in range(3)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead, "CopiedAhead", CopiedHere)
-        loader = ahead.AheadLoader(rows, torch.device("cpu"), batch_size=None)  # type: ignore[arg-type]
-        loader.ahead_on = torch.device("cpu")
-        batches = iter(loader)
-        next(batches)
-        assert loader.peek()["x"].tolist() == [1, 2]
-        del batches
-        assert loader.peek() is None
 
 
 def test_a_run_leaves_what_it_promises(base: dict[str, Any], tmp_path: Path) -> None:
@@ -534,6 +462,23 @@ def test_a_checkpoint_of_another_release_is_refused(
         pretrain(**{**base, "out": str(tmp_path / "run"), "resume": True})
 
 
+def test_a_checkpoint_of_the_first_release_is_continued(
+    checkpoint_of_two: Path, base: dict[str, Any], tmp_path: Path
+) -> None:
+    """It says more of the run's state than is read now."""
+    from siamese_detr.runtime import checkpoint as checkpoints
+
+    shutil.copytree(checkpoint_of_two, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    state = {"epoch": 1.0, "global_step": 2, "max_steps": 2, "logging_steps": 1, "save_steps": 2, "eval_steps": 500}
+    (folder / "trainer_state.json").write_text(json.dumps(state | {"train_batch_size": 8, "best_metric": None}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["trainer_state.json"] = checkpoints.fingerprint(folder / "trainer_state.json")
+    del manifest["format"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert pretrain(**{**base, "out": str(tmp_path / "run"), "resume": True}).steps == 4
+
+
 @pytest.fixture(scope="module")
 def checkpoint_of_two(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that did two of four steps."""
@@ -577,6 +522,33 @@ def test_images_that_a_bank_could_not_read_are_tried_again(base: dict[str, Any],
         assert pretrain(**options, out=str(tmp_path / run), resume=True).skipped == skipped
     (bank,) = (tmp_path / "banks").iterdir()
     assert np.fromfile(bank / "state", np.uint8).tolist() == [1] * 20
+
+
+def test_each_process_computes_its_share_of_a_bank(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes, one has half the entries, as many at a time as it trains on."""
+    seen: list[int] = []
+
+    class Second(Team):
+        rank, size = property(lambda _: 1, lambda *_: None), property(lambda _: 2, lambda *_: None)  # type: ignore[assignment]
+
+        def wait(self) -> None:
+            pass
+
+    def noted(task: SiamesePretext, inputs: Any) -> Any:
+        seen.append(len(inputs.pixel_values) // 2)  # of each image two views
+        return features(task, inputs)
+
+    features = SiamesePretext.frozen_features
+    monkeypatch.setattr(SiamesePretext, "frozen_features", noted)
+    monkeypatch.setattr(module, "find_source", lambda *given: find_source(*given[:3], Second(given[3].state)))
+    options = {**base, "feature_bank": 1, "bank_dir": str(tmp_path / "banks"), "steps": 1, "max_bad_share": 1.0}
+    with contextlib.suppress(UserError):
+        pretrain(**options, out=str(tmp_path / "run"))
+    assert seen[1:] == [2, 2, 1]  # the first only shows what an entry looks like
+    (bank,) = (tmp_path / "banks").iterdir()
+    assert np.fromfile(bank / "state", np.uint8).tolist() == [0, 1] * 5
 
 
 @pytest.mark.parametrize("changed", ["path", "width", "height", "boxes", "scores"])
@@ -819,17 +791,17 @@ def test_recipes_are_those_of_the_papers(name: str) -> None:
 def test_every_micro_batch_of_every_process_draws_its_own_dropout(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, forward, drawn, rank = BaseTrainer.training_step, SiamesePretext.forward, [], 0
+    gradients, forward, drawn, rank = Loop.gradients, SiamesePretext.forward, [], 0
 
-    def step_of_rank(*given: Any) -> Any:
-        with patch.object(TrainingArguments, "process_index", rank):
-            return step(*given)
+    def gradients_of_rank(loop: Loop, *arguments: Any) -> Any:
+        loop.team.rank = rank
+        return gradients(loop, *arguments)
 
-    def noted(*given: Any) -> Any:
+    def noted(*arguments: Any) -> Any:
         drawn.append(torch.rand(()).item())
-        return forward(*given)
+        return forward(*arguments)
 
-    monkeypatch.setattr(BaseTrainer, "training_step", step_of_rank)
+    monkeypatch.setattr(Loop, "gradients", gradients_of_rank)
     monkeypatch.setattr(SiamesePretext, "forward", noted)
     for rank in range(2):
         pretrain(**{**base, "out": str(tmp_path / str(rank)), "steps": 2, "accumulate": 2})
@@ -852,16 +824,6 @@ def test_compiling_changes_nothing(base: dict[str, Any], tmp_path: Path) -> None
         for name in (name for name in plain if name.startswith("loss")):
             assert compiled[name] == pytest.approx(plain[name], rel=1e-4), name
         assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)  # batch norms over four images
-
-
-def test_one_process_uses_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def two_gpus(arguments: TrainingArguments) -> torch.device:
-        arguments._n_gpu = 2
-        return torch.device("cpu")
-
-    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
-    settings = RunSettings(out=tmp_path, steps=1, batch_size=1, lr_factor=lambda step: 1.0)
-    assert settings.arguments().n_gpu == 1  # from two on, Trainer would wrap the model
 
 
 def test_without_a_compiler_compiling_ends_in_one_line(

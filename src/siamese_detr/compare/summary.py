@@ -7,7 +7,7 @@ import dataclasses
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -79,28 +79,20 @@ def entries(results: Sequence[CellResult], metric: str = "AP") -> list[Entry]:
     groups: dict[tuple[str, float], list[CellResult]] = {}
     for result in results:
         groups.setdefault((result.init, result.fraction), []).append(result)
-    found = []
+    made = []
     for (init, fraction), group in groups.items():
         values = [v for r in group if r.status == "done" and (v := r.metrics.get(metric)) is not None]
-        images = [r.images for r in group if r.images is not None]
-        found.append(
-            Entry(
-                init,
-                fraction,
-                statistics.fmean(values) if values else None,
-                statistics.stdev(values) if len(values) > 1 else None,
-                len(values),
-                len(group),
-                statistics.fmean(images) if images else None,
-            )
-        )
-    return found
+        mean, std = statistics.fmean(values) if values else None, statistics.stdev(values) if values[1:] else None
+        counts = [r.images for r in group if r.images is not None]
+        images = statistics.fmean(counts) if counts else None
+        made.append(Entry(init, fraction, mean, std, len(values), len(group), images))
+    return made
 
 
 @dataclass(frozen=True)
 class SummaryTable:
-    """The table as text: ``rows[i][j]`` belongs to ``inits[i]`` and ``headers[j]``; ``best`` holds each column's
-    best row."""
+    """The table as text: ``rows[i][j]`` belongs to ``inits[i]`` and ``headers[j]``; ``best[j]`` is the best row of a
+    column, None if there are fewer than two."""
 
     headers: list[str]
     inits: list[str]
@@ -109,21 +101,19 @@ class SummaryTable:
 
 
 def summary_table(results: Sequence[CellResult], metric: str = "AP") -> SummaryTable:
-    """Initialisations down, label fractions across, in percent: ``12.3 ± 0.4``; fewer seeds than asked for are told."""
-    found = {(entry.init, entry.fraction): entry for entry in entries(results, metric)}
-    inits = list(dict.fromkeys(entry.init for entry in found.values()))
-    fractions = sorted({entry.fraction for entry in found.values()})
-    headers = []
-    for fraction in fractions:
-        counts = [entry.images for entry in found.values() if entry.fraction == fraction and entry.images is not None]
-        headers.append(percent_of(fraction) + (f" ({round(statistics.fmean(counts))} images)" if counts else ""))
-    rows = [[format_entry(found.get((init, fraction))) for fraction in fractions] for init in inits]
+    """Initialisations down, label fractions across, in percent: ``12.3 ± 0.4``, with a note if seeds are missing."""
+    by_place = {(entry.init, entry.fraction): entry for entry in entries(results, metric)}
+    inits = list(dict.fromkeys(init for init, _ in by_place))
+    fractions = sorted({fraction for _, fraction in by_place})
+    headers: list[str] = []
     best: list[int | None] = []
     for fraction in fractions:
-        means = [
-            (e.mean, i) for i, init in enumerate(inits) if (e := found.get((init, fraction))) and e.mean is not None
-        ]
+        column = [by_place.get((init, fraction)) for init in inits]
+        counts = [entry.images for entry in column if entry is not None and entry.images is not None]
+        headers.append(percent_of(fraction) + (f" ({round(statistics.fmean(counts))} images)" if counts else ""))
+        means = [(entry.mean, i) for i, entry in enumerate(column) if entry is not None and entry.mean is not None]
         best.append(max(means)[1] if len(means) > 1 else None)
+    rows = [[format_entry(by_place.get((init, fraction))) for fraction in fractions] for init in inits]
     return SummaryTable(headers, inits, rows, best)
 
 
@@ -196,50 +186,44 @@ class Curve:
 
 def label_curves(results: Sequence[CellResult], metric: str = "AP") -> list[Curve]:
     """AP in percent against the percentage of labels, one curve per initialisation."""
-    curves = []
-    found = entries(results, metric)
-    for init in dict.fromkeys(entry.init for entry in found):
-        points = sorted((e for e in found if e.init == init and e.mean is not None), key=lambda e: e.fraction)
-        curves.append(curve(init, [(100 * e.fraction, e.mean or 0.0, e.std or 0.0) for e in points]))
-    return [c for c in curves if c.x]
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for entry in sorted(entries(results, metric), key=lambda entry: entry.fraction):
+        if entry.mean is not None:
+            points.setdefault(entry.init, []).append((100 * entry.fraction, entry.mean, entry.std or 0.0))
+    return curves(results, points)
 
 
 def convergence_curves(results: Sequence[CellResult], fraction: float, metric: str = "AP") -> list[Curve]:
     """AP in percent on the validation images against epochs of fine-tuning, at one label fraction.
 
-    The first evaluations of all seeds are averaged, the second, and so on: parts of the labels differ by some images
-    between seeds, so that their epochs do not quite fall together.
+    The first evaluations of all seeds are averaged, then the second, and so on: the parts of the labels differ by some
+    images between seeds, so that the epochs of their evaluations are not quite equal.
     """
-    curves = []
-    mine = [r for r in results if r.fraction == fraction and r.status == "done"]
-    for init in dict.fromkeys(result.init for result in mine):
-        at: dict[int, list[tuple[float, float]]] = {}
-        for result in mine:
-            if result.init == init:
-                for number, record in enumerate(result.history):
-                    if record.get(metric) is not None and "epoch" in record:
-                        at.setdefault(number, []).append((float(record["epoch"]), record[metric]))
-        points = []
-        for _, pairs in sorted(at.items()):
+    at: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for result in results:
+        if result.fraction == fraction and result.status == "done":
+            for number, record in enumerate(result.history):
+                if record.get(metric) is not None and "epoch" in record:
+                    pair = (float(record["epoch"]), record[metric])
+                    at.setdefault(result.init, {}).setdefault(number, []).append(pair)
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for init, evaluations in at.items():
+        for _, pairs in sorted(evaluations.items()):
             epochs, values = zip(*pairs, strict=True)
-            points.append(
-                (
-                    statistics.fmean(epochs),
-                    statistics.fmean(values),
-                    statistics.stdev(values) if len(values) > 1 else 0.0,
-                )
-            )
-        curves.append(curve(init, points))
-    return [c for c in curves if c.x]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            points.setdefault(init, []).append((statistics.fmean(epochs), statistics.fmean(values), deviation))
+    return curves(results, points)
 
 
-def curve(label: str, points: list[tuple[float, float, float]]) -> Curve:
-    """Of (x, mean, std) with mean and std as fractions of 1; the curve is in percent."""
-    points = [point for point in points if math.isfinite(point[1])]
-    return Curve(
-        label,
-        [x for x, _, _ in points],
-        [100 * mean for _, mean, _ in points],
-        [100 * (mean - std) for _, mean, std in points],
-        [100 * (mean + std) for _, mean, std in points],
-    )
+def curves(results: Sequence[CellResult], points: Mapping[str, list[tuple[float, float, float]]]) -> list[Curve]:
+    """Curves in percent of (x, mean, std) by initialisation, mean and std as fractions of 1, in the order of results.
+
+    Points that are not finite are left out.
+    """
+    made = []
+    for init in dict.fromkeys(result.init for result in results):
+        if kept := [(x, 100 * mean, 100 * std) for x, mean, std in points.get(init, []) if math.isfinite(mean)]:
+            x, mean, std = (list(column) for column in zip(*kept, strict=True))
+            low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+            made.append(Curve(init, x, mean, low, high))
+    return made

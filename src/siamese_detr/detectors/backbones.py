@@ -8,11 +8,12 @@ batch-norm-with-activation by a bare affine map, silently dropping every activat
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, PretrainedConfig, TimmBackboneConfig
 
-from siamese_detr.detectors.weights import quiet, read_weights
+from siamese_detr.detectors.weights import first_line, quiet, read_weights
 from siamese_detr.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -205,21 +206,16 @@ def _unknown(name: str, wanted: str) -> UserError:
     )
 
 
-class _download:
+@contextlib.contextmanager
+def _download(name: str) -> Iterator[None]:
     """Turns whatever a failed download raises into one line with a remedy."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
-            raise UserError(
-                f"backbone {self.name!r}: its weights cannot be had ({str(error).splitlines()[0] or kind.__name__}); "
-                f"without a network use {DEFAULT!r} or a file of ResNet weights"
-            ) from None
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"backbone {name!r}: its weights cannot be had ({first_line(error)}); "
+            f"without a network use {DEFAULT!r} or a file of ResNet weights"
+        ) from None
 
 
 def _transformers(name: str) -> Backbone:

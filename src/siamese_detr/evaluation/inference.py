@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from siamese_detr.detectors.loading import find_detector, open_detector
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
 from siamese_detr.kernels import accelerate
-from siamese_detr.runtime.processes import begin_worker, machine_explained
+from siamese_detr.runtime.loading import Loader
+from siamese_detr.runtime.processes import machine_explained
 
 
 @dataclass(frozen=True)
@@ -231,14 +232,7 @@ def run(
     all_batches = same_shape_batches(shapes, batch_size)
     batches = all_batches[rank::world]
     idle = -(-len(all_batches) // world) - len(batches)  # rounds in which only other processes have a batch
-    loader = DataLoader(
-        InferenceImages(jobs, detector.processor),
-        batch_sampler=batches,
-        collate_fn=list,
-        num_workers=min(workers, len(batches)),
-        pin_memory=False,
-        worker_init_fn=begin_worker,
-    )
+    loader = Loader(InferenceImages(jobs, detector.processor), batches, list, min(workers, len(batches)))
     explained = machine_explained("start it again (with --resume, where the command has that)")
     with explained:
         for samples in itertools.chain(loader, itertools.repeat([], idle)):

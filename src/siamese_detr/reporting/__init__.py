@@ -1,1 +1,1 @@
-"""Self-contained HTML pages telling what a run or a comparison did."""
+"""Self-contained HTML pages about a run or a comparison."""

@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG that takes the page's colours, light or dark, and loads nothing."""
+"""Matplotlib figures as inline SVG in the page's colours, light or dark."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure as Plot
 
-from siamese_detr.compare.plots import COLOURS, DASHES, GRID, INK, STYLE, legend_below, new_axes, whole_numbers
+from siamese_detr.compare.plots import COLOURS, GRID, INK, STYLE, draw_curves, new_axes, whole_numbers
 from siamese_detr.compare.summary import Curve
+from siamese_detr.evaluation.coco import percent
 from siamese_detr.reporting.page import Figure
 
 SIZE = (4.8, 3.2)
-"""Inches; at a phone's width the text is then still as large as matplotlib means it."""
+"""Width and height in inches: text keeps its size on the screen of a phone."""
 
 _numbers = itertools.count()
 
 
 def inline(plot: Plot, alt: str, caption: str = "") -> Figure:
-    """``plot`` as a figure of the page; its colours of text, grid and series become the style sheet's."""
+    """``plot`` as a figure of the page; the style sheet sets its colours of text, grid and series."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
         plot.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -31,7 +32,7 @@ def inline(plot: Plot, alt: str, caption: str = "") -> Figure:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"\s?xmlns(:\w+)?=\"[^\"]*\"", "", text).replace("xlink:href", "href")
-    # Ids are unique within a figure only: keep those referred to, under a name of this figure's own.
+    # Ids are unique only within a figure: keep those in use, with a prefix of this figure.
     prefix = f"c{next(_numbers)}-"
     used = set(re.findall(r"#([\w.-]+)", text))
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
@@ -44,27 +45,27 @@ def inline(plot: Plot, alt: str, caption: str = "") -> Figure:
 
 
 def line_chart(title: str, x: str, y: str, curves: Sequence[Curve], caption: str = "") -> Figure:
-    """Curves over a common x ; the text alternative tells each one's first and last value."""
+    """Curves over a common x; the text alternative gives the first and last value of each."""
     plot, axes = new_axes(title, x, y, SIZE)
-    with matplotlib.rc_context(STYLE):
-        for number, curve in enumerate(curves):
-            colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
-            dot = "o" if len(curve.x) == 1 else ""
-            axes.plot(curve.x, curve.mean, color=colour, linestyle=dash, marker=dot, label=curve.label)
-        whole_numbers(axes, curves)
-        if len(curves) > 1:
-            legend_below(axes)
+    draw_curves(axes, [curve for curve in curves if curve.x], [curve.label for curve in curves], bars=False)
+    whole_numbers(axes, curves)
     return inline(plot, f"Line chart. {title}. {'; '.join(map(describe, curves))}.", caption)
+
+
+def plain_curve(label: str, points: Sequence[tuple[float, float]]) -> Curve:
+    """A curve through points (x, y), without deviations."""
+    x, y = [x for x, _ in points], [y for _, y in points]
+    return Curve(label, x, y, y, y)
 
 
 def describe(curve: Curve) -> str:
     if not curve.x:
-        return f"{curve.label}: nothing"
+        return f"{curve.label}: no values"
     return f"{curve.label}: {curve.mean[0]:.3g} at {curve.x[0]:g}, {curve.mean[-1]:.3g} at {curve.x[-1]:g}"
 
 
 def bar_chart(title: str, x: str, names: Sequence[str], values: Sequence[float | None], caption: str = "") -> Figure:
-    """Horizontal bars in percent, one per name; None: no bar, and a dash."""
+    """Horizontal bars in percent, one per name; None is shown as a dash."""
     plot, axes = new_axes(title, x, "", (SIZE[0], 0.9 + 0.27 * len(names)))
     with matplotlib.rc_context(STYLE):
         places = range(len(names))
@@ -74,8 +75,6 @@ def bar_chart(title: str, x: str, names: Sequence[str], values: Sequence[float |
         axes.set_xlim(0, max(100 * max((v or 0 for v in values), default=0) * 1.18, 1))
         axes.grid(axis="y", visible=False)
         for place, value in enumerate(values):
-            text = "–" if value is None else f"{100 * value:.1f}"
-            axes.text(100 * (value or 0), place, f" {text}", va="center", fontsize=9)
-    texts = ["undefined" if value is None else f"{100 * value:.1f}" for value in values]
-    told = ", ".join(f"{name} {text}" for name, text in zip(names, texts, strict=True))
-    return inline(plot, f"Bar chart. {title}: {told}.", caption)
+            axes.text(100 * (value or 0), place, f" {percent(value)}", va="center", fontsize=9)
+    numbers = ", ".join(f"{name} {percent(value)}" for name, value in zip(names, values, strict=True))
+    return inline(plot, f"Bar chart. {title}: {numbers}.", caption)

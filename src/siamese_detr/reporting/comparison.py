@@ -1,35 +1,27 @@
-"""The page of a comparison: table, plots, and every cell."""
+"""The page of a comparison: table, plots and all fine-tunings."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from siamese_detr.compare import plots
 from siamese_detr.compare.inits import Init, parse_init
-from siamese_detr.compare.summary import (
-    CellResult,
-    convergence_curves,
-    label_curves,
-    percent_of,
-    summary_table,
-)
+from siamese_detr.compare.summary import CellResult, convergence_curves, label_curves, percent_of, summary_table
 from siamese_detr.errors import UserError
+from siamese_detr.evaluation.coco import percent
 from siamese_detr.pretext import find_pretext
 from siamese_detr.reporting.charts import describe, inline
 from siamese_detr.reporting.page import Block, Figure, Grid, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.runs import AP_EXPLAINED, read_config, what_was_run
 
 ABOUT = (
-    "Every row was fine-tuned in the same way on the same labelled images; rows differ in what fine-tuning began with. "
-    "Where two rows are no farther apart than their deviations, they may well be equal."
+    "All rows were fine-tuned in the same way on the same labelled images. They differ only in the initial weights. "
+    "Two rows that differ by less than their standard deviations may well be equal."
 )
-STARTS = {
-    "scratch": "every weight random",
-    "backbone": "pre-trained backbone, random Transformer",
-}
+STARTS = {"scratch": "every weight random", "backbone": "pre-trained backbone, random Transformer"}
 
 
 def comparison_page(run: Path) -> Page:
@@ -49,16 +41,18 @@ def comparison_page(run: Path) -> Page:
     facts |= {name: ", ".join(map(str, config.get(name) or [])) for name in ("inits", "fractions", "seeds")}
     names = list(dict.fromkeys(cell.init for cell in cells))
     done = [cell for cell in cells if cell.status == "done"]
+    rows = [[name, meaning(name, config.get("pretrain_at") or {})] for name in names]
+    initial_weights = Table("Initial weights", ["initialisation", "weights"], rows, long=frozenset([1]))
     sections = [
         Section("Result", [Text(ABOUT), Text(AP_EXPLAINED), *table_blocks(cells, metric)]),
-        Section("What is compared", [inits_table(names, config.get("pretrain_at") or {})]),
+        Section("What is compared", [initial_weights]),
         Section("Plots", plot_blocks(cells, metric)),
         Section("Cells", [cell_table(cells, metric)]),
         what_was_run(run, facts, config),
     ]
     minutes = sum(cell.seconds for cell in done) / 60
     summary = (
-        f"{', '.join(names)}: {len(done)} of {len(cells)} fine-tunings done, {minutes:.0f} minutes of them in all."
+        f"{', '.join(names)}: {len(done)} of {len(cells)} fine-tunings are done, in {minutes:.0f} minutes of work."
     )
     return Page("Comparison of initialisations", summary, sections)
 
@@ -67,7 +61,7 @@ def table_blocks(cells: list[CellResult], metric: str) -> list[Block]:
     table = summary_table(cells, metric)
     rows = [[init, *row] for init, row in zip(table.inits, table.rows, strict=True)]
     strong = frozenset((best, column) for column, best in enumerate(table.best, 1) if best is not None)
-    caption = f"{metric} in percent, mean ± standard deviation over seeds, by share of the labels; the best in bold"
+    caption = f"{metric} in percent, mean ± standard deviation over seeds, by percentage of labels used; best in bold"
     blocks: list[Block] = [Table(caption, ["initialisation", *table.headers], rows, strong)]
     blocks += [Missing(cell.name, cell.reason or "not run yet") for cell in cells if cell.status != "done"]
     return blocks
@@ -76,21 +70,16 @@ def table_blocks(cells: list[CellResult], metric: str) -> list[Block]:
 def plot_blocks(cells: list[CellResult], metric: str) -> list[Block]:
     figures: list[Figure] = []
     if (figure := plots.label_plot(cells, metric)) is not None:
-        told = "; ".join(map(describe, label_curves(cells, metric)))
-        alt = f"{metric} in percent against the percentage of labels used. {told}."
-        caption = "What more labels bring. Bars: one standard deviation over seeds, up and down."
+        described = "; ".join(map(describe, label_curves(cells, metric)))
+        alt = f"{metric} in percent against the percentage of labels used. {described}."
+        caption = "The effect of more labels. Bars: ± one standard deviation over seeds."
         figures.append(inline(figure, alt, caption))
     for fraction, figure in plots.convergence_plots(cells, metric).items():
-        told = "; ".join(map(describe, convergence_curves(cells, fraction, metric)))
-        alt = f"{metric} in percent against epochs with {percent_of(fraction)} of the labels. {told}."
-        caption = "How soon it learns: measured on the validation images in the course of fine-tuning. Bands: one "
-        figures.append(inline(figure, alt, f"{caption}standard deviation over seeds, up and down."))
-    return [Grid(figures, 330)] if figures else [Missing("Plots", "no cell is done")]
-
-
-def inits_table(names: Sequence[str], pretrain_at: Mapping[str, Mapping[str, Any]]) -> Table:
-    rows = [[name, meaning(name, pretrain_at)] for name in names]
-    return Table("What fine-tuning begins with", ["initialisation", "weights"], rows, long=frozenset([1]))
+        described = "; ".join(map(describe, convergence_curves(cells, fraction, metric)))
+        alt = f"{metric} in percent against epochs with {percent_of(fraction)} of the labels. {described}."
+        caption = "Validation during fine-tuning. Bands: ± one standard deviation over seeds."
+        figures.append(inline(figure, alt, caption))
+    return [Grid(figures, 330)] if figures else [Missing("Plots", "no fine-tuning is done")]
 
 
 def cell_table(cells: list[CellResult], metric: str) -> Table:
@@ -101,7 +90,7 @@ def cell_table(cells: list[CellResult], metric: str) -> Table:
             "–" if cell.images is None else str(cell.images),
             str(cell.seed),
             cell.status,
-            *("–" if (v := cell.metrics.get(n)) is None else f"{100 * v:.1f}" for n in (metric, "AP50", "AP75")),
+            *(percent(cell.metrics.get(name)) for name in (metric, "AP50", "AP75")),
             f"{cell.seconds:.0f}",
             cell.run,
         ]
@@ -112,14 +101,14 @@ def cell_table(cells: list[CellResult], metric: str) -> Table:
 
 
 def meaning(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> str:
-    """What an initialisation is, for whoever has not read the manual."""
+    """An initialisation in plain words."""
     try:
         init = parse_init(name, pretrain_at)
-    except UserError:  # a detector that has been moved since
+    except UserError:  # the detector was moved since
         init = Init(name, name, None, {})
     start = STARTS.get(init.start, f"the detector in {init.start}")
     if init.method is None:
         return start
-    told = ", ".join(f"{key} {value}" for key, value in init.options.items())
+    options = ", ".join(f"{key} {value}" for key, value in init.options.items())
     method = find_pretext(init.method).title
-    return f"{start}, then pre-trained without labels by {method}{f' with {told}' if told else ''}"
+    return f"{start}, then pre-trained without labels by {method}{f' with {options}' if options else ''}"

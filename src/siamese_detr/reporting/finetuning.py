@@ -19,50 +19,39 @@ from siamese_detr.evaluation.analysis import (
     image_quality,
     rows_by_image,
 )
-from siamese_detr.evaluation.coco import ClassMetrics, Detections
+from siamese_detr.evaluation.coco import ClassMetrics, Detections, percent
 from siamese_detr.evaluation.evaluate import evaluate_detector
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.images.decode import read_image
 from siamese_detr.images.labels import DetectionDataset, LabelledImage, read_labels
-from siamese_detr.reporting.charts import bar_chart, line_chart
+from siamese_detr.reporting.charts import bar_chart, line_chart, plain_curve
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box
 from siamese_detr.reporting.runs import AP_EXPLAINED, located, log_section, read_config, what_was_run
 from siamese_detr.runtime.journal import JsonLines
-from siamese_detr.training.detection_trainer import best_of
+from siamese_detr.training.detection_task import best_of
 
 IOU = 0.5
 
 
 def finetuning_page(run: Path, samples: int, max_images: int, score: float, device: str) -> Page:
-    """The page of the fine-tuning run in ``run``.
-
-    Args:
-        samples: best and worst predictions shown, each.
-        max_images: validation images looked at, at most.
-        score: confidence from which a detection counts in the confusion matrix and the pictures.
-        device: where the detector runs.
-    """
+    """The page of the fine-tuning run in ``run``; for the other parameters see ``ReportConfig``."""
     config = read_config(run)
     album = Album()
     history = JsonLines(run / "history.jsonl").read()
     start = config.get("model") or config.get("init") or f"scratch ({config.get('backbone')})"
     facts = {"started from": str(start), "training labels": str(config.get("train"))}
     facts |= {name: str(config.get(name)) for name in ("fraction", "epochs", "batch_size", "lr", "backbone_lr", "seed")}
-    sections = [
-        what_was_run(run, facts, config),
-        Section("Results", result_blocks(history)),
-        log_section(run),
-    ]
+    sections = [what_was_run(run, facts, config), Section("Results", result_blocks(history)), log_section(run)]
     try:
-        dataset, found, name = detect(run, config, max_images, device)
+        dataset, per_class, detections, name = detect(run, config, max_images, device)
     except UserError as error:
         sections.append(Section("Classes and pictures", [Missing("Per-class results and pictures", str(error))]))
     else:
         note = f"Measured on {len(dataset)} validation images with the detector in {name}."
-        sections.append(Section("Classes", [Text(note), *class_blocks(found[0])]))
-        sections.append(Section("Confusion", confusion_blocks(dataset, found[1], score)))
-        sections.append(Section("Best and worst", picture_blocks(dataset, found[1], score, samples, album)))
+        sections.append(Section("Classes", [Text(note), *class_blocks(per_class)]))
+        sections.append(Section("Confusion", confusion_blocks(dataset, detections, score)))
+        sections.append(Section("Best and worst", picture_blocks(dataset, detections, score, samples, album)))
     summary = "No evaluation was recorded."
     if history:
         best = best_of(history)
@@ -73,13 +62,9 @@ def finetuning_page(run: Path, samples: int, max_images: int, score: float, devi
     return Page(f"Fine-tuning from {Path(str(start)).name}", summary, sections, album.markup())
 
 
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
 def result_blocks(history: Sequence[Mapping[str, Any]]) -> list[Block]:
     if not history:
-        return [Missing("Results", "the run made no evaluation (history.jsonl is missing or empty)")]
+        return [Missing("Results", "no evaluation was recorded (history.jsonl is missing or empty)")]
     best = best_of(history)
     names = [n for n in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100") if n in best]
     rows = [
@@ -89,19 +74,20 @@ def result_blocks(history: Sequence[Mapping[str, Any]]) -> list[Block]:
     curves = []
     for name in ("AP", "AP50", "AP75"):
         points = [(float(r["epoch"]), 100 * r[name]) for r in history if r.get(name) is not None]
-        x, y = [p[0] for p in points], [p[1] for p in points]
-        curves.append(Curve(name, x, y, y, y))
+        curves.append(plain_curve(name, points))
     return [
         Text(AP_EXPLAINED),
-        Table("COCO metrics on the validation labels, in percent (–: no such box)", ["evaluation", *names], rows),
+        Table(
+            "COCO metrics on the validation labels, in percent (–: no boxes of this size)", ["evaluation", *names], rows
+        ),
         Grid([line_chart("Metrics against epochs", "epoch", "%", [c for c in curves if c.x])], 330),
     ]
 
 
 def detect(
     run: Path, config: Mapping[str, Any], max_images: int, device: str
-) -> tuple[DetectionDataset, tuple[list[ClassMetrics], Detections], str]:
-    """Run the best detector over (part of) the validation images; per-class metrics and detections.
+) -> tuple[DetectionDataset, list[ClassMetrics], Detections, str]:
+    """Validation images (at most ``max_images``), per-class metrics, detections and name of the best detector.
 
     Raises:
         UserError: no validation labels, no detector, or images that cannot be read.
@@ -114,7 +100,7 @@ def detect(
         dataset = dataset.take(max_images / len(dataset), 0)
     directory = run / "best" if (run / "best").is_dir() else run / "last"
     evaluation = evaluate_detector(Detector.load(directory, device), dataset)
-    return dataset, (evaluation.metrics.per_class, evaluation.detections), directory.name
+    return dataset, evaluation.metrics.per_class, evaluation.detections, directory.name
 
 
 def class_blocks(metrics: Sequence[ClassMetrics]) -> list[Block]:
@@ -122,7 +108,7 @@ def class_blocks(metrics: Sequence[ClassMetrics]) -> list[Block]:
     ordered = sorted(metrics, key=lambda row: -row.boxes)
     values = [row.ap for row in ordered]
     names = [f"{row.name} ({row.boxes})" for row in ordered]
-    figures = [bar_chart("AP per class (boxes)", "AP (%)", names, values, "In brackets: labelled boxes of the class.")]
+    figures = [bar_chart("AP per class (boxes)", "AP (%)", names, values, "In brackets: number of labelled boxes.")]
     curves = [row for row in ordered if row.boxes]
     shown = curves[: len(SERIES)]
     left_out = f" of the {len(shown)} classes with most boxes" if len(curves) > len(shown) else ""
@@ -132,9 +118,8 @@ def class_blocks(metrics: Sequence[ClassMetrics]) -> list[Block]:
             "recall (%)",
             "precision (%)",
             [pr_curve(curve) for curve in shown],
-            caption="From left to right ever less certain detections count: more of the labelled boxes are found "
-            f"(recall), and fewer of the detections are right (precision). Curves{left_out}; each ends at the highest "
-            "recall reached.",
+            caption="From left to right, detections of lower scores are added: more labelled boxes are found (recall), "
+            f"and fewer detections are correct (precision). Curves{left_out} end at the highest recall reached.",
         )
     )
     return [Grid(figures, 330)]
@@ -142,25 +127,24 @@ def class_blocks(metrics: Sequence[ClassMetrics]) -> list[Block]:
 
 def pr_curve(row: ClassMetrics) -> Curve:
     """Precision at IoU 0.50 against recall, both in percent, up to the highest recall reached."""
-    y = [100 * value for value in row.precision50 if value > 0] or [0.0]
-    x = [float(recall) for recall in range(len(y))]
-    return Curve(row.name, x, y, y, y)
+    precision = [100 * value for value in row.precision50 if value > 0] or [0.0]
+    return plain_curve(row.name, [(float(recall), value) for recall, value in enumerate(precision)])
 
 
 def confusion_blocks(dataset: DetectionDataset, detections: Detections, score: float) -> list[Block]:
     matrix = confusion_matrix(dataset, detections, score, IOU)
     if matrix.sum() == matrix[:, -1].sum():
-        return [Missing("Confusion matrix", f"no detection is surer than {score}")]
+        return [Missing("Confusion matrix", f"no detection has a score of at least {score}; lower it with --score")]
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    names = [*dataset.class_names, "nothing"]
+    names = [*dataset.class_names, "background"]
     rows = [[name, *(str(n) if n else "·" for n in line)] for name, line in zip(names, matrix.tolist(), strict=True)]
     shade = {(i, j + 1): float(share[i, j]) for i in range(len(names)) for j in range(len(names)) if matrix[i, j]}
     text = (
-        f"Rows: what is there; columns: what was found (score at least {score}, IoU at least {IOU}). Last column: "
-        "missed; last row: found where nothing is. Darker: a larger share of the row."
+        f"Rows: labelled class; columns: predicted class (score at least {score}, IoU at least {IOU}). Last column: "
+        "missed boxes; last row: predictions without a labelled box. Darker: a larger part of the row."
     )
-    headers = ["there \\ found", *dataset.class_names, "missed"]
-    return [Text(text), Table("Confusion matrix, numbers of boxes", headers, rows, shade=shade)]
+    headers = ["labelled \\ predicted", *dataset.class_names, "missed"]
+    return [Text(text), Table("Confusion matrix (numbers of boxes)", headers, rows, shade=shade)]
 
 
 def picture_blocks(
@@ -174,20 +158,20 @@ def picture_blocks(
         and (quality := image_quality(image, detections, by_image.get(image.id, NO_ROWS), score, IOU)) is not None
     ]
     if not scored:
-        return [Missing("Pictures", "no validation image has a box to find")]
+        return [Missing("Pictures", "no validation image has a labelled box")]
     scored.sort(key=lambda pair: (-pair[0], pair[1].id))
     best = scored[:samples]
     worst = [pair for pair in reversed(scored) if pair[1].id not in {image.id for _, image in best}][:samples]
     blocks: list[Block] = [
         Text(
-            f"By panoptic quality: the summed IoU of right detections / (right + ½ wrong + ½ missed). Solid: found, "
-            f"with score (at least {score}); dashed white: the labels."
+            "Ordered by panoptic quality: summed IoU of correct detections / (correct + ½ wrong + ½ missed). "
+            f"Solid: predictions with their scores (at least {score}); dashed white: labels."
         )
     ]
     for title, pairs in (("Best", best), ("Worst", worst)):
         figures = []
         for quality, image in pairs:
-            with contextlib.suppress(ImageError):  # it was readable when it was evaluated; if no more, leave it out
+            with contextlib.suppress(ImageError):  # readable when evaluated; leave it out if it no longer is
                 rows = by_image.get(image.id, NO_ROWS)
                 figures.append(picture(image, quality, dataset.class_names, detections, rows, score, album))
         if figures:
@@ -213,7 +197,7 @@ def picture(
         drawn.append(Box(detections.boxes[row].tolist(), COLOURS[label % (len(COLOURS) - 1)], tag))
     truth = [Box(box.tolist(), "#ffffff", dashed=True) for box in image.boxes[~image.crowd]]
     counts = Counter(names[int(k)] for k in image.classes[~image.crowd])
-    there = ", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts.items())
-    found = ", ".join(box.tag for box in drawn) or "nothing"
-    alt = f"Photograph {image.path.name}. There: {there}. Found: {found}."
-    return photo.draw([*drawn, *truth], alt, f"{image.path.name}: quality {quality:.2f}; labelled {there}")
+    labelled = ", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts.items())
+    predicted = ", ".join(box.tag for box in drawn) or "nothing"
+    alt = f"Photograph {image.path.name}. Labelled: {labelled}. Predicted: {predicted}."
+    return photo.draw([*drawn, *truth], alt, f"{image.path.name}: quality {quality:.2f}; labelled {labelled}")

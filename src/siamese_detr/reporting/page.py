@@ -1,4 +1,4 @@
-"""What a page is made of, and how it becomes one HTML file that needs nothing else."""
+"""The parts of a page, and how they become one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Missing:
-    """Says that a part is left out, and why."""
+    """A part that is left out, and why."""
 
     kind: ClassVar[str] = "missing"
     what: str
@@ -38,15 +38,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column names the row, the others are aligned right, but for long texts.
+    """A table; the first column names the row, the others are aligned right unless long.
 
     Args:
-        caption: what it shows.
+        caption: above it.
         headers: of all columns.
         rows: one list of texts per row.
-        strong: (row, column) of entries to stress.
-        shade: (row, column) -> a share in [0, 1] by which the entry's background is coloured.
-        long: columns of long texts, which may be broken anywhere.
+        strong: (row, column) of entries in bold.
+        shade: (row, column) -> strength in [0, 1] of the entry's background colour.
+        long: columns of long texts, which may break anywhere.
     """
 
     kind: ClassVar[str] = "table"
@@ -60,26 +60,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with a caption.
+    """A drawing, as inline SVG with its own text alternative, and the caption below it."""
 
-    Args:
-        svg: inline SVG carrying its own text alternative.
-        caption: below it.
-    """
-
-    kind: ClassVar[str] = "figure"
     svg: Markup
     caption: str = ""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Figures side by side, as many as fit.
-
-    Args:
-        figures: the figures.
-        width: least width of one in CSS pixels (narrower only where the screen is).
-    """
+    """Figures side by side, as many as fit; ``width`` is the smallest of one in CSS pixels, but for narrow screens."""
 
     kind: ClassVar[str] = "grid"
     figures: Sequence[Figure]
@@ -96,14 +85,14 @@ class Heading:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be shown as it is, folded away behind ``summary``."""
+    """Preformatted text, folded behind ``summary``."""
 
     kind: ClassVar[str] = "code"
     summary: str
     text: str
 
 
-Block = Text | Missing | Facts | Table | Figure | Grid | Heading | Code
+Block = Text | Missing | Facts | Table | Grid | Heading | Code
 
 
 @dataclass(frozen=True)
@@ -120,14 +109,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page.
-
-    Args:
-        title: what it is about.
-        summary: the sentence below the title.
-        sections: in order.
-        photos: SVG elements that figures refer to by id, each stored once.
-    """
+    """A page; ``photos`` are the SVG elements that its figures refer to by id."""
 
     title: str
     summary: str

@@ -1,4 +1,4 @@
-"""Photographs with boxes drawn on them, as SVG; a page stores each photograph once, however often it shows it."""
+"""Images with boxes drawn on them, as SVG; a page stores each image once, however often it shows it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from siamese_detr.reporting.page import Figure
 
-# Bright on photographs of any kind (each line has a dark rim); with the number on its tag, colour is not the only sign.
+# Bright on any image (each line has a dark rim). Tags carry numbers, so that colour is not the only sign.
 COLOURS = (
     "#ffd92f", "#4cc9f0", "#ff6b6b", "#7ae582", "#f78bd8", "#ff9f1c", "#b79cff", "#e8f04a", "#66e0d0", "#ffffff",
 )  # fmt: skip
@@ -21,10 +21,10 @@ COLOURS = (
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle on a photograph.
+    """A rectangle on an image.
 
     Args:
-        xyxy: pixels of the photograph as it was added.
+        xyxy: corners in pixels of the image as it was added.
         colour: of the line.
         tag: text at its corner; none if empty.
         dashed: draw the line dashed.
@@ -38,21 +38,21 @@ class Box:
 
 @dataclass
 class Album:
-    """The photographs of a page.
+    """The images of a page.
 
     Args:
-        longest: the side in pixels to which larger ones are shrunk.
+        longest: longest side in pixels; larger images are reduced to it.
     """
 
     longest: int = 420
     photos: list[Markup] = field(default_factory=list)
 
     def add(self, pixels: np.ndarray, size: tuple[int, int] | None = None) -> Photo:
-        """Take a photograph into the page.
+        """Store an image.
 
         Args:
             pixels: (H, W, 3) uint8.
-            size: (width, height) that boxes on it refer to, if it was decoded smaller.
+            size: (width, height) that boxes refer to, if the image was decoded smaller.
         """
         width, height = size or (pixels.shape[1], pixels.shape[0])
         image = Image.fromarray(np.ascontiguousarray(pixels))
@@ -70,26 +70,26 @@ class Album:
         return Photo(name, width, height)
 
     def markup(self) -> Markup:
-        """What goes into :attr:`Page.photos`."""
+        """For :attr:`Page.photos`."""
         return Markup().join(self.photos)
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph in the album: its id and its original width and height in pixels."""
+    """An image in the album: its id, and its original width and height in pixels."""
 
     name: str
     width: int
     height: int
 
     def draw(self, boxes: Sequence[Box], alt: str, caption: str = "") -> Figure:
-        """The photograph with ``boxes`` drawn on it, the first on top."""
+        """The image with ``boxes`` drawn on it, the first on top."""
         side = max(self.width, self.height)
         text, line = side * 0.045, side * 0.0055
         parts = [f'<use href="#{self.name}"/>']
         for box in reversed(boxes):
             x1, y1, x2, y2 = (float(value) for value in box.xyxy)
-            # Boxes may reach beyond the picture: keep their lines visible at its rim.
+            # Boxes may reach beyond the image: keep their lines visible at its border.
             x1, x2 = (min(max(x, line), self.width - line) for x in (x1, x2))
             y1, y2 = (min(max(y, line), self.height - line) for y in (y1, y2))
             width, height = max(x2 - x1, 0), max(y2 - y1, 0)
@@ -102,7 +102,7 @@ class Photo:
         for box in boxes:
             if not box.tag:
                 continue
-            # The tag stands inside the picture whatever the box, and beside those of other boxes with the same corner.
+            # Tags stay inside the image and do not cover each other.
             wide = text * (0.62 * len(box.tag) + 0.5)
             x = min(max(float(box.xyxy[0]), 0), max(self.width - wide, 0))
             y = min(max(float(box.xyxy[1]), 0), self.height - 1.25 * text)

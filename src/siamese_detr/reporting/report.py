@@ -1,8 +1,7 @@
-"""The verb ``report``: one HTML file that shows what a run or a comparison did, and needs nothing else to be read."""
+"""The verb ``report``: one self-contained HTML file about a run or a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,7 @@ from siamese_detr.reporting.runs import read_config
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What was written.
-
-    Args:
-        page: the file.
-        kind: pre-training, fine-tuning or comparison.
-        missing: parts that were left out, with the reason.
-    """
+    """The HTML file, the kind of run it is about, and the parts left out, each with the reason."""
 
     page: Path
     kind: str
@@ -39,7 +32,7 @@ def report(config: ReportConfig) -> ReportResult:
         UserError: there is neither, or the page cannot be written.
     """
     if config.samples < 1 or config.max_images < 1:
-        raise UserError("samples and max_images must be at least 1")
+        raise UserError(f"samples and max_images must be at least 1, not {config.samples} and {config.max_images}")
     run = Path(config.run).expanduser()
     kind = kind_of(run)
     page = make_page(run, kind, config)
@@ -49,7 +42,8 @@ def report(config: ReportConfig) -> ReportResult:
         write_text(file, render(page))
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
-    left_out = list(missing(page))
+    blocks = [block for section in page.sections for block in section.blocks]
+    left_out = [f"{block.what}: {block.why}" for block in blocks if isinstance(block, Missing)]
     console = Console(stderr=True, soft_wrap=True)
     for line in left_out:
         console.print(f"left out: {line}", markup=False, highlight=False)
@@ -58,10 +52,10 @@ def report(config: ReportConfig) -> ReportResult:
 
 
 def kind_of(run: Path) -> str:
-    """What kind of directory it is, by what its configuration speaks of.
+    """The kind of a run directory, by the keys of its configuration.
 
     Raises:
-        UserError: none that we know.
+        UserError: it is of no known kind.
     """
     config = read_config(run)
     if "inits" in config:
@@ -70,7 +64,9 @@ def kind_of(run: Path) -> str:
         return "pre-training"
     if "train" in config:
         return "fine-tuning"
-    raise UserError(f"{run} is neither a pre-training, a fine-tuning nor a comparison")
+    raise UserError(
+        f"{run} is neither a pre-training, a fine-tuning nor a comparison; give the output directory of one"
+    )
 
 
 def make_page(run: Path, kind: str, config: ReportConfig) -> Page:
@@ -78,18 +74,13 @@ def make_page(run: Path, kind: str, config: ReportConfig) -> Page:
         from siamese_detr.reporting.comparison import comparison_page
 
         return comparison_page(run)
+    from siamese_detr.evaluation.inference import choose_device
+
+    device = str(choose_device(config.device))
     if kind == "pre-training":
         from siamese_detr.reporting.pretraining import pretraining_page
 
-        return pretraining_page(run, config.samples)
+        return pretraining_page(run, config.samples, device)
     from siamese_detr.reporting.finetuning import finetuning_page
 
-    return finetuning_page(run, config.samples, config.max_images, config.score, config.device)
-
-
-def missing(page: Page) -> Iterator[str]:
-    """The parts of a page that were left out, with reasons."""
-    for section in page.sections:
-        for block in section.blocks:
-            if isinstance(block, Missing):
-                yield f"{block.what}: {block.why}"
+    return finetuning_page(run, config.samples, config.max_images, config.score, device)

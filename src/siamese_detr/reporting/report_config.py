@@ -1,4 +1,4 @@
-"""What ``report`` can be told; apart from the verb, so that ``--help`` need not load PyTorch."""
+"""Options of ``report``, apart from the verb so that ``--help`` does not load PyTorch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class ReportConfig:
     """Write a self-contained HTML page about a pre-training, a fine-tuning or a comparison.
 
     Args:
-        run: directory that pretrain, finetune or compare wrote.
-        out: the page; default: report.html in that directory.
-        samples: images shown of each kind.
-        max_images: validation images looked at, at most.
-        score: confidence from which a detection counts in pictures and confusion matrix.
-        device: auto, cpu, cuda, mps …
+        run: output directory of pretrain, finetune or compare.
+        out: the HTML file; default: report.html in that directory.
+        samples: images to show of each kind.
+        max_images: largest number of validation images to evaluate.
+        score: lowest score of the detections in pictures and confusion matrix, 0 to 1.
+        device: auto, cpu, cuda, mps, ...
     """
 
     run: str

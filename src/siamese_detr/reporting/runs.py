@@ -1,4 +1,4 @@
-"""What every run's page begins with: what was run, on what, and the curves of its log."""
+"""The common parts of a run's page: its configuration and versions, and the curves of its log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -13,51 +14,41 @@ import yaml
 from siamese_detr.compare.summary import Curve
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import existing
-from siamese_detr.reporting.charts import line_chart
+from siamese_detr.reporting.charts import line_chart, plain_curve
 from siamese_detr.reporting.page import Block, Code, Facts, Grid, Missing, Section
 from siamese_detr.runtime.journal import JsonLines
 
 AXES = {"step", "epoch", "seconds"}
-NAMES = {
-    "loss": "Total loss (weighted)",
-    "loss_class": "Class loss",
-    "loss_box": "Boxes: L1",
-    "loss_giou": "Boxes: 1 − GIoU",
-    "loss_region": "Region discrimination",
-    "loss_global": "Global discrimination",
-    "loss_embedding": "Object embedding",
-    "loss_auxiliary": "All earlier decoder layers",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm, before clipping",
-    "padded_regions": "Padded regions per image",
-}
-EXPLAINED = {
-    "loss": "What training lowers: the sum of the terms, each with its weight, over all decoder layers.",
-    "loss_class": "Whether queries on an object score its class highest, and the others no class. 0 is perfect.",
-    "loss_box": "How far predicted boxes are off, in centre, width and height, as shares of the picture. 0 is perfect.",
-    "loss_giou": "How little predicted boxes overlap their targets. 0 is a perfect fit, above 1 they lie apart.",
-    "loss_region": "How far what the decoder says a region looks like is from the frozen backbone's feature of it. "
-    "0 is the same, 2 unrelated.",
-    "loss_global": "How far the encoder's summaries of the two views are apart. 0 is the same, 2 unrelated.",
-    "loss_embedding": "How far the decoder's embedding of an object is from the frozen backbone's. 0 is the same.",
-    "loss_auxiliary": "The same three terms of every decoder layer before the last, weighted and summed.",
-    "learning_rate": "How far each update moves the weights.",
-    "grad_norm": "How strongly a batch asks the weights to change. Jumps, or values that are not finite, mean trouble.",
-    "padded_regions": "Moved copies of other regions, in images with fewer proposals than regions are wanted. 0: none.",
-}
-"""For whoever sees these curves for the first time."""
+L1_EXPLAINED = "How far predicted boxes are off in centre, width and height, as fractions of the image. 0 is perfect."
+GIOU_EXPLAINED = "How little predicted boxes overlap their targets. 0 is a perfect fit; above 1 they lie apart."
+TERMS = {
+    "loss": ("Total loss (weighted)", "What training minimises: the weighted sum of all terms of all decoder layers."),
+    "loss_class": ("Class loss", "Whether queries on an object score its class highest, others none. 0 is perfect."),
+    "loss_box": ("Boxes: L1", L1_EXPLAINED),
+    "loss_giou": ("Boxes: 1 − GIoU", GIOU_EXPLAINED),
+    "loss_region": ("Region discrimination", "Distance of the decoder's features of regions to the frozen backbone's "
+                    "features of them. 0: equal; 2: unrelated."),
+    "loss_global": ("Global discrimination", "Distance of the encoder's global features of the two views. 0: equal; "
+                    "2: unrelated."),
+    "loss_embedding": ("Object embedding", "Distance of the decoder's embeddings of objects to the frozen backbone's."),
+    "loss_auxiliary": ("All earlier decoder layers", "Weighted sum of the terms over all layers before the last."),
+    "learning_rate": ("Learning rate", "The step size of the optimiser."),
+    "grad_norm": ("Gradient norm, before clipping", "Jumps and non-finite values are signs of trouble."),
+    "padded_regions": ("Padded regions per image", "Jittered copies of other regions, where proposals are too few."),
+}  # fmt: skip
+"""Title and explanation of each logged number, for a first-time reader."""
 AP_EXPLAINED = (
-    "AP, average precision, is COCO's measure of a detector: how many of the labelled boxes it finds, and how few "
-    "others, averaged over classes and over ten demands on the overlap (IoU 0.50 to 0.95). 100 % is perfect. AP50 and "
-    "AP75 ask for one overlap only, 0.50 and 0.75."
+    "AP (average precision) is COCO's measure of a detector. It is high if many labelled boxes are found and few other "
+    "boxes are predicted, averaged over classes and over ten IoU thresholds (0.50 to 0.95). 100 % is perfect. AP50 and "
+    "AP75 use one IoU threshold, 0.50 or 0.75."
 )
 PATHS = ("images", "proposals", "train", "val", "train_images", "val_images", "model", "init", "backbone")
 POINTS = 160
-"""Most points of a curve: longer logs are averaged over equal spans."""
+"""Largest number of points of a curve; longer logs are averaged over equal spans."""
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The configuration a run began with.
+    """The configuration that a run started with.
 
     Raises:
         UserError: there is none.
@@ -67,21 +58,23 @@ def read_config(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         existing(run)
         raise UserError(
-            f"{run} holds no run: it has no config.yaml that can be read; name a directory that pretrain, finetune or "
-            "compare wrote"
+            f"{run} is not a run directory: it has no readable config.yaml; give the output directory of pretrain, "
+            "finetune or compare"
         ) from error
     if not isinstance(values, dict):
-        raise UserError(f"{run / 'config.yaml'} holds no configuration")
+        raise UserError(
+            f"{run / 'config.yaml'} is not a configuration; give the output directory of pretrain, finetune or compare"
+        )
     return values
 
 
 def located(run: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with paths that are found from here: relative ones count from where the run was started."""
-    begun = next(
+    """The configuration with existing paths made valid here: relative ones start where the run was started."""
+    started = next(
         (record["directory"] for record in JsonLines(run / "sessions.jsonl").read() if "directory" in record), ""
     )
-    found = {name: str(Path(begun, config[name]).expanduser()) for name in PATHS if config.get(name)}
-    return {**config, **{name: path for name, path in found.items() if Path(path).exists()}}
+    paths = {name: str(Path(started, config[name]).expanduser()) for name in PATHS if config.get(name)}
+    return {**config, **{name: path for name, path in paths.items() if Path(path).exists()}}
 
 
 def what_was_run(run: Path, facts: Mapping[str, str], config: Mapping[str, Any]) -> Section:
@@ -91,8 +84,8 @@ def what_was_run(run: Path, facts: Mapping[str, str], config: Mapping[str, Any])
     blocks: list[Block] = []
     if sessions:
         last = sessions[-1]
-        shown["begun"] = str(sessions[0].get("started", "unknown"))
-        shown["sessions"] = f"{len(sessions)}" + (" (it was continued)" if len(sessions) > 1 else "")
+        shown["started"] = str(sessions[0].get("started", "unknown"))
+        shown["sessions"] = f"{len(sessions)}" + (" (resumed)" if len(sessions) > 1 else "")
         shown["hardware"] = str(last.get("accelerator") or f"{last.get('cores', '?')} CPU cores")
         shown["siamese-detr"] = str(last.get("siamese_detr", "unknown"))
         shown["Python"] = str(last.get("python", "unknown"))
@@ -102,13 +95,13 @@ def what_was_run(run: Path, facts: Mapping[str, str], config: Mapping[str, Any])
         blocks.append(Missing("Versions", "the run recorded no session (sessions.jsonl)"))
     skipped = JsonLines(run / "skipped.jsonl").read()
     paths = list(dict.fromkeys(str(record.get("path")) for record in skipped))
-    shown["unreadable images met"] = f"{len(paths)}" + (f", e.g. {paths[0]}" if paths else "")
+    shown["unreadable images"] = f"{len(paths)}" + (f", for example {paths[0]}" if paths else "")
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     return Section("What was run", [Facts(shown), *blocks, Code("The complete configuration", text)])
 
 
 def log_section(run: Path) -> Section:
-    """A chart for every loss term (one curve per decoder layer), then learning rate and gradient norm."""
+    """A chart for each loss term (one curve per decoder layer), then learning rate and gradient norm."""
     records = [record for record in JsonLines(run / "log.jsonl").read() if "step" in record]
     if not records:
         return Section("Curves", [Missing("Curves", "log.jsonl is missing or empty")])
@@ -118,7 +111,7 @@ def log_section(run: Path) -> Section:
         match = re.fullmatch(r"(.+)_(\d+)", name)
         base = match[1] if match and match[1] in names else name
         groups.setdefault(base, []).append(name)
-    order = [name for name in NAMES if name in groups] + sorted(groups.keys() - NAMES.keys())
+    order = [name for name in TERMS if name in groups] + sorted(groups.keys() - TERMS.keys())
     figures = []
     for base in order:
         layers = sorted((n for n in groups[base] if n != base), key=lambda n: int(n.rpartition("_")[2]))
@@ -126,8 +119,8 @@ def log_section(run: Path) -> Section:
         curves.append(read_curve(records, base, f"layer {len(layers) + 1} (last)" if layers else base))
         curves = [curve for curve in curves if curve.x]
         if curves:
-            title = NAMES.get(base, base)
-            figures.append(line_chart(title, "step", "", curves, EXPLAINED.get(base, "")))
+            title, explanation = TERMS.get(base, (base, ""))
+            figures.append(line_chart(title, "step", "", curves, explanation))
     return Section("Curves", [Grid(figures, 330)])
 
 
@@ -137,6 +130,4 @@ def read_curve(records: Sequence[Mapping[str, Any]], name: str, label: str) -> C
     points = [point for point in points if math.isfinite(point[1])]
     span = max(math.ceil(len(points) / POINTS), 1)
     groups = [points[i : i + span] for i in range(0, len(points), span)]
-    x = [group[-1][0] for group in groups]
-    y = [sum(value for _, value in group) / len(group) for group in groups]
-    return Curve(label, x, y, y, y)
+    return plain_curve(label, [(group[-1][0], fmean(value for _, value in group)) for group in groups])

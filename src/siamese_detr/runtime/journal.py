@@ -136,8 +136,8 @@ class Journal:
         # purge_step hides what was logged after the checkpoint that the run continues from.
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.lines.append([{"step": step, **values}])
+    def track(self, step: int, values: Mapping[str, float]) -> None:
+        """Show values of a step in TensorBoard."""
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from torch import Tensor
 
 from siamese_detr.errors import UserError
 from siamese_detr.runtime.cores import usable_cores
 from siamese_detr.runtime.signals import ignore_signals
+from siamese_detr.runtime.streams import reader_gone
 
 DEATH_HEARD = 1.0
 """Seconds within which the main process hears of the death of a data process whose connection broke off."""
@@ -30,17 +33,39 @@ class Team:
 
     def __init__(self, state: PartialState) -> None:
         self.state, self.main = state, state.is_main_process
-        self.rank, self.size = state.process_index, state.num_processes
-        # A group of its own: the default one gives up after minutes, and computing proposals may take days.
-        self._group: Any = None
+        self.rank, self.size, self.device = state.process_index, state.num_processes, state.device
+        # Groups of the hosts: they need not wait for the devices. One is patient, as computing proposals may take days.
+        self._hosts: Any = None
+        self._patient: Any = None
         if self.size > 1:
             with lost_process_explained():
-                self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+                self._hosts = dist.new_group(backend="gloo")
+                self._patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
-            dist.barrier(self._group)
+            dist.barrier(self._patient)
+
+    def all(self, *here: bool) -> list[bool]:
+        """Which statements are true in all processes."""
+        if self.size == 1:
+            return list(here)
+        answers = torch.tensor(here, dtype=torch.int32)
+        dist.all_reduce(answers, dist.ReduceOp.MIN, self._hosts)
+        return [bool(answer) for answer in answers.tolist()]
+
+    def any(self, here: bool) -> bool:
+        """Whether a statement is true in some process."""
+        (nowhere,) = self.all(not here)
+        return not nowhere
+
+    def sums(self, values: Tensor) -> list[float]:
+        """Sums of values over all processes, computed on the devices; the host waits for its device once."""
+        values = values.to(self.device)
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
 
 
 def begin_worker(worker: int) -> None:
@@ -66,6 +91,8 @@ def join(device: str) -> bool:
 
 def meet(device: str) -> PartialState:
     """Accelerate's state, for which the processes look for each other; `device` as in :func:`join`."""
+    if not (dist.is_available() and dist.is_initialized()):  # an earlier command may have had another device
+        AcceleratorState._reset_state(reset_partial_state=True)
     with lost_process_explained():
         return PartialState(cpu=on_cpu(device))
 
@@ -111,6 +138,8 @@ def machine_explained(then: str) -> Iterator[None]:
         ) from error
     # A data process that was killed while it handed a batch over shows as a connection that breaks off.
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, BrokenPipeError) and reader_gone():  # of our output, as in `| head`
+            raise
         if "can't allocate memory" in str(error):  # PyTorch's words for the host's
             raise UserError(
                 f"out of memory: raise accumulate, lower batch_size, workers or the images' size, and {then}"

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from siamese_detr.errors import UserError, too_many_unreadable
 from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.runtime.journal import JsonLines
-from siamese_detr.runtime.processes import begin_worker, machine_explained
+from siamese_detr.runtime.loading import Loader
+from siamese_detr.runtime.processes import machine_explained
 from siamese_detr.views.two_views import TwoViewDataset, collate
 
 FORMAT = 3
@@ -252,32 +253,28 @@ class FeatureBank(Dataset[dict[str, Any]]):
 def fill(
     bank: FeatureBank,
     dataset: TwoViewDataset,
+    slots: np.ndarray,
     freeze: Callable[[dict[str, Any]], FrozenFeatures],
     batch_size: int,
     workers: int,
     max_bad_share: float,
-    share: tuple[int, int] = (0, 1),
     track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, total: batches,
-) -> int:
-    """Compute what is missing; a kill loses no more than the last :data:`FLUSH_EVERY` batches.
+) -> None:
+    """Compute entries; a kill loses no more than the last :data:`FLUSH_EVERY` batches.
 
     Args:
         bank: created.
         dataset: what the bank was fingerprinted with.
+        slots: the entries that this process computes.
         freeze: batch of views -> features.
         batch_size: images at a time.
         workers: data processes.
         max_bad_share: largest share of unreadable images that the run tolerates, 0 to 1.
-        share: (this process, processes): each computes its part.
         track: wraps the batches to show progress.
-
-    Returns:
-        entries computed now, by this process.
 
     Raises:
         UserError: more images cannot be read; what was computed is kept.
     """
-    slots = bank.missing()[share[0] :: share[1]]
     of_set = slots // len(bank)
     # A batch holds entries of one view set only: then its images tell them apart.
     batches = [
@@ -286,13 +283,7 @@ def fill(
         for members in [slots[of_set == number]]
         for first in range(0, len(members), batch_size)
     ]
-    loader = DataLoader(
-        dataset,
-        batch_sampler=[[bank.key(slot) for slot in batch] for batch in batches],
-        collate_fn=collate,
-        num_workers=workers,
-        worker_init_fn=begin_worker,
-    )
+    loader = Loader(dataset, [[bank.key(slot) for slot in batch] for batch in batches], collate, workers)
     failures = JsonLines(bank.directory / "failures.jsonl")
     told = {record.get("row"): record.get("reason") for record in failures.read()}
     written: list[int] = []
@@ -319,4 +310,3 @@ def fill(
                 bank.commit(written)
                 written = []
     bank.commit(written)
-    return len(slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,15 +22,17 @@ from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
 from siamese_detr.runtime.journal import JsonLines
-from siamese_detr.runtime.processes import lost_process_explained, meet
-from siamese_detr.runtime.progress import ProgressBar
+from siamese_detr.runtime.processes import Team, lost_process_explained, meet
 from siamese_detr.runtime.rundir import begin, check_place, check_session
 from siamese_detr.runtime.signals import RunLock
-from siamese_detr.training.detection_trainer import DetectionTrainer, best_of
+from siamese_detr.training.checks import check_precision, check_trackers
+from siamese_detr.training.detection_task import DetectionTask, best_of
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.labelled_dataset import TrainingImages
-from siamese_detr.training.optimizer import adamw
-from siamese_detr.training.settings import check_precision, check_trackers
+from siamese_detr.training.loop import Loop
+from siamese_detr.training.nonfinite import replay
+from siamese_detr.training.optimizer import OptimizerConfig, adamw
+from siamese_detr.training.run_config import RunConfig, part
 from siamese_detr.training.source import checksum
 
 
@@ -66,11 +69,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         Preempted: asked to stop; the run is saved (a SystemExit with code 75).
     """
     out = Path(config.out)
-    state = meet(config.device)
-    main = state.is_main_process
-    check_precision(config.precision, config.device, main)
+    team = Team(meet(config.device))
+    check_precision(config.precision, config.device, team.main)
     check_trackers(config.report_to)
-    console = Console(stderr=True, quiet=not main, soft_wrap=True)
+    console = Console(stderr=True, quiet=not team.main, soft_wrap=True)
     dataset = read_labels(config.train, config.train_images)
     validation = read_labels(config.val, config.val_images, default_split="val") if config.val is not None else None
     for source, read in ((config.train, dataset), (config.val, validation)):
@@ -83,7 +85,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     detector.set_trainable(backbone=config.backbone_lr > 0, class_head=True)
     size = config.input_size(detector)
     with lost_process_explained(), contextlib.ExitStack() as stack:
-        if main and config.replay is None:
+        if team.main and config.replay is None:
             check_place(out)
             stack.enter_context(RunLock(out))
             begin(out, config)
@@ -94,30 +96,20 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             if config.fraction < 1:
                 write_json(out / "train.json", dataset.to_coco(original_ids=True))
         console.print(describe(origin, dataset, validation), markup=False)
-        trainer = DetectionTrainer(
-            detector,
-            config.settings(len(dataset), validation is not None),
-            adamw(
-                detector,
-                config.lr,
-                config.weight_decay,
-                backbone=detector.backbone,
-                backbone_lr=config.backbone_lr,
-            ),
-            TrainingImages(dataset, config.transform(size), config.seed),
-            validation,
-            size,
-            config.eval_batch_size or config.batch_size,
-        )
+        steps = config.total_steps(len(dataset))
+        images = TrainingImages(dataset, config.transform(size), config.seed)
+        task = DetectionTask(detector, config, steps, images, validation, size)
+        rates = {"backbone": detector.backbone, "backbone_lr": config.backbone_lr}
+        optimizer = adamw(detector, config.lr, config.weight_decay, **rates)
+        often = min(math.ceil(steps / max(task.evaluations, 1)), 500)
+        loop = Loop(task, part(RunConfig, config), optimizer, part(OptimizerConfig, config), team, steps, often)
         if config.replay is not None:
-            found = trainer.replay(Path(config.replay))
-            console.print(found, markup=False)
-            return FinetuneResult(out, replay=found)
-        bar = ProgressBar("fine-tuning")
-        if config.progress and main:
-            trainer.add_callback(bar)
-        stack.callback(bar.close)
-        trainer.fit(config.resume)
+            diagnosis = replay(loop, Path(config.replay))
+            console.print(diagnosis, markup=False)
+            return FinetuneResult(out, replay=diagnosis)
+        loop.run()
+        if team.main:
+            task.save("last", steps)
     result = read_result(out)
     if result.history:
         best = best_of(result.history)

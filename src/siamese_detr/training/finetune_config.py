@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from siamese_detr.config import check_numbers
@@ -14,9 +12,8 @@ from siamese_detr.training.sizes import DROPOUTS, SIZES, given
 
 if TYPE_CHECKING:  # load PyTorch, for which --help need not wait
     from siamese_detr.detectors.adapter import DetectorAdapter
-    from siamese_detr.training.detection_trainer import InputSize
+    from siamese_detr.training.detection_task import InputSize
     from siamese_detr.training.labelled_dataset import TransformConfig
-    from siamese_detr.training.settings import RunSettings
 
 MAY_CHANGE = {
     *("resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep", "log_every"),
@@ -93,6 +90,11 @@ class FinetuneConfig:
         replay: nonfinite.json of a stopped run: do that step again and say what was not finite.
         report_to: further trackers (wandb, mlflow, …).
     """
+
+    COMMON = (
+        *("train", "out", "val", "model", "train_images", "fraction", "image_size", "epochs", "batch_size", "lr"),
+        *("device", "resume"),
+    )
 
     train: str
     out: str
@@ -206,7 +208,7 @@ class FinetuneConfig:
         Raises:
             UserError: the detector's family does not take this size.
         """
-        from siamese_detr.training.detection_trainer import InputSize
+        from siamese_detr.training.detection_task import InputSize
 
         own = detector.input_size
         side = detector.square_side
@@ -233,33 +235,11 @@ class FinetuneConfig:
             raise UserError(f"min_size {self.min_size} is above the image size of {short}")
         return InputSize(short, long, square)
 
-    def settings(self, images: int, evaluates: bool) -> RunSettings:
-        """The trainer's part, for a training set of so many images."""
-        from siamese_detr.runtime.processes import default_workers
-        from siamese_detr.training.optimizer import lr_factor
-        from siamese_detr.training.settings import RunSettings
+    def total_steps(self, images: int) -> int:
+        """Updates of the whole run on so many training images."""
+        return self.steps if self.steps is not None else max(1, round(self.epochs * images / self.batch_size))
 
-        per_epoch = images / self.batch_size
-        steps = max(1, round(self.epochs * per_epoch)) if self.steps is None else self.steps
-        evaluations = 0
-        if evaluates:
-            evaluations = min(steps, max(1, round(steps / (self.eval_every * per_epoch))) if self.eval_every else 1)
-        return RunSettings(
-            out=Path(self.out),
-            steps=steps,
-            batch_size=self.batch_size,
-            lr_factor=lr_factor(self.schedule, steps, self.drop_at, self.warmup),
-            clip=self.clip,
-            accumulate=self.accumulate,
-            precision=self.precision,
-            device=self.device,
-            kernels=self.kernels,
-            seed=self.seed,
-            workers=default_workers() if self.workers is None else self.workers,
-            save_every=self.save_every or min(math.ceil(steps / max(evaluations, 1)), 500),
-            keep=self.keep,
-            log_every=self.log_every,
-            evaluations=evaluations,
-            max_bad_share=self.max_bad_share,
-            report_to=self.report_to,
-        )
+    def evaluations(self, images: int) -> int:
+        """How many there are, evenly over the run, the last at its end."""
+        steps, every = self.total_steps(images), self.eval_every * images / self.batch_size
+        return min(steps, max(1, round(steps / every)) if every else 1)

@@ -233,6 +233,7 @@ class EpochBatches:
 
     def __init__(self, images: int, batch_size: int, batches: int, seed: int) -> None:
         self.images, self.batch_size, self.batches, self.seed = images, batch_size, batches, seed
+        self.start = 0
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def __len__(self) -> int:
@@ -250,11 +251,7 @@ class EpochBatches:
         return keys
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.iterate_from(0)
-
-    def iterate_from(self, start: int) -> Iterator[list[tuple[int, int]]]:
-        """The batches from ``start`` on."""
-        return (self[position] for position in range(start, self.batches))
+        return (self[position] for position in range(self.start, self.batches))
 
 
 def jitter_colours(images: Tensor, factors: Tensor) -> Tensor:

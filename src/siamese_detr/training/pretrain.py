@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,22 @@ from siamese_detr.errors import UserError
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import build_pretext, find_pretext
 from siamese_detr.pretext.base import Pretext, PretextOutput
-from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.proposals.registry import find_method
 from siamese_detr.proposals.store import ProposalStore, Selection, StoreSettings
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime.journal import JsonLines
-from siamese_detr.runtime.processes import Team, default_workers, lost_process_explained, meet
-from siamese_detr.runtime.progress import ProgressBar
+from siamese_detr.runtime.processes import Team, lost_process_explained, meet
 from siamese_detr.runtime.rundir import begin, check_place, check_session, sessions
 from siamese_detr.runtime.signals import RunLock
-from siamese_detr.training.compiling import sizes_vary
-from siamese_detr.training.optimizer import adamw, lr_factor
+from siamese_detr.training.checks import check_batch_size, check_precision, check_trackers
+from siamese_detr.training.loop import Loop
+from siamese_detr.training.nonfinite import replay
+from siamese_detr.training.optimizer import OptimizerConfig, adamw
 from siamese_detr.training.pretrain_config import PretrainConfig
-from siamese_detr.training.settings import RunSettings, check_batch_size, check_precision, check_trackers
+from siamese_detr.training.run_config import RunConfig, part
 from siamese_detr.training.sizes import DROPOUTS, given
-from siamese_detr.training.source import checksum, find_source
-from siamese_detr.training.trainer import BaseTrainer
+from siamese_detr.training.source import Source, checksum, find_source
+from siamese_detr.training.task import Batches, Task, sizes_vary
 from siamese_detr.views.sampler import ViewBatchSampler
 from siamese_detr.views.two_views import TwoViewDataset
 
@@ -62,40 +62,28 @@ class PretrainResult:
     replay: str | None = None
 
 
-class PretextTrainer(BaseTrainer):
-    """Trains a pretext task: the frozen backbone runs without autograd, then the task on what it saw.
+class PretextTask(Task):
+    """A pretext task: the frozen backbone runs without autograd, then the task on what it saw.
 
     Args:
-        model: the pretext task.
-        freeze: batch -> what the task takes, without gradient.
-        views: where the batches' images come from.
-        one_size: whether all views have the same size.
-        save_detector: writes the detector; called with the step on the main process after each checkpoint.
-        options: as :class:`BaseTrainer`.
+        pretext: the model.
+        config: of the run.
+        source: where batches come from.
+        views: the views of the store's images.
+        batches: of the whole run.
     """
 
     verb = "pretrain"
-    model: Pretext
 
     def __init__(
-        self,
-        model: Pretext,
-        *args: Any,
-        freeze: Callable[[dict[str, Any]], FrozenFeatures],
-        views: TwoViewDataset,
-        one_size: bool,
-        save_detector: Callable[[int], None],
-        **options: Any,
+        self, pretext: Pretext, config: PretrainConfig, source: Source, views: TwoViewDataset, batches: Batches
     ) -> None:
-        self.freeze, self.views, self.one_size = freeze, views, one_size
-        self.save_detector = save_detector
-        self._ahead: FrozenFeatures | None = None  # of the next batch
-        super().__init__(model, *args, **options)
+        super().__init__(pretext, source.dataset, batches, source.collate, epoch_size=len(views))
+        self.pretext, self.config, self.freeze, self.views = pretext, config, source.freeze, views
 
-    def terms(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        frozen, self._ahead = self._ahead, None
-        features = frozen if frozen is not None and batch.pop("ahead", False) else self.freeze(batch)
-        if self.settings.compile and not self.one_size:
+    def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        features = self.freeze(batch)
+        if self.config.compile and self.config.view_size is None:
             sizes_vary(features.maps, features.pixel_mask)
         output: PretextOutput = model(features)
         if "padded" not in batch:  # stored features do not tell
@@ -106,12 +94,12 @@ class PretextTrainer(BaseTrainer):
         index = self.views.store.index(path)
         return index is not None and self.views[(0, index)].failure is not None
 
-    def prepare_ahead(self, batch: dict[str, Any]) -> None:
-        self._ahead = self.freeze(batch)  # not in the batch, which Trainer keeps to the end of an update
-        batch["ahead"] = True
-
-    def saved(self, checkpoint: Path) -> None:
-        self.save_detector(self.state.global_step)
+    def saved(self, step: int) -> None:
+        """Write OUT/detector; an interrupted save leaves the one before."""
+        out = Path(self.config.out)
+        made = {"method": self.config.method, "pretrained_steps": step, "run": str(out.absolute())}
+        provenance = {**made, "init": self.config.init}
+        self.pretext.detector.save(out / "detector", provenance=provenance, **input_size(self.config))
 
 
 @verb(PretrainConfig)
@@ -157,29 +145,16 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             check_session(out, facts(config, store, rows, pretext.detector))
         source = find_source(config, pretext, dataset, team)
         batch_size, count = config.batch_size // config.accumulate, steps * config.accumulate
-        trainer = PretextTrainer(
-            pretext,
-            run_settings(config, steps),
-            adamw(pretext, config.lr, config.weight_decay, config.decay_all),
-            source.dataset,
-            ViewBatchSampler(chosen, config.views(), batch_size, count, config.seed),
-            source.collate,
-            epoch_size=len(chosen),
-            freeze=source.freeze,
-            views=dataset,
-            one_size=config.view_size is not None,
-            save_detector=lambda step: save_detector(config, pretext.detector, out, step),
-        )
+        batches = ViewBatchSampler(chosen, config.views(), batch_size, count, config.seed)
+        task = PretextTask(pretext, config, source, dataset, batches)
+        optimizer = adamw(pretext, config.lr, config.weight_decay, config.decay_all)
+        loop = Loop(task, part(RunConfig, config), optimizer, part(OptimizerConfig, config), team, steps)
         if config.replay is not None:
-            diagnosis = trainer.replay(Path(config.replay))
+            diagnosis = replay(loop, Path(config.replay))
             print(diagnosis)
             return result(out, diagnosis)
-        if config.progress and team.main:
-            bar = ProgressBar(f"pre-training {config.detector}")
-            trainer.add_callback(bar)
-            stack.callback(bar.close)
-        trainer.fit(config.resume)
-    done = dataclasses.replace(result(out), steps=trainer.state.global_step)
+        loop.run()
+    done = dataclasses.replace(result(out), steps=loop.state.step)
     if team.main:
         skipped = f", without {done.skipped} unreadable images ({out / 'skipped.jsonl'})" if done.skipped else ""
         print(
@@ -202,29 +177,6 @@ def build(config: PretrainConfig) -> Pretext:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return build_pretext(config.method, detector, config.pretext())
-
-
-def run_settings(config: PretrainConfig, steps: int) -> RunSettings:
-    """The trainer's part of the configuration."""
-    return RunSettings(
-        out=Path(config.out),
-        steps=steps,
-        batch_size=config.batch_size,
-        lr_factor=lr_factor(config.schedule, steps, config.drop_at, config.warmup),
-        clip=config.clip,
-        accumulate=config.accumulate,
-        precision=config.precision,
-        device=config.device,
-        seed=config.seed,
-        workers=default_workers() if config.workers is None else config.workers,
-        save_every=config.save_every,
-        keep=config.keep,
-        log_every=config.log_every,
-        max_bad_share=config.max_bad_share,
-        compile=config.compile,
-        kernels=config.kernels,
-        report_to=config.report_to,
-    )
 
 
 def complete_proposals(config: PretrainConfig, out: Path, begun: bool) -> None:
@@ -270,15 +222,6 @@ def facts(config: PretrainConfig, store: ProposalStore, rows: np.ndarray, detect
         "backbone": checksum(detector.backbone),
         "starting detector": "" if config.init is None else checksum(detector.model),
     }
-
-
-def save_detector(config: PretrainConfig, detector: DetectorAdapter, out: Path, step: int) -> None:
-    """Write OUT/detector; an interrupted save leaves the one before."""
-    detector.save(
-        out / "detector",
-        provenance={"method": config.method, "pretrained_steps": step, "run": str(out.absolute()), "init": config.init},
-        **input_size(config),
-    )
 
 
 def input_size(config: PretrainConfig) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from siamese_detr.config import check_numbers
 from siamese_detr.errors import UserError
+
+Part = TypeVar("Part")
 
 
 @dataclass(kw_only=True)
@@ -74,6 +76,17 @@ class RunConfig:
         """Where the run's checkpoints are."""
         return Path(self.out) / "checkpoints"
 
+    @property
+    def skipped(self) -> Path:
+        """Where the images that could not be read are listed."""
+        return Path(self.out) / "skipped.jsonl"
+
     def total_steps(self, images: int) -> int:
         """Updates of the whole run on so many images."""
         return self.steps if self.steps is not None else max(1, round(self.epochs * images / self.batch_size))
+
+
+def part(kind: type[Part], config: Any) -> Part:
+    """The fields of the dataclass ``kind`` that a configuration has."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(config, name) for name in names if hasattr(config, name)})

@@ -98,15 +98,17 @@ def find_bank(
             print(f"feature bank: {size} in {bank.directory}", file=sys.stderr)
         bank.create()
     team.wait()
+    slots = bank.missing()[team.rank :: team.size]
+    team.wait()  # before any process adds entries: all divide the same ones
     workers = default_workers() if config.workers is None else config.workers
     feature_bank.fill(
         bank,
         dataset,
+        slots,
         on_device,
-        config.batch_size,
+        config.batch_size // (config.accumulate * team.size),  # as many as this process trains on at a time
         workers,
         config.max_bad_share,
-        share=(team.rank, team.size),
         track=track if config.progress else untracked,
     )
     team.wait()

@@ -1,4 +1,4 @@
-"""What travels from the views to the pretext: a batch of uint8 views, and what the device makes of it."""
+"""The batches between views and pretext task: uint8 views from the data workers, and the detector's inputs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class ViewBatch(TypedDict):
         boxes: float32 (B, V, P, 4), xyxy pixels of the view; row p is the same region in every view. Loss targets.
         query_boxes: float32 (B, V, P, 4), the same with jittered edges; only for RoIAlign of the queries.
         photometric: float32 (B, V, 1 + P, K), columns :data:`PHOTOMETRIC`; row 0 for the view, row 1 + p for crop p.
-        photometric_host: the same as a NumPy array, which stays on the host when the tensors move to the device, so
-            that planning the augmentation does not wait for the device.
-        padded: int64 (B,), how many regions (always the last ones) are padding: jittered copies of the others, or
-            without area (no targets) where the one view shows the proposals (DETReg).
+        photometric_host: the same as a NumPy array. It stays on the host when the tensors move to the device, so that
+            preparing the augmentation does not wait for the device.
+        padded: int64 (B,), number of padding regions, always the last ones: jittered copies of the others, or boxes
+            without area (no targets) for DETReg.
         index: int64 (B,), rows of the store.
-        skipped: (path, reason) of images that could not be read; they are missing from the batch, never replaced.
+        skipped: (path, reason) of images that could not be read. They are left out of the batch, never replaced.
     """
 
     images: torch.Tensor
@@ -64,7 +64,7 @@ class ViewInputs:
 
 
 def valid_mask(sizes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """bool (B, height, width): True inside images of ``sizes`` (B, 2), height and width, that lie at the upper left."""
+    """bool (B, height, width): True inside the valid area, of ``sizes`` (B, 2) = (height, width), at the upper left."""
     rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
     columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
     return rows[:, :, None] & columns[:, None, :]

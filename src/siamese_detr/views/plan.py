@@ -1,8 +1,8 @@
-"""The plan of a sample: everything random about it, and everything but its pixels.
+"""The plan of a sample: all its random decisions, made without its pixels.
 
-The numbers that decide the views' sizes come from a counter-based stream that can be read for many samples at once, so
-that batches of similar sizes can be formed without decoding anything; all others from ``rng(seed, epoch, index)``.
-Either way a sample is a pure function of (seed, epoch, index).
+The numbers that decide the views' sizes come from a counter-based stream, which is read for many samples at once:
+batches of similar sizes are formed without decoding any image. All other numbers come from ``rng(seed, epoch, index)``.
+In both cases, a sample is a pure function of (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.geometry import Array
 
 UNCHANGED = np.array([1, 1, 1, 0, -1, 0, 0], np.float32)
-"""The photometric parameters that leave a picture as it is."""
+"""Photometric parameters that change nothing."""
 _SHORT, _FLIP, _SWAP, _DIAGONAL, _SHRINK, _PLACE, _TRIES = 0, 1, 2, 3, slice(4, 6), slice(6, 8), 8
 _AREA, _ASPECT = slice(_TRIES, _TRIES + geometry.OUTER_TRIES), slice(_TRIES + geometry.OUTER_TRIES, None)
 _DRAWS = _TRIES + 2 * geometry.OUTER_TRIES
@@ -29,7 +29,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What to cut from an image and which regions it shows.
+    """The rectangles to cut from an image, and its regions.
 
     Attributes:
         rectangles: float64 (V, 4), what each view shows, pixels of the original image *before* flipping.
@@ -38,7 +38,7 @@ class SamplePlan:
         boxes: float32 (V, P, 4), xyxy pixels of the view.
         query_boxes: float32 (V, P, 4), with jittered edges.
         photometric: float32 (V, 1 + P, K), columns :data:`~siamese_detr.views.batch.PHOTOMETRIC`.
-        padded: how many regions (the last ones) are padding; without area where the one view shows the proposals.
+        padded: number of padding regions (the last ones); those of DETReg have no area.
     """
 
     rectangles: Array
@@ -122,8 +122,7 @@ def plan_sample(config: ViewConfig, image: StoredImage, seed: int, epoch: int, i
 
 
 def _photometric(config: ViewConfig, random: np.random.Generator) -> NDArray[np.float32]:
-    """Parameters (V, 1 + P, K) of a sample: two views are augmented as their crops are, the older methods' picture
-    stays as it is (only the patches they are asked for change)."""
+    """Parameters (V, 1 + P, K) of a sample: Siamese DETR augments views and crops, UP-DETR and DETReg only crops."""
     parameters = draw_photometric(config, random, (config.num_views, 1 + config.num_regions))
     if config.views != "two":
         parameters[:, 0] = UNCHANGED

@@ -1,4 +1,4 @@
-"""Which regions of an image are looked for: proposals, random boxes or random patches, and how they are chosen."""
+"""The regions of an image: candidates (proposals, random boxes, random patches), and how they are selected."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torchvision.ops import nms
 from siamese_detr.views.geometry import Array, areas, ious, shared_regions
 
 RANDOM_CANDIDATES = 100
-"""Random boxes tried per image (ablation "random boxes")."""
+"""Random boxes drawn per image (ablation "random boxes")."""
 MAX_ASPECT = 8.0
-"""Random boxes are at most this many times longer than wide."""
+"""Largest ratio of the longer to the shorter side of a random box."""
 MIN_PATCH = 8.0
 """Smallest side of a random patch, pixels (UP-DETR)."""
 
@@ -29,9 +29,9 @@ def choose_diverse(
 
     Args:
         boxes: (n, 4).
-        scores: (n,); where none is positive, all weigh the same.
+        scores: (n,); if none is positive, all weights are equal.
         draws: (n,) uniform in (0, 1), one for each box.
-        besides: (4,), a box that is taken already (the intersection): its near-duplicates are left out too.
+        besides: (4,), a box already chosen (the intersection): its near-duplicates are left out too.
     """
     if besides is not None:
         fresh = ious(boxes, besides) <= duplicate_iou
@@ -45,7 +45,7 @@ def choose_diverse(
 
 
 def random_boxes(draws: ArrayLike, frame: ArrayLike, max_aspect: float = MAX_ASPECT) -> Array:
-    """Boxes between random corners inside ``frame`` (4,), those longer than ``max_aspect`` left out.
+    """Boxes between random corners inside ``frame`` (4,), without those of a larger aspect ratio than ``max_aspect``.
 
     Args:
         draws: (n, 4) uniform in [0, 1).
@@ -58,10 +58,10 @@ def random_boxes(draws: ArrayLike, frame: ArrayLike, max_aspect: float = MAX_ASP
 
 
 def random_patches(draws: ArrayLike, size: tuple[int, int], min_side: float = MIN_PATCH) -> Array:
-    """UP-DETR's patches (n, 4) of an image of ``size`` = (height, width), of uniform size and place.
+    """UP-DETR's patches (n, 4) of an image of ``size`` = (height, width), of uniformly drawn size and position.
 
     Args:
-        draws: (n, 4) uniform in [0, 1): width, height, horizontal and vertical place.
+        draws: (n, 4) uniform in [0, 1): width, height, horizontal and vertical position.
     """
     draw = np.asarray(draws, np.float64)
     full = np.array([size[1], size[0]], np.float64)
@@ -72,6 +72,6 @@ def random_patches(draws: ArrayLike, size: tuple[int, int], min_side: float = MI
 
 
 def candidate_regions(boxes: ArrayLike, scores: ArrayLike, frame: Array, min_area: float) -> tuple[Array, Array]:
-    """Boxes (n, 4) cut to the frame and their scores, those of less than ``min_area`` of it left out."""
+    """Boxes (n, 4) cut to the frame and their scores, without those that cover less than ``min_area`` of it."""
     shared, kept = shared_regions(boxes, frame, min_area)
     return shared, np.asarray(scores, np.float64).reshape(-1)[kept]

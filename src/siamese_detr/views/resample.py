@@ -1,4 +1,4 @@
-"""Cutting a rectangle, given in fractions of a pixel, out of a picture at another size: one resampling, on the host."""
+"""Cutting and resizing a rectangle of an image, with corners between pixels, in one resampling on the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Picture = NDArray[np.uint8]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep OpenCV from sharing out pictures this small among threads, which costs more than it gains."""
+    """Let OpenCV use one thread: on images this small, several cost more than they gain."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 
 def resize(image: Picture, rectangle: ArrayLike, size: tuple[int, int], flip: bool = False) -> Picture:
-    """Antialiased bilinear: what Pillow's ``resize(size, BILINEAR, box=rectangle)`` gives, mirrored if wanted.
+    """Antialiased bilinear resizing, as Pillow's ``resize(size, BILINEAR, box=rectangle)``, optionally mirrored.
 
     Args:
         image: (H, W, 3).
@@ -37,9 +37,9 @@ def resize(image: Picture, rectangle: ArrayLike, size: tuple[int, int], flip: bo
     """
     x0, y0, x1, y1 = (float(x) for x in np.asarray(rectangle))
     if x1 - x0 <= size[1] and y1 - y0 <= size[0]:
-        # Enlarging, the filter is plain bilinear interpolation: the same numbers within 1, in half the time.
+        # When enlarging, the filter is plain bilinear interpolation: equal within 1 of 255, in half the time.
         return warp(image, rectangle, size, flip)
-    # reducing_gap averages whole pixels first where far more are given than wanted.
+    # With reducing_gap, Pillow first averages whole pixels if the reduction is strong.
     resized = Image.fromarray(image).resize(
         size[::-1], Image.Resampling.BILINEAR, box=(x0, y0, x1, y1), reducing_gap=3.0
     )
@@ -59,17 +59,17 @@ def warp(image: Picture, rectangle: ArrayLike, size: tuple[int, int], flip: bool
 
 
 class Pyramid:
-    """A picture and its halvings along either axis, from which many crops are cut quickly.
+    """An image and its halvings along either axis, from which many crops are cut quickly.
 
-    A crop is interpolated from the halving that comes nearest to its scale, so it is antialiased by averages of 2, 4,
-    ... pixels along each axis.
+    A crop is interpolated from the halving nearest to its scale. Averages of 2, 4, ... pixels along each axis are its
+    antialiasing.
     """
 
     def __init__(self, image: Picture) -> None:
         self._levels = {(0, 0): np.ascontiguousarray(image)}
 
     def crop(self, rectangle: ArrayLike, size: int) -> Picture:
-        """The rectangle (4,), pixels of the picture, as a square (size, size, 3)."""
+        """The rectangle (4,), pixels of the image, as a square (size, size, 3)."""
         x0, y0, x1, y1 = np.asarray(rectangle, np.float64).tolist()
         level_y, level_x = (round(math.log2(max(extent / size, 1))) for extent in (y1 - y0, x1 - x0))
         image = self._level((level_y, level_x))

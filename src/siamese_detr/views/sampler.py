@@ -14,7 +14,7 @@ from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.plan import view_sizes
 from siamese_detr.views.two_views import Rows
 
-_PERMUTATION, _BATCHES = 1 << 30, (1 << 30) + 1  # counters of their own, beyond any sample's (epoch, index)
+_PERMUTATION, _BATCHES = 1 << 30, (1 << 30) + 1  # their own counters, beyond any sample's (epoch, index)
 WINDOW = 64
 """Batches that are formed together."""
 
@@ -22,10 +22,10 @@ WINDOW = 64
 class ViewBatchSampler(Sampler[list[tuple[int, int]]]):
     """Yields ``total_batches`` lists of (epoch, image), for ``TwoViewDataset``.
 
-    The epochs' permutations are strung together and cut into windows of up to 64 batches; inside a window, samples are
-    grouped by the size of their views and the batches shuffled (views of one size need no windows). The n-th batch is a
-    pure function of seed, sizes, view configuration, batch size and n: a longer run begins with the same batches as a
-    shorter one. A batch may span two epochs. Memory is four bytes per image.
+    The permutations of all epochs are concatenated and cut into windows of up to 64 batches. In a window, samples are
+    grouped by the size of their views, and the batches are shuffled (views of one size need no windows). The n-th batch
+    is a pure function of seed, sizes, view configuration, batch size and n, so a longer run starts with the same
+    batches as a shorter one. A batch may span two epochs. Memory: four bytes per image.
 
     Args:
         store: the images, with their sizes.
@@ -33,7 +33,7 @@ class ViewBatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size: samples per batch.
         total_batches: batches to yield.
         seed: the dataset's seed.
-        start: batches to skip (a resumed run); costs no more than the epochs' permutations it needs.
+        start: batches to skip (a resumed run); costs only the permutations of the epochs in use.
 
     Raises:
         UserError: no images, or a batch size below 1.
@@ -54,8 +54,8 @@ class ViewBatchSampler(Sampler[list[tuple[int, int]]]):
         if self.num_images == 0:
             raise UserError("there are no images to make views of: give a folder with readable images")
         if batch_size < 1:
-            raise UserError(f"batch size {batch_size} makes no batches: it must be at least 1")
-        # Small sets mix few epochs in a window, so that their order stays close to epoch by epoch.
+            raise UserError(f"batch size must be at least 1, not {batch_size}")
+        # Small data sets get small windows, so that few epochs mix in each.
         several = min(WINDOW, max(WINDOW // 4, self.num_images // batch_size))
         self.window = several if config.view_size is None else 1
 
@@ -73,7 +73,7 @@ class ViewBatchSampler(Sampler[list[tuple[int, int]]]):
                 position += 1
 
     def _window(self, window: int, permutations: dict) -> list[tuple[NDArray[np.int64], NDArray]]:
-        """The batches of a window as (epochs, images), in the order they are used."""
+        """The batches of a window as (epochs, images), in order of use."""
         count = self.window * self.batch_size
         stream = np.arange(window * count, (window + 1) * count, dtype=np.int64)
         epochs, places = np.divmod(stream, self.num_images)
@@ -121,6 +121,6 @@ def group_by_size(sizes: NDArray[np.int64], batch_size: int) -> list[NDArray[np.
 
 
 def padding_waste(sizes: NDArray[np.int64], groups: list[NDArray[np.int64]]) -> float:
-    """Share of a padded batch's pixels that is padding, over all groups of samples of these (height, width)."""
+    """Fraction of padding among the pixels of padded batches; ``groups`` index the (height, width) in ``sizes``."""
     padded = sum(len(group) * int(sizes[group].max(0).prod()) for group in groups)
     return 1 - int(sizes.prod(1).sum()) / padded

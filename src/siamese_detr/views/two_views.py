@@ -1,6 +1,6 @@
-"""Samples and batches: decode a file once, cut its views straight from the decoded picture, put views side by side.
+"""Samples and batches: decode a file once, cut its views from the decoded image, and collate views into batches.
 
-A worker does only this per sample. Normalisation, photometric augmentation and crops are batched on the device
+This is all that data workers do. Crops, photometric augmentation and normalisation follow on the device
 (:mod:`siamese_detr.views.augment`).
 """
 
@@ -25,11 +25,11 @@ from siamese_detr.views.plan import SamplePlan, plan_sample
 from siamese_detr.views.resample import one_thread, resize
 
 STRIDE = 32
-"""Pixels per cell of the coarsest feature map that the detectors read."""
+"""Stride of the coarsest feature map that the detectors use, pixels."""
 
 
 class Rows(Protocol):
-    """What is needed of a proposal store, or a selection of its images."""
+    """The part of a proposal store, or of a selection of its images, that views need."""
 
     def __len__(self) -> int: ...
 
@@ -46,9 +46,9 @@ class ViewSample:
 
     Attributes:
         images: uint8 (V, h, w, 3).
-        plan: how they were cut, and their regions.
-        index: number of the image.
-        failure: (path, reason) if the image could not be read; there are no views then.
+        plan: their rectangles and regions.
+        index: row of the image in the store.
+        failure: (path, reason) if the image could not be read; then there are no views.
     """
 
     images: NDArray[np.uint8] | None
@@ -62,7 +62,7 @@ class TwoViewDataset(Dataset[ViewSample]):
 
     Args:
         store: proposals with the paths and sizes of their images.
-        config: how views are cut.
+        config: how views are made.
         seed: of all randomness; a sample is a pure function of (seed, epoch, index).
     """
 
@@ -73,7 +73,7 @@ class TwoViewDataset(Dataset[ViewSample]):
         return len(self.store)
 
     def __getitem__(self, key: tuple[int, int]) -> ViewSample:
-        """The sample of (epoch, number of the image). An unreadable image gives a sample that says so."""
+        """The sample of (epoch, row of the image). For an unreadable image, only its ``failure`` is set."""
         epoch, index = key
         row = self.store.row(index)
         plan = plan_sample(self.config, row, self.seed, epoch, index)
@@ -86,10 +86,10 @@ class TwoViewDataset(Dataset[ViewSample]):
 
 
 def cut_views(image: NDArray[np.uint8], original: tuple[int, int], plan: SamplePlan) -> NDArray[np.uint8]:
-    """Cut the plan's views (V, h, w, 3) from a picture (H, W, 3), which may have been decoded at a reduced scale.
+    """Cut the plan's views (V, h, w, 3) from an image (H, W, 3), which may have been decoded at a reduced scale.
 
-    Cropping, resizing and mirroring are one resampling: bilinear with antialiasing, from the rectangle in fractions of
-    a pixel, so that pixels and boxes agree.
+    Cropping, resizing and mirroring are one antialiased bilinear resampling. The rectangle is not rounded to pixels, so
+    that pixels and boxes agree.
 
     Args:
         original: (width, height) at full scale, to which the plan's rectangles refer.
@@ -104,10 +104,10 @@ def cut_views(image: NDArray[np.uint8], original: tuple[int, int], plan: SampleP
 
 
 def collate(samples: Sequence[ViewSample]) -> ViewBatch:
-    """Put samples into one batch, views zero-padded right and bottom to the largest; unreadable ones are left out.
+    """Collate samples into one batch, views zero-padded right and bottom to the largest; unreadable ones are left out.
 
-    A batch that needs padding is padded to multiples of :data:`STRIDE`: which cells of a feature map count as padding
-    would else depend on the sizes of the other samples. If no sample could be read the batch has B = 0.
+    A batch that needs padding is padded to multiples of :data:`STRIDE`. Otherwise the cells of a feature map that count
+    as padding would depend on the sizes of the other samples. If no sample could be read, the batch has B = 0.
     """
     good = [(s.images, s.plan) for s in samples if s.images is not None and s.plan is not None]
     sizes = {plan.size for _, plan in good} or {(1, 1)}
@@ -115,7 +115,7 @@ def collate(samples: Sequence[ViewSample]) -> ViewBatch:
     if len(sizes) > 1:
         height, width = -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
     num_views = len(good[0][0]) if good else 1
-    # In memory view-major, as the detector wants it, and channels last, so that pixels are copied in whole rows.
+    # Memory is view-major, as the detector expects it, and channels last, so that whole rows of pixels are copied.
     images = np.zeros((num_views, len(good), height, width, 3), np.uint8)
     for b, (views, plan) in enumerate(good):
         images[:, b, : plan.size[0], : plan.size[1]] = views
@@ -138,7 +138,7 @@ def _stack(arrays: list[NDArray[np.float32]], empty: tuple[int, ...]) -> NDArray
 
 
 def _needed_side(row: StoredImage, plan: SamplePlan) -> int | None:
-    """Short side below which the views would be enlarged from a picture decoded at a reduced scale."""
+    """Shortest side of the decoded image from which no view has to be enlarged; None: decode at full scale."""
     extent = plan.rectangles[:, 2:] - plan.rectangles[:, :2]
     scale = float((np.array(plan.size[::-1]) / extent).max())
     return None if scale > 0.5 else max(1, math.ceil(min(row.width, row.height) * scale))

@@ -1,0 +1,162 @@
+"""Fine-tuning on labels: the training loop with the set criterion, COCO metrics after every so many steps, best and
+last detector."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from siamese_detr.detection.criterion import CriterionConfig, SetCriterion, Targets
+from siamese_detr.detectors.adapter import DetectorAdapter
+from siamese_detr.evaluation.evaluate import evaluate_detector
+from siamese_detr.evaluation.inference import Detector
+from siamese_detr.files import write_json, write_text
+from siamese_detr.images.labels import DetectionDataset
+from siamese_detr.runtime.journal import JsonLines
+from siamese_detr.training.finetune_config import FinetuneConfig
+from siamese_detr.training.labelled_dataset import EpochBatches, TrainingImages, collate, prepare
+from siamese_detr.training.loop import Loop
+from siamese_detr.training.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSize:
+    """What the detector's image processor does at evaluation.
+
+    Args:
+        shortest_edge: short side in pixels, or the side of the square.
+        longest_edge: limit of the long side.
+        square: stretch to a square.
+    """
+
+    shortest_edge: int
+    longest_edge: int
+    square: bool
+
+
+class DetectionTask(Task):
+    """Trains a detector on labelled images.
+
+    Writes ``history.jsonl`` (one line of COCO metrics per evaluation), ``metrics.json`` (the best and the last of
+    them), and the Hugging Face directories ``best`` and ``last`` into the run directory.
+
+    Args:
+        detector: with the class head that fits ``images``.
+        config: of the run.
+        steps: updates in all.
+        images: augmented training images.
+        validation: labelled images to evaluate on; None: there is no evaluation, and only ``last`` is written.
+        input_size: of evaluation, stored with the detector.
+    """
+
+    verb = "finetune"
+
+    def __init__(
+        self,
+        detector: DetectorAdapter,
+        config: FinetuneConfig,
+        steps: int,
+        images: TrainingImages,
+        validation: DetectionDataset | None,
+        input_size: InputSize,
+    ) -> None:
+        micro, count = config.batch_size // config.accumulate, steps * config.accumulate
+        batches = EpochBatches(len(images), micro, count, config.seed)
+        super().__init__(detector, images, batches, collate, epoch_size=len(images))
+        self.detector, self.config, self.steps, self.images = detector, config, steps, images
+        self.validation, self.input_size = validation, input_size
+        self.evaluations = config.evaluations(len(images)) if validation is not None else 0
+        self.criterion = SetCriterion(CriterionConfig.of("focal" if detector.focal else "softmax"))
+        self.processor = detector.image_processor(**dataclasses.asdict(input_size))
+        self.out = Path(config.out)
+        self.history = JsonLines(self.out / "history.jsonl")
+
+    def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        pixel_values, pixel_mask = prepare(batch, self.detector.image_mean, self.detector.image_std)
+        logits, boxes = model(pixel_values, pixel_mask)
+        output = self.criterion(logits, boxes, Targets(batch["classes"], batch["boxes"]))
+        return output.loss, output.terms
+
+    def still_unreadable(self, path: str) -> bool:
+        index = self.images.index.get(path)
+        return index is not None and self.images[(0, index)].pixels is None
+
+    def evaluates_at(self, step: int) -> bool:
+        return is_due(step, self.steps, self.evaluations)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """The run evaluates again what lies behind its checkpoint, and first what a stop cut short at it."""
+        records = self.history.rewind(step)
+        return step > 0 and self.evaluates_at(step) and step not in {record["step"] for record in records}
+
+    def evaluate(self, loop: Loop) -> None:
+        """COCO metrics on the validation images, on all processes; the best detector so far is kept.
+
+        Raises:
+            Preempted: asked to stop; the run is saved, and evaluates again when it is continued.
+        """
+        assert self.validation is not None
+        step = loop.state.step
+        self.detector.eval()
+        evaluation = evaluate_detector(
+            Detector(self.detector.model, self.processor, loop.team.device),
+            self.validation,
+            batch_size=self.config.eval_batch_size or self.config.batch_size,
+            workers=loop.workers,
+            each_batch=loop.stop_between_steps,
+        )
+        self.detector.train()
+        if not loop.team.main:
+            return
+        overall = evaluation.metrics.overall()
+        before = [record["AP"] or 0.0 for record in self.history.rewind(step - 1)]
+        record: dict[str, Any] = {"step": step, "epoch": step * self.config.batch_size / self.epoch_size}
+        record |= {"train_loss": self.mean_loss(step), **evaluation.metrics.to_dict()}
+        self.history.append([record])
+        loop.track({f"validation/{name}": value for name, value in overall.items() if value is not None})
+        if (overall["AP"] or 0.0) > max(before, default=-1.0):
+            self.save("best", step)
+        self.note_unreadable(evaluation.skipped)
+        records = self.history.read()
+        write_json(self.out / "metrics.json", {"best": best_of(records), "last": records[-1]})
+
+    def note_unreadable(self, problems: list[tuple[str, str]]) -> None:
+        """List the validation images that could not be read; tell of them when they are others than before."""
+        file = self.out / "skipped-validation.jsonl"
+        text = "".join(json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in problems)
+        if text == (file.read_text(encoding="utf-8") if file.exists() else ""):
+            return
+        write_text(file, text)
+        print(
+            f"{len(problems)} of {len(self.validation or ())} validation images cannot be read (listed in {file}): "
+            "their boxes count as missed",
+            file=sys.stderr,
+        )
+
+    def mean_loss(self, step: int) -> float | None:
+        """Mean logged training loss since the evaluation before ``step``."""
+        since = max((record["step"] for record in self.history.read() if record["step"] < step), default=0)
+        lines = JsonLines(self.out / "log.jsonl").read()
+        losses = [line["loss"] for line in lines if "loss" in line and since < line["step"] <= step]
+        return sum(losses) / len(losses) if losses else None
+
+    def save(self, name: str, step: int) -> None:
+        """Write the detector after ``step`` updates as an ordinary Hugging Face directory of that name."""
+        provenance = {"finetuned": {"steps": step, "of": self.steps}}
+        self.detector.save(self.out / name, **dataclasses.asdict(self.input_size), provenance=provenance)
+
+
+def is_due(step: int, steps: int, count: int) -> bool:
+    """Whether one of ``count`` evaluations, evenly over ``steps`` updates, is due after update ``step`` (1, 2, ...)."""
+    return step * count // steps > (step - 1) * count // steps
+
+
+def best_of(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The evaluation of highest AP, the first of equals."""
+    return max(records, key=lambda record: (record.get("AP") or 0.0, -record["step"]))
