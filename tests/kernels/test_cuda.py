@@ -23,6 +23,7 @@ from runs import TINY, logged
 from siamese_detr.detection.matching import assign
 from siamese_detr.detectors import build_detector
 from siamese_detr.errors import UserError
+from siamese_detr.kernels import accelerate
 from siamese_detr.kernels.frozen import FrozenBackbone, is_norm, run
 from siamese_detr.kernels.fused import CudnnConv2d
 from siamese_detr.pretext import build_pretext
@@ -46,9 +47,9 @@ def _no_tf32() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _kernels_for_few_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_linear = pytest.importorskip("siamese_detr.kernels.gpu_linear", reason="this system has no Triton")
-    monkeypatch.setattr(gpu_linear, "LARGE", 0)
+def _kernels_are_registered() -> None:
+    pytest.importorskip("triton", reason="this system has no Triton")
+    accelerate(torch.nn.Identity(), "cuda")
 
 
 @pytest.mark.parametrize("method", ["siamese", "detreg"])
@@ -57,6 +58,7 @@ def test_losses_and_gradients_are_those_of_a_cpu(family: str, method: str) -> No
     here = randomise(build_pretext(method, small_detector(family)))  # else points lie where gradients are not unique
     features = random_features(views=2 if method == "siamese" else 1, detector=here.detector)
     there, moved = copy.deepcopy(here).cuda(), features.to("cuda")
+    accelerate(there, "cuda")
     expected, found = here(features), there(moved)
     expected.loss.backward()
     found.loss.backward()

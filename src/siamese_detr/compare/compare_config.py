@@ -42,6 +42,10 @@ class CompareConfig:
         dry_run: only show the protocol, and what would be run.
     """
 
+    COMMON = (
+        *("images", "train", "val", "out", "inits", "fractions", "seeds", "recipe", "pretrain", "finetune", "dry_run"),
+    )
+
     images: str
     train: str
     val: str

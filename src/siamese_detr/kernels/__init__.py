@@ -1,9 +1,8 @@
 """Whatever only makes detectors faster: kernels for operations that are defined elsewhere, exchanged in one place.
 
 Nothing below this package knows that it exists. :func:`accelerate` exchanges modules of a detector for faster ones that
-compute the same, and registers kernels on operations: ``siamese_detr::deformable_sample`` (detectors),
-Nothing below this package knows that it exists. :func:`accelerate` exchanges modules of a detector for faster ones
-that modules back.
+compute the same, and registers kernels on the operations ``siamese_detr::deformable_sample`` (detectors),
+``siamese_detr::assign`` (detection) and ``siamese_detr::augment`` (views). :func:`stock` puts the modules back.
 """
 
 from __future__ import annotations

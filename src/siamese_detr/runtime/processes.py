@@ -18,6 +18,7 @@ from torch import Tensor
 from siamese_detr.errors import UserError
 from siamese_detr.runtime.cores import usable_cores
 from siamese_detr.runtime.signals import ignore_signals
+from siamese_detr.runtime.streams import reader_gone
 
 DEATH_HEARD = 1.0
 """Seconds within which the main process hears of the death of a data process whose connection broke off."""
@@ -137,6 +138,8 @@ def machine_explained(then: str) -> Iterator[None]:
         ) from error
     # A data process that was killed while it handed a batch over shows as a connection that breaks off.
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, BrokenPipeError) and reader_gone():  # of our output, as in `| head`
+            raise
         if "can't allocate memory" in str(error):  # PyTorch's words for the host's
             raise UserError(
                 f"out of memory: raise accumulate, lower batch_size, workers or the images' size, and {then}"

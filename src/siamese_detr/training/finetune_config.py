@@ -91,6 +91,11 @@ class FinetuneConfig:
         report_to: further trackers (wandb, mlflow, …).
     """
 
+    COMMON = (
+        *("train", "out", "val", "model", "train_images", "fraction", "image_size", "epochs", "batch_size", "lr"),
+        *("device", "resume"),
+    )
+
     train: str
     out: str
     val: str | None = None

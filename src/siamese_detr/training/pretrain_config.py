@@ -130,6 +130,23 @@ class PretrainConfig:
         report_to: further trackers (wandb, mlflow, ...).
     """
 
+    COMMON = (
+        *(
+            "images",
+            "out",
+            "proposals",
+            "method",
+            "detector",
+            "backbone",
+            "init",
+            "steps",
+            "epochs",
+            "batch_size",
+            "lr",
+        ),
+        *("device", "resume"),
+    )
+
     images: str
     out: str
     proposals: str | None = None
