@@ -20,24 +20,9 @@ from siamese_detr.files import write_json, write_text
 from siamese_detr.images.labels import DetectionDataset
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.finetune_config import FinetuneConfig
-from siamese_detr.training.labelled_dataset import EpochBatches, TrainingImages, collate, prepare
+from siamese_detr.training.labelled_dataset import EpochBatches, InputSize, TrainingImages, collate, prepare
 from siamese_detr.training.loop import Loop
 from siamese_detr.training.task import Task
-
-
-@dataclasses.dataclass(frozen=True)
-class InputSize:
-    """What the detector's image processor does at evaluation.
-
-    Args:
-        shortest_edge: short side in pixels, or the side of the square.
-        longest_edge: limit of the long side.
-        square: stretch to a square.
-    """
-
-    shortest_edge: int
-    longest_edge: int
-    square: bool
 
 
 class DetectionTask(Task):

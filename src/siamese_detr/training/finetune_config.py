@@ -12,8 +12,7 @@ from siamese_detr.training.sizes import DROPOUTS, SIZES, given
 
 if TYPE_CHECKING:  # load PyTorch, for which --help need not wait
     from siamese_detr.detectors.adapter import DetectorAdapter
-    from siamese_detr.training.detection_task import InputSize
-    from siamese_detr.training.labelled_dataset import TransformConfig
+    from siamese_detr.training.labelled_dataset import InputSize, TransformConfig
 
 MAY_CHANGE = {
     *("resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep", "log_every"),
@@ -208,7 +207,7 @@ class FinetuneConfig:
         Raises:
             UserError: the detector's family does not take this size.
         """
-        from siamese_detr.training.detection_task import InputSize
+        from siamese_detr.training.labelled_dataset import InputSize
 
         own = detector.input_size
         side = detector.square_side

@@ -33,6 +33,21 @@ AUGMENT, ORDER = 1, 2
 
 
 @dataclass(frozen=True)
+class InputSize:
+    """What the detector's image processor does at evaluation.
+
+    Args:
+        shortest_edge: short side in pixels, or the side of the square.
+        longest_edge: limit of the long side.
+        square: stretch to a square.
+    """
+
+    shortest_edge: int
+    longest_edge: int
+    square: bool
+
+
+@dataclass(frozen=True)
 class TransformConfig:
     """How training images are cut and resized.
 
