@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from siamese_detr.detectors import saving
+from siamese_detr.detectors import weights
 from siamese_detr.detectors.backbones import Backbone
 from siamese_detr.detectors.functional import level_mask
 from siamese_detr.detectors.structures import Decoded, DetectorSize, Memory
@@ -190,7 +190,7 @@ class DetectorAdapter(nn.Module):
         provenance: dict[str, Any] | None = None,
         **size: Any,
     ) -> None:
-        """Write an ordinary Hugging Face directory (see `saving.save_detector` for its files and errors).
+        """Write an ordinary Hugging Face directory (see `weights.save_detector` for its files and errors).
 
         Args:
             directory: created if need be; files of the same names in it are replaced.
@@ -203,7 +203,7 @@ class DetectorAdapter(nn.Module):
         processor = self.image_processor(**size)
         self.input_size = {name: side for name, side in dict(processor.size).items() if side is not None}
         self.provenance.update(provenance or {})
-        saving.save_detector(self.model, processor, self.provenance, directory)
+        weights.save_detector(self.model, processor, self.provenance, directory)
 
     # --- what is common -------------------------------------------------------------------------------------------
     @property

@@ -13,11 +13,11 @@ from siamese_detr.detectors.detr import DetrAdapter
 from siamese_detr.detectors.functional import (
     additive_mask,
     at_least_float32,
+    decoder_layer,
     inverse_sigmoid,
     padding_mask,
     sine_embedding,
 )
-from siamese_detr.detectors.layers import decoder_layer
 
 
 class ConditionalDetrAdapter(DetrAdapter):

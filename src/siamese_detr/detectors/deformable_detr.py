@@ -18,12 +18,13 @@ from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSiz
 from siamese_detr.detectors.functional import (
     additive_mask,
     at_least_float32,
+    decoder_layer,
+    encoder_layer,
     inverse_sigmoid,
     level_arguments,
     sine_positions,
     valid_ratios,
 )
-from siamese_detr.detectors.layers import decoder_layer, encoder_layer
 from siamese_detr.errors import UserError
 
 

@@ -11,8 +11,14 @@ from transformers import DetrConfig, DetrForObjectDetection, PretrainedConfig, P
 
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from siamese_detr.detectors.functional import additive_mask, at_least_float32, padding_mask, sine_positions
-from siamese_detr.detectors.layers import decoder_layer, encoder_layer
+from siamese_detr.detectors.functional import (
+    additive_mask,
+    at_least_float32,
+    decoder_layer,
+    encoder_layer,
+    padding_mask,
+    sine_positions,
+)
 
 
 class DetrAdapter(DetectorAdapter):

@@ -1,12 +1,15 @@
-"""The few formulae the adapters share: attention masks, sine embeddings, boxes relative to reference points."""
+"""What the adapters share: layers, attention masks, sine embeddings, boxes relative to reference points."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
+from torch.utils.checkpoint import checkpoint
 
 from siamese_detr.runtime.gpu import send
 
@@ -142,3 +145,60 @@ def spread_tokens(count: int, shapes: list[tuple[int, int]], valid: Tensor) -> T
         (inner[i] * valid[:, i, None] * sizes[level, 1 - i]).long().clamp(max=sizes[level, 1 - i] - 1) for i in (0, 1)
     )
     return starts[level] + row * sizes[level, 1] + column
+
+
+# The Transformer layers of DETR, Conditional DETR and Deformable DETR run through their own sub-modules: equal to calling
+# the layers, but without their finiteness test, which in training costs a device synchronisation per layer. Gradient
+# checkpointing, where enabled in the model, is honoured.
+
+
+def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
+    """One layer of an encoder.
+
+    Args:
+        layer: the stock layer.
+        tokens: (B, L, D).
+        attention: what its self-attention takes besides the tokens.
+    """
+
+    def run(tokens: Tensor) -> Tensor:
+        attended, _ = layer.self_attn(hidden_states=tokens, **attention)
+        tokens = _add(layer.self_attn_layer_norm, tokens, attended, layer)
+        return _feed_forward(layer, tokens)
+
+    return _checkpointed(layer, run, tokens)
+
+
+def decoder_layer(
+    layer: Any, queries: Tensor, self_attention: dict[str, Any], cross_attention: dict[str, Any]
+) -> Tensor:
+    """One layer of a decoder.
+
+    Args:
+        layer: the stock layer.
+        queries: (B, Q, D).
+        self_attention, cross_attention: what the attentions take besides the queries.
+    """
+
+    def run(queries: Tensor) -> Tensor:
+        attended, _ = layer.self_attn(hidden_states=queries, **self_attention)
+        queries = _add(layer.self_attn_layer_norm, queries, attended, layer)
+        attended, _ = layer.encoder_attn(hidden_states=queries, **cross_attention)
+        queries = _add(layer.encoder_attn_layer_norm, queries, attended, layer)
+        return _feed_forward(layer, queries)
+
+    return _checkpointed(layer, run, queries)
+
+
+def _feed_forward(layer: Any, x: Tensor) -> Tensor:
+    return layer.final_layer_norm(x + layer.mlp(x))  # the block drops values itself
+
+
+def _add(norm: Any, x: Tensor, branch: Tensor, layer: Any) -> Tensor:
+    return norm(x + dropout(branch, layer.dropout, layer.training))
+
+
+def _checkpointed(layer: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        return checkpoint(run, x, use_reentrant=False)
+    return run(x)

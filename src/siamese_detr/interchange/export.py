@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from siamese_detr.config import verb
 from siamese_detr.detectors.loading import find_detector, load_detector
-from siamese_detr.detectors.saving import write_model
+from siamese_detr.detectors.weights import write_model
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.files import TEMPORARY, clean
