@@ -4,8 +4,8 @@
                              [--out benchmarks/results] [--device cuda] [--quick]
 
 Ours in several precisions, and compiled, against the plain re-creation of the research code's structure (plain.py),
-with inputs as in step.py. Prints Markdown and writes gpu.json. ``--device cpu --quick`` tries the program without a GPU.
-The rate of a whole run stands in its log: ``seconds`` in OUT/log.jsonl.
+with inputs as in step.py. Prints Markdown and writes gpu.json. ``--device cpu --quick`` tries the program without a
+GPU. The rate of a whole run stands in its log: ``seconds`` in OUT/log.jsonl.
 """
 
 from __future__ import annotations

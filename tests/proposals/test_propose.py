@@ -62,7 +62,7 @@ class Quarters(Method):
 
     def boxes(self, image: np.ndarray, path: str) -> tuple[np.ndarray, np.ndarray]:
         height, width = image.shape[:2]
-        return np.float32([[0, 0, width / 2, height / 2]]), np.ones(1, np.float32)
+        return np.array([[0, 0, width / 2, height / 2]], np.float32), np.ones(1, np.float32)
 
 
 def test_a_plug_in_adds_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,8 @@ class RandomBoxes(Method):
 
 def centred_box(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """The box of an image in which nothing was found, of score 0."""
-    return np.float32([[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]]), np.zeros(1, np.float32)
+    box = [[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]]
+    return np.array(box, np.float32), np.zeros(1, np.float32)
 
 
 def _distinct_first(xywh: np.ndarray, scores: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:

@@ -315,7 +315,7 @@ class ProposalStore:
 
 @dataclass(frozen=True)
 class Selection:
-    """Some of a store's images, counted anew: what is drawn by these numbers is the same whatever the store's order.
+    """Some of a store's images, with numbers of their own, which do not depend on the order of the store's rows.
 
     Attributes:
         store: where they are.

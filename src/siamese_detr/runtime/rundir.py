@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-import siamese_detr
 from siamese_detr.config import write_config
 from siamese_detr.errors import UserError
 from siamese_detr.files import clean
@@ -111,7 +110,7 @@ def record_session(out: Path, **facts: Any) -> None:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "directory": os.getcwd(),
-        "siamese_detr": siamese_detr.__version__,
+        "siamese_detr": installed("siamese-detr"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name in PACKAGES if (version := installed(name))},
