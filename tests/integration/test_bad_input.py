@@ -325,6 +325,18 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str], buffered: bool
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("end", [">&-", "2>&-", ">&- 2>&- <&-", "| cat"])
+def test_closed_or_narrow_output_ends_no_command_in_a_traceback(end: str) -> None:
+    """The program prints what ASCII lacks; its exit code is that of a command that is done."""
+    program = "import siamese_detr.cli as c; c.dispatch = lambda argv: print('\\u2026 \\udcff') or 0; "
+    program += "raise SystemExit(c.main([]))"
+    line = f"set -o pipefail; PYTHONIOENCODING=ascii '{sys.executable}' -c \"{program}\" {end}"
+    ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    if end == "| cat":
+        assert ended.stdout == "\\u2026 \\udcff\n"
+
+
 def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any) -> None:
         raise BrokenPipeError(errno.EPIPE, "of a connection")
