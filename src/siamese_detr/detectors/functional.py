@@ -147,9 +147,9 @@ def spread_tokens(count: int, shapes: list[tuple[int, int]], valid: Tensor) -> T
     return starts[level] + row * sizes[level, 1] + column
 
 
-# The Transformer layers of DETR, Conditional DETR and Deformable DETR run through their own sub-modules: equal to calling
-# the layers, but without their finiteness test, which in training costs a device synchronisation per layer. Gradient
-# checkpointing, where enabled in the model, is honoured.
+# The Transformer layers of DETR, Conditional DETR and Deformable DETR run through their own sub-modules: equal to
+# calling the layers, but without their finiteness test, which in training costs a device synchronisation per layer.
+# Gradient checkpointing, where enabled in the model, is honoured.
 
 
 def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
