@@ -113,6 +113,7 @@ def test_another_family_is_refused(saved):
         load_detector(saved)
 
 
+@pytest.mark.promise("no-code")
 def test_unreadable_directories_are_explained(saved, tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load_detector(tmp_path)
@@ -156,6 +157,7 @@ WORDS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": WORDS, "b": WORDS}, None),
     ],
 )
+@pytest.mark.promise("no-code")
 def test_headers_that_lie_are_refused(saved, header, length):
     """Before memory is taken for what they announce, as weights alone and as a detector's."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -166,6 +168,7 @@ def test_headers_that_lie_are_refused(saved, header, length):
             load(place)
 
 
+@pytest.mark.promise("no-code")
 def test_code_in_a_directory_is_never_run(saved, tmp_path, monkeypatch):
     """Transformers would ask on the terminal whether to run it; nobody is asked."""
     monkeypatch.setattr("builtins.input", lambda *question: pytest.fail("asked whether to run code"))

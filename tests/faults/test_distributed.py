@@ -76,6 +76,7 @@ def ends(runs: list[Run]) -> list[int | None]:
 
 
 @slow
+@pytest.mark.promise("processes")
 def test_four_processes_train_as_one(base: dict[str, Any], alone: Path, tmp_path: Path) -> None:
     runs = team(base | {"out": str(tmp_path / "run")}, 4)
     assert ends(runs) == [0] * 4, "".join(run.text for run in runs)
@@ -90,6 +91,7 @@ def test_four_processes_train_as_one(base: dict[str, Any], alone: Path, tmp_path
     assert_alike(tmp_path / "four", tmp_path / "one")
 
 
+@pytest.mark.promise("bad-images")
 def test_a_process_with_nothing_readable(base: dict[str, Any], tmp_path: Path) -> None:
     """The micro-batch is left out by all, wherever in an update it comes; the processes stay in step and agree."""
     photos, store = tmp_path / "photos", tmp_path / "store"
@@ -118,6 +120,7 @@ def test_a_process_with_nothing_readable(base: dict[str, Any], tmp_path: Path) -
     assert skipped(tmp_path / "again") == skipped(tmp_path / "whole")
 
 
+@pytest.mark.promise("lost-process")
 def test_one_killed_ends_all_and_another_number_goes_on(base: dict[str, Any], alone: Path, tmp_path: Path) -> None:
     """Two processes refuse two more, die together, and are continued by one, whose run two others finish."""
     options = base | {"out": str(tmp_path / "run"), "resume": True, "save_every": 1, "steps": 10_000}
@@ -147,6 +150,7 @@ def test_one_killed_ends_all_and_another_number_goes_on(base: dict[str, Any], al
             assert record["loss"] == pytest.approx(shorter[record["step"]]["loss"], rel=2e-4)
 
 
+@pytest.mark.promise("preemption")
 def test_one_asked_to_stop_stops_all(base: dict[str, Any], tmp_path: Path) -> None:
     """A signal to any one process saves at the end of the step that all are in."""
     runs = team(base | {"out": str(tmp_path / "run"), "steps": 10_000, "save_every": 5000}, 2)
@@ -156,6 +160,7 @@ def test_one_asked_to_stop_stops_all(base: dict[str, Any], tmp_path: Path) -> No
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
 
 
+@pytest.mark.promise("preemption")
 def test_one_asked_to_stop_in_an_evaluation_stops_all(tmp_path: Path) -> None:
     """Long before the evaluation is done, which the run does again when it goes on."""
     labels = str(tiny_finetuning.write_scenes(tmp_path / "scenes", count=4))
@@ -174,6 +179,7 @@ def test_one_asked_to_stop_in_an_evaluation_stops_all(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in history] == [2, 4]
 
 
+@pytest.mark.promise("processes")
 def test_fine_tuning_and_evaluation_in_two_processes(tmp_path: Path) -> None:
     """The losses and the AP of one process; the verb ``evaluate`` shares its images too."""
     labels = str(tiny_finetuning.write_scenes(tmp_path / "scenes", count=6))
@@ -204,6 +210,7 @@ def test_fine_tuning_and_evaluation_in_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.promise("non-finite")
 def test_a_nan_in_any_process_stops_all_before_the_update(
     base: dict[str, Any], tmp_path: Path, everywhere: bool
 ) -> None:
@@ -235,6 +242,7 @@ def test_a_nan_in_any_process_stops_all_before_the_update(
 
 
 @slow
+@pytest.mark.promise("lost-process")
 def test_torchrun_restarts_after_a_kill(base: dict[str, Any], tmp_path: Path) -> None:
     """With --max-restarts a killed process costs the steps since the checkpoint; the weights are the undisturbed ones.
 
@@ -282,6 +290,7 @@ def test_torchrun_restarts_after_a_kill(base: dict[str, Any], tmp_path: Path) ->
 
 
 @slow
+@pytest.mark.promise("lost-process")
 def test_torchrun_goes_on_with_fewer_machines(base: dict[str, Any], tmp_path: Path) -> None:
     """Of two machines (here: two torchruns on one) one is lost for good: the other continues alone, to the losses of
     one process."""

@@ -97,6 +97,7 @@ def on(disk: Path, tmp_path: Path) -> str:
     return str(tmp_path / "run")
 
 
+@pytest.mark.promise("machine")
 def test_a_full_disk(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
     options = base | {"out": on(small_disk, tmp_path)}
     run = Run(options)
@@ -128,6 +129,7 @@ def test_a_full_disk_that_tensorboard_meets_first(base: dict[str, Any], small_di
     assert_clear(Run(options | {"steps": 4, "resume": True}), "No space left", "--resume")
 
 
+@pytest.mark.promise("machine")
 def test_a_disk_without_room_for_another_checkpoint(base: dict[str, Any], small_disk: Path, tmp_path: Path) -> None:
     """The message says to lower ``keep``: that alone, with nothing else removed, lets the run go on."""
     options = base | {"out": on(small_disk, tmp_path), "save_every": 1, "keep": 3}
@@ -171,6 +173,7 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
+@pytest.mark.promise("machine")
 def test_a_data_worker_killed(base: dict[str, Any], tmp_path: Path) -> None:
     """As the kernel does when memory ends."""
     options = base | {"out": str(tmp_path / "run"), "workers": 2}
@@ -266,6 +269,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_finetuning.write_scenes(tmp_path_factory.mktemp("many") / "scenes", 60))
 
 
+@pytest.mark.promise("machine")
 def test_a_data_worker_killed_in_an_evaluation(many: str, tmp_path: Path) -> None:
     detector = tiny_detector("conditional-detr", classes=2)
     detector.save(tmp_path / "detector", class_names=["stripes", "dots"], shortest_edge=96)
@@ -278,6 +282,7 @@ def test_a_data_worker_killed_in_an_evaluation(many: str, tmp_path: Path) -> Non
     assert not (tmp_path / "metrics.json").exists()
 
 
+@pytest.mark.promise("preemption")
 def test_all_processes_asked_to_stop_in_an_evaluation(many: str, tmp_path: Path) -> None:
     """As clusters do: the data processes too. The evaluation is ended, the run saved, and all goes on."""
     options = tiny_finetuning.TINY | tiny_finetuning.QUICK | {"train": many, "val": many, "out": str(tmp_path / "run")}
@@ -297,6 +302,7 @@ def test_all_processes_asked_to_stop_in_an_evaluation(many: str, tmp_path: Path)
     assert again.wait(PATIENCE) == 0, again.text
 
 
+@pytest.mark.promise("machine")
 def test_memory_that_ends(base: dict[str, Any], tmp_path: Path) -> None:
     """The process may take no more memory than it has: whichever allocation fails, it is said."""
     options = base | {"out": str(tmp_path / "run")}
@@ -370,6 +376,7 @@ QUICK = {("deformable-detr", "siamese"), ("conditional-detr", "up-detr"), ("detr
         if (family, method) not in REFUSED
     ],
 )
+@pytest.mark.promise("exact-resume")
 def test_every_detector_and_method_continues_exactly(
     base: dict[str, Any], tmp_path: Path, detector: str, method: str
 ) -> None:

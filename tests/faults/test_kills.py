@@ -52,6 +52,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("detector", ["conditional-detr", pytest.param("rt-detr", marks=slow)])
+@pytest.mark.promise("exact-resume")
 def test_fine_tuning_killed_at_random_moments(labels: str, tmp_path: Path, detector: str) -> None:
     """kill -9 in steps, evaluations and saves, other numbers of data workers each time."""
     options = tiny_finetuning.TINY | tiny_finetuning.QUICK | SMALL | {"detector": detector, "crop": 0.5}
@@ -72,6 +73,7 @@ def test_fine_tuning_killed_at_random_moments(labels: str, tmp_path: Path, detec
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.promise("exact-resume")
 def test_killed_while_features_are_banked(tmp_path: Path) -> None:
     """Once before and once after entries are marked as present: the same bank and the same run, byte for byte."""
     from siamese_detr.proposals.propose import propose
@@ -99,6 +101,7 @@ def test_killed_while_features_are_banked(tmp_path: Path) -> None:
     assert all((banks[0] / file.name).read_bytes() == file.read_bytes() for file in banks[1].iterdir())
 
 
+@pytest.mark.promise("whole-results")
 def test_an_export_killed(tmp_path: Path) -> None:
     """It leaves no detector under the name, or a whole one; the next export clears away the half of this one."""
     from tiny_detectors import tiny_detector
@@ -124,6 +127,7 @@ def test_an_export_killed(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+@pytest.mark.promise("whole-results")
 def test_a_prediction_killed(labels: str, tmp_path: Path) -> None:
     """While it writes a picture: what is there under its name is whole, and the next prediction writes the rest."""
     from PIL import Image
@@ -153,6 +157,7 @@ def test_a_prediction_killed(labels: str, tmp_path: Path) -> None:
 
 
 @slow
+@pytest.mark.promise("exact-resume")
 def test_a_comparison_killed_and_started_again(labels: str, tmp_path: Path) -> None:
     """Killed in its second cell, and at once begun anew: the first is kept, the second ends as if nothing had been."""
     import yaml

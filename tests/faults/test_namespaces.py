@@ -85,6 +85,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 @slow
+@pytest.mark.promise("lost-process")
 def test_pretraining_over_two_machines(machines: list[list[str]], tmp_path: Path) -> None:
     """torchrun on each: the losses of one process; a killed process is made good by a restart, to the same bits."""
     (tmp_path / "photos").mkdir()
@@ -154,6 +155,7 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8377), functools.partial(Ranges, d
 """
 
 
+@pytest.mark.promise("proposals")
 def test_proposals_in_parts_on_two_machines(machines: list[list[str]], tmp_path: Path) -> None:
     """One machine serves a shard, both compute a part of its proposals: the store is that of one machine."""
     pytest.importorskip("aiohttp")

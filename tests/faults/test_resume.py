@@ -63,6 +63,7 @@ def assert_same(out: Path, whole: Path) -> None:
     assert load_file(out / "detector" / "model.safetensors").keys()
 
 
+@pytest.mark.promise("exact-resume")
 def test_killed_at_random_moments(base: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
     """kill -9 wherever it falls, other numbers of workers each time: the same weights, losses and skipped images."""
     moments = random.Random(time.time_ns())
@@ -80,6 +81,7 @@ def test_killed_at_random_moments(base: dict[str, Any], uninterrupted: Path, tmp
 
 
 @pytest.mark.parametrize("flush", [3, 8, 10, 17])
+@pytest.mark.promise("exact-resume")
 def test_killed_while_saving(base: dict[str, Any], uninterrupted: Path, tmp_path: Path, flush: int) -> None:
     """Killed before a file, the directory or the rename reaches the disk: the checkpoint before is used."""
     options = base | {"out": str(tmp_path / "run"), "resume": True}
@@ -93,6 +95,7 @@ def test_killed_while_saving(base: dict[str, Any], uninterrupted: Path, tmp_path
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
+@pytest.mark.promise("whole-results")
 def test_killed_while_saving_the_detector(base: dict[str, Any], tmp_path: Path) -> None:
     """What a kill leaves of a detector half written is removed when the run goes on: it would fill disks in time."""
     options = base | {"out": str(tmp_path / "run"), "resume": True, "save_every": 1, "steps": 10_000}
@@ -112,6 +115,7 @@ def test_killed_while_saving_the_detector(base: dict[str, Any], tmp_path: Path) 
     assert not hidden()
 
 
+@pytest.mark.promise("preemption")
 def test_preempted_refused_and_continued(base: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
     """SIGTERM saves at the step's end and exits with 75; meanwhile a second run in the directory is refused."""
     options = base | {"out": str(tmp_path / "run"), "save_every": 100, "steps": 10_000, "workers": 1}
@@ -141,6 +145,7 @@ def command(*words: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.promise("preemption")
 def test_preempted_before_the_first_step(base: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
     """Asked to stop while it starts, or computes proposals, the command ends with 75 and a line, as in training; then
     `--resume auto` takes it up."""
@@ -165,6 +170,7 @@ def test_preempted_before_the_first_step(base: dict[str, Any], uninterrupted: Pa
     assert logged(tmp_path / "run") == logged(uninterrupted)
 
 
+@pytest.mark.promise("one-run")
 def test_two_started_at_once(base: dict[str, Any], uninterrupted: Path, tmp_path: Path) -> None:
     """Into one new directory: one runs, the other is refused."""
     runs = [Run(base | {"out": str(tmp_path / "run")}) for _ in range(2)]
@@ -172,6 +178,7 @@ def test_two_started_at_once(base: dict[str, Any], uninterrupted: Path, tmp_path
     assert logged(tmp_path / "run") == logged(uninterrupted)
 
 
+@pytest.mark.promise("processes")
 def test_several_processes(base: dict[str, Any], tmp_path: Path) -> None:
     """Two processes compute what one does with the same global batch, and one continues what two began."""
     still = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "steps": 4, "lr": 1e-5}

@@ -25,6 +25,8 @@ from siamese_detr.errors import UserError
 from siamese_detr.images import DetectionDataset, list_images, read_image, read_labels, read_size
 from siamese_detr.randomness import rng
 
+pytestmark = pytest.mark.promise("hostile-files")
+
 CASES = int(os.environ.get("SIAMESE_DETR_FUZZ", "60"))
 FORMATS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 80},

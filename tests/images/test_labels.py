@@ -426,6 +426,7 @@ def test_unusable_yolo(coco: Path, tmp_path: Path, content: str, message: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.promise("hostile-files")
 def test_a_wrong_size_in_the_labels_is_named(coco: Path) -> None:
     """A COCO JSON that gives another size than the picture has: boxes that leave it are kept where the picture has
     room for them, and the cause is told where it has not."""

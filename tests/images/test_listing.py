@@ -72,6 +72,7 @@ def without_privileges(folder: Path) -> Iterator[None]:
         os.seteuid(0)
 
 
+@pytest.mark.promise("bad-images")
 def test_folders_without_permission_are_reported() -> None:
     """And links to what may not be looked at, or to themselves; the images beside them are listed."""
     with tempfile.TemporaryDirectory() as name:  # outside of pytest's folder, which is its user's alone

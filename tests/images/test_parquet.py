@@ -23,6 +23,8 @@ from siamese_detr.images.listing import list_images
 from siamese_detr.proposals.propose import propose
 from siamese_detr.proposals.store import ProposalStore
 
+pytestmark = pytest.mark.promise("shards")
+
 COUNT = 9
 
 
@@ -127,6 +129,7 @@ def test_odd_rows_and_files(folder: Path, tmp_path: Path) -> None:
     assert shards.member_of("a.parquet::000000000000+1::b") is None
 
 
+@pytest.mark.promise("hostile-files")
 def test_mutated_files(tmp_path: Path, pictures: list[bytes]) -> None:
     """Any damage gives images, problems or clean errors."""
     images = [{"bytes": data[:1500], "path": f"{n}.jpg"} for n, data in enumerate(pictures[:3])]

@@ -74,6 +74,7 @@ def test_a_rewritten_shard_is_listed_anew(folder: Path) -> None:
         read_image(before.absolute(3))
 
 
+@pytest.mark.promise("shards")
 def test_the_same_views_as_from_files(folder: Path, tmp_path: Path) -> None:
     """Proposals and a run of pre-training from shards, stopped and continued, equal those from loose files."""
     from siamese_detr.training.pretrain import pretrain
@@ -120,6 +121,7 @@ def test_a_damaged_shard_is_told_of(folder: Path) -> None:
         list_images(folder / "e.tar")
 
 
+@pytest.mark.promise("hostile-files")
 def test_mutated_shards(tmp_path: Path) -> None:
     """Any damage gives images, problems or clean errors, and never takes much memory or time."""
     whole = write_tar(tmp_path / "whole.tar", {f"{n}.jpg": jpeg(n)[:1500] for n in range(3)}).read_bytes()

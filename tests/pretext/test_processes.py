@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -14,6 +15,8 @@ from golden_cases import cases
 from siamese_detr.interchange.research import normalise
 from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.pretext.siamese import SiamesePretext
+
+pytestmark = pytest.mark.promise("processes")
 
 CASE = cases()[0]
 HEADS = "class_head.", "region_head.", "global_head."

@@ -12,6 +12,8 @@ from siamese_detr.errors import UserError
 from siamese_detr.proposals.propose import propose
 from siamese_detr.proposals.store import ProposalStore, part_name
 
+pytestmark = pytest.mark.promise("proposals")
+
 
 def test_parts_make_the_store_of_one(photos: Path, tmp_path: Path) -> None:
     """The same rows in the same order, also when a part is killed and run again, or a file is bad."""

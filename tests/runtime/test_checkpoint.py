@@ -23,6 +23,8 @@ from siamese_detr.runtime.checkpoint import latest_valid, list_checkpoints, save
 from siamese_detr.runtime.journal import WindowMeans
 from siamese_detr.training.optimizer import adamw, lr_factor
 
+pytestmark = pytest.mark.promise("checkpoints")
+
 
 def save(folder: Path, step: int, keep: int = 0) -> Path:
     tensors = {"model": {"a": torch.full((3,), float(step)), "b": torch.arange(6).reshape(2, 3).t()}}
@@ -124,6 +126,7 @@ class Malice:
     "name", ["optimizer.pt", "pytorch_model.bin", "state.pkl", "rng_state.pth", "training_args.bin"]
 )
 @pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.promise("no-code")
 def test_a_pickle_is_never_loaded(tmp_path: Path, name: str, listed: bool) -> None:
     """A pickle in a checkpoint, even one its manifest lists, or under a safe name: refused, not executed."""
     target = tmp_path / "owned"

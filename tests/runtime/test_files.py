@@ -37,6 +37,7 @@ def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "best"]
 
 
+@pytest.mark.promise("whole-results")
 def test_every_result_is_renamed_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that there is no moment at which a kill leaves half of one under its name."""
     labels = write_scenes(tmp_path / "scenes", 3)

@@ -15,6 +15,8 @@ from siamese_detr.files import clean
 from siamese_detr.runtime.journal import Journal, JsonLines
 from siamese_detr.runtime.rundir import record_session, sessions
 
+pytestmark = pytest.mark.promise("logs")
+
 
 @pytest.mark.parametrize("left", range(0, 40, 3))
 def test_a_line_cut_short_costs_one_record(tmp_path: Path, left: int) -> None:

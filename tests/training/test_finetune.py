@@ -100,6 +100,7 @@ def test_only_the_class_head_is_made_anew(pretrained, labels, tmp_path):
     assert start["missing"] == start["ignored"] == []
 
 
+@pytest.mark.promise("same-inputs")
 def test_a_run_goes_on_when_the_detector_it_started_from_has_moved(pretrained, labels, tmp_path):
     first, moved = tmp_path / "first", tmp_path / "moved"
     shutil.copytree(pretrained / "detector", first)
@@ -116,6 +117,7 @@ def test_a_run_goes_on_when_the_detector_it_started_from_has_moved(pretrained, l
         finetune(**options, model=str(first), steps=3, resume=True)
 
 
+@pytest.mark.promise("exact-resume")
 def test_a_killed_run_ends_as_if_it_had_not_been(labels, tmp_path):
     options = {**TINY, **QUICK, "dropout": 0.1, "crop": 0.5, "square": False, "image_size": 64, "backbone_lr": 1e-4}
     options |= {"train": labels, "val": labels, "steps": 7, "save_every": 2, "eval_every": 2}
@@ -167,6 +169,7 @@ def test_sigterm_saves_and_ends_with_the_documented_code(labels, tmp_path):
     assert list((out / "checkpoints").glob("checkpoint-*"))
 
 
+@pytest.mark.promise("preemption")
 def test_a_stop_in_an_evaluation_waits_for_one_batch_and_the_evaluation_is_done_again(labels, tmp_path, monkeypatch):
     """Asked to stop at the second image; continued, again at the first; then all is as if nothing had been."""
     options = {**TINY, **QUICK, "dropout": 0.1, "crop": 0.5, "train": labels, "val": labels, "steps": 7}
@@ -207,6 +210,7 @@ def test_labels_of_a_fraction_are_kept(labels, tmp_path):
     assert not (out / "metrics.json").exists()
 
 
+@pytest.mark.promise("same-inputs")
 def test_a_run_is_not_continued_on_other_labels(tmp_path):
     """One box moved, in as many images; the same labels elsewhere are the same."""
     labels = write_scenes(tmp_path / "scenes", 4)
@@ -224,6 +228,7 @@ def test_a_run_is_not_continued_on_other_labels(tmp_path):
     finetune(**options, train=str(tmp_path / "moved" / "scenes.json"), steps=2, resume=True)
 
 
+@pytest.mark.promise("bad-images")
 def test_unreadable_validation_images_are_told_of_and_listed(tmp_path, capsys):
     labels, validation = write_scenes(tmp_path / "a", 4), write_scenes(tmp_path / "b", 4, seed=1)
     (tmp_path / "b" / "2.jpg").write_bytes(b"gone")
@@ -235,6 +240,7 @@ def test_unreadable_validation_images_are_told_of_and_listed(tmp_path, capsys):
     assert capsys.readouterr().err.count("1 of 4 validation images cannot be read") == 1
 
 
+@pytest.mark.promise("non-finite")
 def test_a_replay_leaves_the_history(tmp_path):
     """A run that went on after the step that is replayed keeps what it measured since."""
     labels = str(write_scenes(tmp_path / "scenes", 4))
@@ -248,6 +254,7 @@ def test_a_replay_leaves_the_history(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()] == history
 
 
+@pytest.mark.promise("bad-images")
 def test_unreadable_images_are_skipped_and_listed(tmp_path):
     labels = write_scenes(tmp_path / "scenes", 6)
     (tmp_path / "scenes" / "2.jpg").write_bytes((tmp_path / "scenes" / "2.jpg").read_bytes()[:300])

@@ -104,6 +104,7 @@ def test_the_frozen_stay_frozen_and_all_else_learns(base: dict[str, Any], tmp_pa
     assert stuck == []
 
 
+@pytest.mark.promise("same-inputs")
 def test_a_longer_run_begins_as_the_shorter_one(base: dict[str, Any], tmp_path: Path) -> None:
     """More steps and another logging interval may be asked for on resume; settings that change updates may not."""
     options = {**base, "schedule": "constant"}
@@ -124,6 +125,7 @@ def test_a_longer_run_begins_as_the_shorter_one(base: dict[str, Any], tmp_path: 
     assert all(torch.equal(saved(tmp_path / "long", 6)[k], v) for k, v in saved(tmp_path / "short", 6).items())
 
 
+@pytest.mark.promise("bad-images")
 def test_what_the_list_of_images_leaves_out_is_told(
     base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +157,7 @@ def test_a_run_is_not_continued_on_other_images(base: dict[str, Any], tmp_path: 
         pretrain(**{**options, "images": str(photos), "steps": 2, "resume": True})
 
 
+@pytest.mark.promise("same-inputs")
 def test_a_run_is_not_continued_on_as_many_other_images_or_other_boxes(base: dict[str, Any], tmp_path: Path) -> None:
     """One picture less and one more; proposals of another seed. Moved with its pictures, the run goes on."""
     photos = tmp_path / "photos"
@@ -182,6 +185,7 @@ def test_a_run_is_not_continued_on_as_many_other_images_or_other_boxes(base: dic
     assert logged(tmp_path / "copy") == logged(tmp_path / "whole")
 
 
+@pytest.mark.promise("same-inputs")
 def test_a_run_with_proposals_of_its_own_goes_on_when_its_images_moved(base: dict[str, Any], tmp_path: Path) -> None:
     for name in ("photos", "whole"):
         shutil.copytree(base["images"], tmp_path / name)
@@ -200,6 +204,7 @@ def test_a_run_with_proposals_of_its_own_goes_on_when_its_images_moved(base: dic
         pretrain(**{**options, **moved, "steps": 3})
 
 
+@pytest.mark.promise("checkpoints")
 def test_a_run_whose_checkpoints_vanished_is_not_begun_anew(base: dict[str, Any], tmp_path: Path) -> None:
     """It would write over what is left of the run: the log, and the detector of many more steps."""
     out = tmp_path / "run"
@@ -214,6 +219,7 @@ def test_a_run_whose_checkpoints_vanished_is_not_begun_anew(base: dict[str, Any]
     assert pretrain(**{**options, "steps": 6}).steps == 6
 
 
+@pytest.mark.promise("same-inputs")
 def test_the_order_of_a_stores_rows_does_not_matter(base: dict[str, Any], tmp_path: Path) -> None:
     """Proposals made anew, of the later half of the pictures first: the run goes on to the same bits."""
     photos, own = with_photos(base, tmp_path)
@@ -252,6 +258,7 @@ class Poison(SiamesePretext):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "matching"])
+@pytest.mark.promise("non-finite")
 def test_a_nan_stops_before_the_update(
     base: dict[str, Any],
     tmp_path: Path,
@@ -290,6 +297,7 @@ def test_a_nan_stops_before_the_update(
         assert "no update made" in pretrain(**{**base, "out": str(out), "replay": str(out / "nonfinite.json")}).replay
 
 
+@pytest.mark.promise("bad-images")
 def test_unreadable_images_are_listed_and_limited(
     base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +319,7 @@ def test_unreadable_images_are_listed_and_limited(
         pretrain(**{**options, "out": str(tmp_path / "none"), "max_bad_share": 1.0})
 
 
+@pytest.mark.promise("bad-images")
 def test_mended_images_are_taken_when_a_run_goes_on(base: dict[str, Any], tmp_path: Path) -> None:
     photos, own = with_photos(base, tmp_path)
     good = (photos / "03.jpg").read_bytes()
@@ -330,6 +339,7 @@ def test_mended_images_are_taken_when_a_run_goes_on(base: dict[str, Any], tmp_pa
     assert pretrain(**options, resume=True).skipped == 1
 
 
+@pytest.mark.promise("bad-images")
 def test_a_run_with_its_own_proposals_goes_on_with_its_images(base: dict[str, Any], tmp_path: Path) -> None:
     photos, own = with_photos(base, tmp_path)
     good = (photos / "03.jpg").read_bytes()
@@ -365,6 +375,7 @@ def test_proposals_follow_the_seed_and_are_not_searched_for_where_none_are_used(
     pretrain(**{**base, "proposals": None, "steps": 1, "out": str(out), "method": "up-detr"})  # any boxes will do
 
 
+@pytest.mark.promise("same-inputs")
 def test_other_steps_change_what_is_left_of_the_schedule(
     base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -393,6 +404,7 @@ def test_a_new_detector_has_its_familys_sizes_and_an_old_one_its_own(base: dict[
     assert (again["dropout"], again["attention_dropout"]) == (0.0, 0.1)
 
 
+@pytest.mark.promise("bad-images")
 def test_a_batch_without_readable_images_is_left_out(base: dict[str, Any], tmp_path: Path) -> None:
     """Of several micro-batches the others make the update; of one there is none, and all goes on."""
     photos, own = with_photos(base, tmp_path)
@@ -442,6 +454,7 @@ def test_a_micro_batch_left_out_changes_no_gradient(base: dict[str, Any], tmp_pa
         ("trainer_state.json", None),
     ],
 )
+@pytest.mark.promise("checkpoints")
 def test_a_checkpoint_of_another_release_is_refused(
     checkpoint_of_two: Path, base: dict[str, Any], tmp_path: Path, file: str, content: Any
 ) -> None:
@@ -487,6 +500,7 @@ def checkpoint_of_two(base: dict[str, Any], tmp_path_factory: pytest.TempPathFac
     return out
 
 
+@pytest.mark.promise("checkpoints")
 def test_a_bank_that_lost_files_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
     options = {**base, "feature_bank": 1, "bank_dir": str(tmp_path / "banks"), "steps": 1}
     pretrain(**{**options, "out": str(tmp_path / "one")})
@@ -507,6 +521,7 @@ def test_detectors_that_read_other_maps_of_a_backbone_have_their_own_banks(
     assert len(list((tmp_path / "banks").iterdir())) == 3
 
 
+@pytest.mark.promise("bad-images")
 def test_images_that_a_bank_could_not_read_are_tried_again(base: dict[str, Any], tmp_path: Path) -> None:
     """By every run that begins or goes on; too many of them end the filling."""
     photos, own = with_photos(base, tmp_path)
