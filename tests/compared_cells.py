@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from siamese_detr.compare.summary import (
+from siamese_detr.comparison.summary import (
     CellResult,
 )
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from siamese_detr.compare.compare import compare
-    from siamese_detr.demo import demo
+    from siamese_detr.comparison.compare import compare
+    from siamese_detr.demonstration import demo
     from siamese_detr.evaluation.evaluate import evaluate
     from siamese_detr.evaluation.predict import predict
     from siamese_detr.images.check import check
@@ -36,14 +36,14 @@ __version__ = "0.1.0"
 
 # Where each verb lives. Imported only when asked for: a command's start-up must not pay for the others.
 VERBS = {
-    "demo": ("siamese_detr.demo", "the whole job on a small example, in minutes"),
+    "demo": ("siamese_detr.demonstration", "the whole job on a small example, in minutes"),
     "check": ("siamese_detr.images.check", "find problems in images and labels before a long run"),
     "propose": ("siamese_detr.proposals.propose", "images -> class-agnostic boxes"),
     "pretrain": ("siamese_detr.training.pretrain", "unlabelled images + boxes -> a pre-trained detector"),
     "finetune": ("siamese_detr.training.finetune", "a detector + labels -> a fine-tuned detector"),
     "evaluate": ("siamese_detr.evaluation.evaluate", "COCO metrics of a detector"),
     "predict": ("siamese_detr.evaluation.predict", "boxes and pictures for new images"),
-    "compare": ("siamese_detr.compare.compare", "does pre-training help on my images, and how much?"),
+    "compare": ("siamese_detr.comparison.compare", "does pre-training help on my images, and how much?"),
     "report": ("siamese_detr.reporting.report", "a self-contained HTML page of a run or a comparison"),
     "export": ("siamese_detr.interchange.export", "to ONNX, or a lighter Hugging Face directory"),
 }
@@ -54,7 +54,7 @@ CONFIGS = {
     "finetune": "siamese_detr.training.finetune_config",
     "evaluate": "siamese_detr.evaluation.evaluate_config",
     "predict": "siamese_detr.evaluation.predict_config",
-    "compare": "siamese_detr.compare.compare_config",
+    "compare": "siamese_detr.comparison.compare_config",
     "report": "siamese_detr.reporting.report_config",
     "export": "siamese_detr.interchange.export_config",
 }

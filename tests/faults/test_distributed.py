@@ -205,7 +205,7 @@ def test_fine_tuning_and_evaluation_in_two_processes(tmp_path: Path) -> None:
         "b": team(measure | {"out": str(tmp_path / "b.json")}, 2, verb="evaluate"),
     }.items():
         assert set(ends(runs)) == {0}, name + runs[0].text
-        assert "2 of 6 images could not be read" in runs[0].text
+        assert "2 of 6 images cannot be read" in runs[0].text
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads((tmp_path / "b.json").read_text())
 
 

@@ -196,7 +196,7 @@ import ctypes, json, subprocess, sys
 
 if ctypes.CDLL(None).unshare(0x00020000):  # a mount namespace of its own
     sys.exit(77)
-for command in (["mount", "--make-rprivate", "/"], ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"]):
+for command in (["mount", "--make-rprivate", "/"], ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", "/dev/shm"]):
     if subprocess.run(command, capture_output=True).returncode:
         sys.exit(77)
 from siamese_detr import load_verb
@@ -206,6 +206,7 @@ for verb, options in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.promise("machine")
 def test_shared_memory_too_small_for_a_batch(base: dict[str, Any], tmp_path: Path) -> None:
     """As in a container: training, a bank of features, fine-tuning with its evaluation, and evaluate need none."""
     labels = str(tiny_finetuning.write_scenes(tmp_path / "scenes", count=4))

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from siamese_detr import cli, load_config
-from siamese_detr import demo as demonstration
+from siamese_detr import cli, demonstration, load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}

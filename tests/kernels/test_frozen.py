@@ -204,7 +204,6 @@ class Scaled(torch.nn.Module):
 @needs_onednn
 def test_weights_are_packed_once_for_all_chunks_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 32 * 64)
-    monkeypatch.setattr(frozen, "LATE", 3)
     fast = FrozenBackbone(Scaled().requires_grad_(False))
     views, crops = torch.randn(9, 3, 64, 96), torch.randn(13, 3, 64, 64)  # neither is a number of whole chunks
 

@@ -15,7 +15,7 @@ import yaml
 
 import siamese_detr
 from headless_browser import Browser, find_browser
-from siamese_detr.compare.summary import CellResult, Curve, to_json
+from siamese_detr.comparison.summary import CellResult, Curve, to_json
 from siamese_detr.errors import UserError
 from siamese_detr.images.scenes import make_scenes
 from siamese_detr.reporting.charts import line_chart

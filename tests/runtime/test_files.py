@@ -10,7 +10,7 @@ import pytest
 
 from compared_cells import CELLS
 from limits import largest_file
-from siamese_detr.compare.results import write_plots, write_tables
+from siamese_detr.comparison.results import write_plots, write_tables
 from siamese_detr.evaluation.evaluate import evaluate
 from siamese_detr.evaluation.predict import predict
 from siamese_detr.files import clean, write_json, write_text

@@ -11,8 +11,8 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure as Plot
 
-from siamese_detr.compare.plots import COLOURS, GRID, INK, STYLE, draw_curves, new_axes, whole_numbers
-from siamese_detr.compare.summary import Curve
+from siamese_detr.comparison.plots import COLOURS, GRID, INK, STYLE, draw_curves, new_axes, whole_numbers
+from siamese_detr.comparison.summary import Curve
 from siamese_detr.evaluation.coco import percent
 from siamese_detr.reporting.page import Figure
 

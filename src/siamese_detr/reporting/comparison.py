@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from siamese_detr.compare import plots
-from siamese_detr.compare.inits import Init, parse_init
-from siamese_detr.compare.summary import CellResult, convergence_curves, label_curves, percent_of, summary_table
+from siamese_detr.comparison import plots
+from siamese_detr.comparison.inits import Init, parse_init
+from siamese_detr.comparison.summary import CellResult, convergence_curves, label_curves, percent_of, summary_table
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import percent
 from siamese_detr.pretext import find_pretext

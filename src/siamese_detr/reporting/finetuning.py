@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from siamese_detr.compare.plots import COLOURS as SERIES
-from siamese_detr.compare.summary import Curve
+from siamese_detr.comparison.plots import COLOURS as SERIES
+from siamese_detr.comparison.summary import Curve
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.analysis import (
     NO_ROWS,

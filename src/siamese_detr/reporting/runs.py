@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from siamese_detr.compare.summary import Curve
+from siamese_detr.comparison.summary import Curve
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import existing
 from siamese_detr.reporting.charts import line_chart, plain_curve

@@ -15,8 +15,11 @@ from siamese_detr.runtime.processes import begin_worker
 
 SHARED_MEMORY = "/dev/shm"
 """Where Linux keeps what processes share; containers often have only 64 MB of it."""
-RESERVE = 2
-"""Shared memory is used while this many batches of every data process fit into what is free of it."""
+RESERVE = 3
+"""Shared memory is used while this many batches of every data process fit into what is free of it: those made ahead,
+and one more."""
+PAGE = 4096
+"""Each tensor takes whole pages of it, and PyTorch keeps a header beside."""
 
 
 class Loader:
@@ -92,9 +95,9 @@ def free_shared_memory() -> float:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of the tensors in nested dictionaries, lists and tuples."""
+    """Bytes of shared memory that the tensors in nested dictionaries, lists and tuples take."""
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        return PAGE * (2 + value.numel() * value.element_size() // PAGE)
     if isinstance(value, dict | list | tuple):
         return sum(map(tensor_bytes, value.values() if isinstance(value, dict) else value))
     return 0

@@ -164,7 +164,7 @@ def machine_explained(then: str) -> Iterator[None]:
             f"lower workers; {then}"
         ) from error
     except OSError as error:
-        raise UserError(f"{error}; mend that and {then}") from error
+        raise UserError(f"{error}; fix that and {then}") from error
 
 
 def default_workers() -> int:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from siamese_detr.compare.summary import CellResult, Curve, convergence_curves, label_curves, percent_of
+from siamese_detr.comparison.summary import CellResult, Curve, convergence_curves, label_curves, percent_of
 from siamese_detr.files import written_aside
 
 # Okabe and Ito's colours, told apart with any colour vision; markers and dashes tell the curves apart without colour.

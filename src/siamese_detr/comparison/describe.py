@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from siamese_detr.compare.plan import Plan
-from siamese_detr.compare.summary import percent_of
+from siamese_detr.comparison.plan import Plan
+from siamese_detr.comparison.summary import percent_of
 
 SHOWN = {
     "pretrain": (

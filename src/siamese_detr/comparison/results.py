@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from siamese_detr.compare import plots
-from siamese_detr.compare.plan import Task
-from siamese_detr.compare.schedule import Ended
-from siamese_detr.compare.summary import CellResult, to_csv, to_json, to_markdown
+from siamese_detr.comparison import plots
+from siamese_detr.comparison.plan import Task
+from siamese_detr.comparison.schedule import Ended
+from siamese_detr.comparison.summary import CellResult, to_csv, to_json, to_markdown
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json, write_text
 from siamese_detr.runtime.journal import JsonLines

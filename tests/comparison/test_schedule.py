@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from siamese_detr.compare.schedule import Job, device_slots, run_jobs
+from siamese_detr.comparison.schedule import Job, device_slots, run_jobs
 
 
 def job(name: str, code: str, folder: Path, *needs: str) -> Job:
@@ -79,7 +79,7 @@ def test_needs_that_cannot_be_met_are_an_error(tmp_path: Path, needs: dict[str, 
 SCHEDULER = """
 import sys
 from pathlib import Path
-from siamese_detr.compare.schedule import Job, run_jobs
+from siamese_detr.comparison.schedule import Job, run_jobs
 folder = Path(sys.argv[1])
 child = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(120)"
 run_jobs([Job("a", (sys.executable, "-c", child), folder / "a.txt")], [{}])

@@ -12,9 +12,9 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from siamese_detr.compare.compare_config import CompareConfig
-from siamese_detr.compare.inits import Init, parse_init, split_init
-from siamese_detr.compare.keys import detector_key, family_of, images_key, key_of, slug
+from siamese_detr.comparison.compare_config import CompareConfig
+from siamese_detr.comparison.inits import Init, parse_init, split_init
+from siamese_detr.comparison.keys import detector_key, family_of, images_key, key_of, slug
 from siamese_detr.config import read_sources, validate, validate_value
 from siamese_detr.detectors import plan_detector
 from siamese_detr.detectors.build import DetectorPlan

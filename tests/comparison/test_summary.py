@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from compared_cells import CELLS, cell
-from siamese_detr.compare import plots
-from siamese_detr.compare.summary import (
+from siamese_detr.comparison import plots
+from siamese_detr.comparison.summary import (
     convergence_curves,
     entries,
     label_curves,

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from siamese_detr.compare.compare_config import CompareConfig
-from siamese_detr.compare.describe import describe
-from siamese_detr.compare.plan import Plan, Task, as_number, with_methods
-from siamese_detr.compare.results import METRIC, conclude, finished, read_cell, write_plots, write_tables
-from siamese_detr.compare.schedule import Ended, Job, device_slots, run_jobs
-from siamese_detr.compare.summary import CellResult, summary_table, to_markdown
+from siamese_detr.comparison.compare_config import CompareConfig
+from siamese_detr.comparison.describe import describe
+from siamese_detr.comparison.plan import Plan, Task, as_number, with_methods
+from siamese_detr.comparison.results import METRIC, conclude, finished, read_cell, write_plots, write_tables
+from siamese_detr.comparison.schedule import Ended, Job, device_slots, run_jobs
+from siamese_detr.comparison.summary import CellResult, summary_table, to_markdown
 from siamese_detr.config import (
     default_of,
     is_required,

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from siamese_detr import cli
-from siamese_detr.compare import compare as module
-from siamese_detr.compare.compare import CompareConfig, CompareResult, apply_recipe, compare
-from siamese_detr.compare.plan import Task
-from siamese_detr.compare.schedule import Job
+from siamese_detr.comparison import compare as module
+from siamese_detr.comparison.compare import CompareConfig, CompareResult, apply_recipe, compare
+from siamese_detr.comparison.plan import Task
+from siamese_detr.comparison.schedule import Job
 from siamese_detr.detectors import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.images.scenes import make_scenes
