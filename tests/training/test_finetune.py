@@ -276,7 +276,7 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
         ({"train": "missing.json"}, "missing.json"),
         ({"detector": "conditional-dert"}, "conditional-detr"),
         ({"lr": -1.0}, "lr must be 0 or more"),
-        ({"epochs": float("nan")}, "epochs must be above 0"),
+        ({"epochs": float("nan"), "steps": None}, "epochs must be above 0"),
         ({"eval_every": float("nan")}, "eval_every must be 0 or more"),
         ({"steps": 0}, "steps must be above 0"),
         ({"log_every": 0}, "log_every must be above 0"),

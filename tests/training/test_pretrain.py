@@ -590,7 +590,7 @@ def test_a_bank_is_of_its_images_and_proposals(changed: str) -> None:
         ({"batch_size": 4, "accumulate": 8}, "batch_size 4 must be a multiple"),
         ({"detector": "rt-detr", "view_size": 72}, "multiple of 32 pixels, not 72; use 64"),
         ({"steps": 0}, "steps must be above 0"),
-        ({"epochs": float("nan")}, "epochs must be above 0"),
+        ({"epochs": float("nan"), "steps": None}, "epochs must be above 0"),
         ({"lr": float("nan")}, "lr must be above 0"),
         ({"lambda_region": -1.0}, "lambda_region must be 0 or more"),
         ({"box_jitter": 0.7}, "box_jitter=0.7"),
