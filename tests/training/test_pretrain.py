@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
@@ -546,7 +547,11 @@ def test_each_process_computes_its_share_of_a_bank(
     seen: list[int] = []
 
     class Second(Team):
-        rank, size = property(lambda _: 1, lambda *_: None), property(lambda _: 2, lambda *_: None)  # type: ignore[assignment]
+        """The second of two processes; the first one never comes, so nobody waits for it."""
+
+        def __init__(self, state: PartialState) -> None:
+            super().__init__(state)
+            self.rank, self.size = 1, 2
 
         def wait(self) -> None:
             pass
