@@ -202,8 +202,41 @@ class Scaled(torch.nn.Module):
 
 
 @needs_onednn
+def test_first_layers_see_fewer_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 32 * 64)
+    monkeypatch.setattr(frozen, "LATE", 3)
+    network = Scaled().requires_grad_(False)
+    fast = FrozenBackbone(network)
+    seen = []
+    for module in fast.network(torch.float32).modules():
+        if isinstance(module, FusedConv2d):
+            module.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[::3])))
+    images = torch.randn(8, 3, 64, 64)
+    for got, want in zip(fast(images), network(images), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    first = [(2, 64), (2, 32), (2, 16)]
+    assert seen == 3 * first + [(6, 8)] + first + [(2, 8)]
+
+
+def test_a_batch_turned_round_is_not_parted() -> None:
+    class Turned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Conv2d(3, 3, 8, stride=8), torch.nn.Conv2d(3, 3, 2, stride=2)
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            turned = self.a(x).permute(1, 0, 2, 3) * 1.0
+            return [self.b(turned.permute(1, 0, 2, 3)) + self.b(turned.permute(1, 0, 2, 3) * 2)]
+
+    network = Turned().eval().requires_grad_(False)
+    images = torch.randn(13, 3, 128, 128)
+    torch.testing.assert_close(FrozenBackbone(network)(images), network(images))
+
+
+@needs_onednn
 def test_weights_are_packed_once_for_all_chunks_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "CHUNK_PIXELS", 5 * 32 * 64)
+    monkeypatch.setattr(frozen, "LATE", 3)
     fast = FrozenBackbone(Scaled().requires_grad_(False))
     views, crops = torch.randn(9, 3, 64, 96), torch.randn(13, 3, 64, 64)  # neither is a number of whole chunks
 
