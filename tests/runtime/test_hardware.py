@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from siamese_detr.runtime import hardware
-from siamese_detr.runtime.hardware import emulates_bf16, prefers_onednn
+from siamese_detr.runtime.hardware import emulates_bf16
 from siamese_detr.training import checks
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
-
-
-@pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    prefers_onednn.cache_clear()
-    yield
-    prefers_onednn.cache_clear()
 
 
 @needs_onednn
@@ -41,20 +31,6 @@ def test_bf16_is_emulated_by_gpus_without_it(supported: bool, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or supported)
     assert emulates_bf16("cuda") != supported
-
-
-@pytest.mark.parametrize(
-    ("maker", "flags", "preferred"),
-    [("AuthenticAMD", "avx2 avx512f", True), ("AuthenticAMD", "avx2", False), ("GenuineIntel", "avx2 avx512f", False)],
-)
-@needs_onednn
-def test_onednn_is_preferred_on_amd_processors_with_wide_vectors_only(
-    maker: str, flags: str, preferred: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "cpuinfo").write_text(f"vendor_id : {maker}\nflags : fpu {flags} aes\n")
-    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert prefers_onednn() == preferred
 
 
 @pytest.mark.parametrize(

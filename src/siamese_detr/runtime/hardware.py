@@ -2,27 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Literal
 
 import torch
-
-CPUINFO = Path("/proc/cpuinfo")
-
-
-@functools.cache
-def prefers_onednn() -> bool:
-    """Whether oneDNN multiplies matrices of single precision better than MKL does: on AMD processors with AVX-512, in a
-    PyTorch that has both.
-    """
-    try:
-        processor = CPUINFO.read_text()
-    except OSError:  # not Linux
-        return False
-    built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    suits = "AuthenticAMD" in processor and "avx512f" in processor
-    return built and suits and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def emulates_bf16(device: Literal["cpu", "cuda"]) -> bool:
