@@ -27,7 +27,7 @@ from rich.table import Table
 
 from siamese_detr.images import list_images, read_size
 from siamese_detr.images.decode import read_image
-from siamese_detr.proposals.store import StoredImage
+from siamese_detr.proposals.shard import StoredImage
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig, collate
 from siamese_detr.views.augment import prepare
 from siamese_detr.views.photometric import CONTRAST, GRAY, HUE, ORDER, ORDERS, SATURATION, SIGMA

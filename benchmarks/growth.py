@@ -28,9 +28,9 @@ from data_path import shipped_photos
 from siamese_detr.images import list_images
 from siamese_detr.proposals import ProposalStore
 from siamese_detr.proposals.propose import propose
-from siamese_detr.proposals.shard import Row
-from siamese_detr.proposals.store import Selection, StoreSettings
-from siamese_detr.proposals.writer import StoreWriter
+from siamese_detr.proposals.shard import StoredImage, StoreSettings
+from siamese_detr.proposals.store import Selection
+from siamese_detr.proposals.writer import writing
 from siamese_detr.runtime.processes import Team
 from siamese_detr.training.pretrain import build
 from siamese_detr.training.pretrain_config import PretrainConfig
@@ -101,9 +101,9 @@ def start_up(folder: Path, rows: int) -> dict[str, Any]:
         listed = folder / f"list-{factor}.txt"
         listed.write_text("\n".join(names) + "\n")
         directory = folder / f"generated-{factor}"
-        with StoreWriter(directory, StoreSettings("edge-boxes", {"max_boxes": 20}, str(folder))) as writer:
+        with writing(directory, StoreSettings("edge-boxes", {"max_boxes": 20}, str(folder))) as writer:
             for number, name in enumerate(names):
-                writer.add(Row(name, 500, 375 + number % 100, boxes, scores))
+                writer.add(StoredImage(name, 500, 375 + number % 100, boxes, scores))
         spent, found = timed(begin, directory, listed, config)
         assert found == len(names)
         figures[str(rows * factor)] = {"start-up, ms": 1e3 * spent, "us per image": 1e6 * spent / (rows * factor)}

@@ -33,11 +33,10 @@ from rich.table import Table
 from siamese_detr.images import read_labels
 from siamese_detr.proposals import ProposalStore
 from siamese_detr.proposals.methods import EdgeBoxes
-from siamese_detr.proposals.propose import _in_pool
-from siamese_detr.proposals.shard import Row
-from siamese_detr.proposals.store import StoreSettings
-from siamese_detr.proposals.worker import Job, compute_one
-from siamese_detr.proposals.writer import StoreWriter
+from siamese_detr.proposals.propose import compute_in_order
+from siamese_detr.proposals.shard import StoredImage, StoreSettings
+from siamese_detr.proposals.worker import compute
+from siamese_detr.proposals.writer import writing
 
 BUDGETS = (30, 100, 512)
 console = Console()
@@ -100,14 +99,13 @@ def compare(labels: str, count: int) -> dict:
     for turn, index in enumerate(order):
         image = usable[index]
         objects = image.boxes[~image.crowd].astype(np.float64)
-        job = Job(str(image.path.parent), EdgeBoxes())
         for which in ("plain", "ours") if turn % 2 else ("ours", "plain"):
             start = time.process_time()
             if which == "plain":
                 boxes = plain_edge_boxes(image.path)
             else:
-                result = compute_one(job, image.path.name).result
-                assert isinstance(result, Row), result
+                result = compute(str(image.path.parent), EdgeBoxes(), image.path.name)
+                assert isinstance(result, StoredImage), result
                 boxes = result.boxes
             seconds = time.process_time() - start
             (plain if which == "plain" else ours).add(seconds, objects, boxes)
@@ -148,13 +146,12 @@ def scaling(labels: str, photos: int, repeats: int) -> dict:
     """Images per second by number of processes and of images, start-up of the processes left out."""
     dataset = read_labels(labels)
     paths = [image.path for image in dataset.images[:photos]]
-    job = Job(str(paths[0].parent), EdgeBoxes())
     names = pa.array([path.name for path in paths])
 
     def seconds(part: pa.Array, workers: int) -> float:
         # The pool's first outcomes wait for the processes to start; the clock starts behind one round of chunks.
         warm_up = pa.concat_arrays([names[:16]] * workers)
-        outcomes = _in_pool(job, pa.concat_arrays([warm_up, part]), workers)
+        outcomes = compute_in_order(str(paths[0].parent), EdgeBoxes(), pa.concat_arrays([warm_up, part]), workers)
         for _ in range(len(warm_up)):
             next(outcomes)
         start = time.perf_counter()
@@ -182,10 +179,10 @@ def store_memory(rows: int, directory: Path, readers: int = 4, reads: int = 20_0
     boxes, scores = np.tile(np.float32([10, 20, 200, 180]), (4, 1)), np.linspace(1, 0.1, 4, dtype=np.float32)
     settings = StoreSettings("edge-boxes", {"max_boxes": 4}, "/data/images")
     start = time.perf_counter()
-    with StoreWriter(directory, settings) as writer:
+    with writing(directory, settings) as writer:
         for number in range(rows):
             path = f"train/n{number // 1300:08d}/n{number // 1300:08d}_{number:09d}.jpg"
-            writer.add(Row(path, 500, 375 + number % 100, boxes, scores))
+            writer.add(StoredImage(path, 500, 375 + number % 100, boxes, scores))
     written = time.perf_counter() - start
     size = sum(file.stat().st_size for file in directory.iterdir())
     context = multiprocessing.get_context("spawn")

@@ -167,7 +167,7 @@ def test_behind_a_url(folder: Path, memory: str, tmp_path: Path, prefix: str) ->
         assert there.absolute(index).startswith(f"{url}/")
         assert np.array_equal(read_image(there.absolute(index)), read_image(here.absolute(index)))
     report = propose(images=url, out=str(tmp_path / "store"), method="random", workers=1)
-    assert (report.images, report.failures) == (9, [])
+    assert (report.images, report.failures) == (9, {})
     store = ProposalStore.open(tmp_path / "store")
     assert store.row(0).path == there.absolute(0)
     assert store.select(list_images(f"{url}/more")).tolist() == list(range(5, 9))

@@ -24,7 +24,7 @@ def test_parts_make_the_store_of_one(photos: Path, tmp_path: Path) -> None:
         propose(out=str(tmp_path / "parts"), part=part, **options)
     one, parts = ProposalStore.open(tmp_path / "one"), ProposalStore.open(tmp_path / "parts")
     assert len(one) == len(parts) == 6
-    assert list(one.iter_paths()) == list(parts.iter_paths())
+    assert one.paths() == parts.paths()
     assert one.failures == parts.failures
     for index in range(6):
         assert np.array_equal(one.row(index).boxes, parts.row(index).boxes)

@@ -47,7 +47,7 @@ def test_every_method_fills_the_store_in_order(tmp_path: Path, method: str) -> N
     names = make_images(tmp_path / "images", range(5))
     report = propose(images=str(tmp_path / "images"), out=str(tmp_path / "store"), method=method, workers=1)
     store = ProposalStore.open(tmp_path / "store")
-    assert (report.images, report.computed, report.kept, report.failures) == (5, 5, 0, [])
+    assert (report.images, report.computed, report.kept, report.failures) == (5, 5, 0, {})
     assert [store.row(i).path for i in range(5)] == [str(tmp_path / "images" / name) for name in names]
     for index in range(5):
         row = store.row(index)
@@ -122,7 +122,7 @@ def test_bad_files_among_good_ones_are_listed_and_not_tried_again(tmp_path: Path
     (folder / "empty.png").touch()
     Image.new("RGB", (300, 12)).save(folder / "thin.png")
     report = propose(images=str(folder), out=str(tmp_path / "store"), workers=1)
-    failed = {failure.path: failure.reason for failure in report.failures}
+    failed = report.failures
     assert set(failed) == {names[1], "text.jpg", "empty.png", "thin.png"}
     assert failed["thin.png"] == "300x12 pixels, a side below 16"
     assert report.computed == 5
@@ -151,8 +151,8 @@ def test_other_parameters_are_refused(tmp_path: Path) -> None:
         propose(**options, method="random")
     with pytest.raises(UserError, match="max_boxes must be above 0, not 0"):
         propose(**options, max_boxes=0)
-    with pytest.raises(UserError, match="is for edge-boxes"):
-        propose(**options, method="random", edge_model="x.yml")
+    with pytest.raises(UserError, match="unknown key 'edge_model' in the options of random"):
+        propose(**options, method="random", method_options={"edge_model": "x.yml"})
 
 
 def test_a_featureless_image_is_counted(tmp_path: Path) -> None:

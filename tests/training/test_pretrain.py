@@ -27,7 +27,8 @@ from siamese_detr.errors import UserError
 from siamese_detr.pretext import PRETEXTS
 from siamese_detr.pretext.siamese import SiamesePretext
 from siamese_detr.proposals.propose import propose
-from siamese_detr.proposals.store import ProposalStore, StoredImage
+from siamese_detr.proposals.shard import StoredImage
+from siamese_detr.proposals.store import ProposalStore
 from siamese_detr.runtime.processes import Team, machine_explained
 from siamese_detr.runtime.rundir import sessions
 from siamese_detr.training import pretrain as module
@@ -231,7 +232,7 @@ def test_the_order_of_a_stores_rows_does_not_matter(base: dict[str, Any], tmp_pa
     later.write_text("\n".join(str(photos / f"{n:02}.jpg") for n in range(5, 10)))
     for images in (later, photos):
         propose(images=str(images), **again)
-    assert next(ProposalStore.open(tmp_path / "again").iter_paths()) == "05.jpg"
+    assert ProposalStore.open(tmp_path / "again").paths()[0].as_py() == "05.jpg"
     pretrain(**{**own, "proposals": again["out"], "steps": 4, "resume": True})
     pretrain(**{**base, "schedule": "constant", "out": str(tmp_path / "whole")})
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")

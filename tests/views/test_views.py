@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from conftest import textured
 from siamese_detr.errors import UserError
-from siamese_detr.proposals.store import StoredImage
+from siamese_detr.proposals.shard import StoredImage
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig, collate, geometry
 from siamese_detr.views.plan import plan_sample, uniforms, view_sizes
 from siamese_detr.views.sampler import group_by_size, padding_waste

@@ -24,8 +24,8 @@ from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.images.labels import dataset_key, read_labels
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import find_pretext
+from siamese_detr.proposals.methods import find_method
 from siamese_detr.proposals.propose import ProposeConfig
-from siamese_detr.proposals.registry import find_method
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.pretrain_config import PretrainConfig
 

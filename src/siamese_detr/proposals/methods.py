@@ -1,5 +1,7 @@
 """Class-agnostic boxes of one image: EdgeBoxes, Selective Search, random boxes (paper, section 3.1).
 
+A new method is a class and a row in `METHODS`.
+
 EdgeBoxes (Zitnick and Dollar, ECCV 2014) scores a window by the edge groups that lie wholly inside it. The paper used
 the edges of a learned detector whose model file no package ships; here thinned gradients serve, unless such a file is
 given. OpenCV's defaults (windows 0.65 IoU apart, near-duplicates up to 0.75 kept) cost most of the time and fill the
@@ -18,7 +20,7 @@ import hashlib
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,8 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from siamese_detr import plugins
+from siamese_detr.config import nearest, validate
 from siamese_detr.errors import UserError
 from siamese_detr.randomness import rng
 
@@ -209,10 +213,45 @@ class RandomBoxes(Method):
         return _inside(boxes[:count], width, height), _by_rank(count)
 
 
-def centred_box(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """The box of an image in which nothing was found, of score 0."""
-    box = [[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]]
-    return np.array(box, np.float32), np.zeros(1, np.float32)
+METHODS: dict[str, type[Method]] = {
+    "edge-boxes": EdgeBoxes,
+    "selective-search": SelectiveSearch,
+    "random": RandomBoxes,
+}
+
+
+def find_method(name: str) -> type[Method]:
+    """The class of a method: one of `METHODS`, or what another package's entry point of that name in the group
+    ``siamese_detr.proposals`` names.
+
+    Raises:
+        UserError: there is none of that name, among ours or among the plug-ins.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    known = METHODS | plugins.load("siamese_detr.proposals")
+    if name not in known:
+        raise UserError(
+            f"unknown proposal method {name!r}{nearest(name, [*known])}; the methods are {', '.join(known)}"
+        )
+    return known[name]
+
+
+def make_method(name: str, shared: Mapping[str, Any], own: Mapping[str, Any]) -> Method:
+    """A method with its options.
+
+    Args:
+        name: of the method.
+        shared: options that several methods have; those this one lacks are left out.
+        own: options of this method alone.
+
+    Raises:
+        UserError: unknown name, or an option in ``own`` that the method lacks, or of the wrong type.
+    """
+    kind = find_method(name)
+    names = {field.name for field in dataclasses.fields(kind)}
+    options = {option: value for option, value in shared.items() if option in names}
+    return validate(kind, options | dict(own), f"the options of {name}")
 
 
 def _distinct_first(xywh: np.ndarray, scores: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -252,20 +291,17 @@ def _thinned(magnitude: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarra
     padded = cv2.copyMakeBorder(magnitude, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     height, width = magnitude.shape
 
-    def neighbour(down: int, right: int) -> np.ndarray:
-        return padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
+    def strongest(down: int, right: int) -> np.ndarray:
+        """The stronger of the two neighbours in a direction and its opposite."""
+        ahead = padded[1 + down : 1 + down + height, 1 + right : 1 + right + width]
+        return np.maximum(ahead, padded[1 - down : 1 - down + height, 1 - right : 1 - right + width])
 
     across, along = np.abs(dx), np.abs(dy)
     tangent = np.float32(np.tan(np.pi / 8))
     horizontal, vertical, falling = along <= tangent * across, across <= tangent * along, dx * dy > 0
-    strongest_beside = np.where(falling, _pair(neighbour, 1, 1), _pair(neighbour, -1, 1))
-    strongest_beside = np.where(vertical, _pair(neighbour, 1, 0), strongest_beside)
-    strongest_beside = np.where(horizontal, _pair(neighbour, 0, 1), strongest_beside)
-    return np.where(magnitude >= strongest_beside, magnitude, np.float32(0))
-
-
-def _pair(neighbour: Callable[[int, int], np.ndarray], down: int, right: int) -> np.ndarray:
-    return np.maximum(neighbour(down, right), neighbour(-down, -right))
+    diagonal = np.where(falling, strongest(1, 1), strongest(-1, 1))
+    beside = np.select([horizontal, vertical], [strongest(0, 1), strongest(1, 0)], diagonal)
+    return np.where(magnitude >= beside, magnitude, np.float32(0))
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,12 +1,10 @@
-"""What a worker process of `propose` does: images in, rows out. Imports neither torch nor Arrow's heavier parts."""
+"""What a worker process of `propose` does: an image in, its boxes out. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 
@@ -15,57 +13,40 @@ import numpy as np
 
 from siamese_detr.errors import ImageError
 from siamese_detr.images.decode import decoded_scale, read_image, read_size
-from siamese_detr.proposals.methods import MIN_SIDE, Method, centred_box
-from siamese_detr.proposals.shard import Failure, Row
+from siamese_detr.proposals.methods import MIN_SIDE, Method
+from siamese_detr.proposals.shard import StoredImage
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """How the boxes of every image are made.
+def compute(root: str, method: Method, path: str) -> StoredImage | ImageError:
+    """The boxes of one image: a function of the image, its relative path and the method alone.
 
-    Attributes:
-        root: folder the paths are relative to.
+    Args:
+        root: folder that ``path`` is relative to.
         method: what computes them.
+        path: of the image; the result's is the same.
+
+    Returns:
+        the boxes, or why there are none. Where the method finds nothing, the centred box of half the image's width and
+        height, of score 0.
     """
-
-    root: str
-    method: Method
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A row or a failure; ``centred``: the method found nothing, and the row has the centred box."""
-
-    result: Row | Failure
-    centred: bool = False
-
-
-def compute(job: Job, paths: Sequence[str]) -> list[Outcome]:
-    """The boxes of some images (paths relative to the job's root), one thread, in order."""
-    return [compute_one(job, path) for path in paths]
-
-
-def compute_one(job: Job, path: str) -> Outcome:
-    """The boxes of one image; a function of the image, its relative path and the job alone."""
-    file = os.path.join(job.root, path)
+    file = os.path.join(root, path)
     try:
         width, height = read_size(file)
         if min(width, height) < MIN_SIDE:
-            return Outcome(Failure(path, f"{width}x{height} pixels, a side below {MIN_SIDE}"))
+            return ImageError(path, f"{width}x{height} pixels, a side below {MIN_SIDE}")
         # The method shrinks the image anyway: JPEGs are decoded no larger than it needs.
-        image = read_image(file, min_side=job.method.min_side)
-        boxes, scores = job.method.boxes(image, path)
+        image = read_image(file, min_side=method.min_side)
+        boxes, scores = method.boxes(image, path)
     except ImageError as error:
-        return Outcome(Failure(path, error.reason))
+        return ImageError(path, error.reason)
     except (cv2.error, MemoryError) as error:
-        return Outcome(Failure(path, f"{type(job.method).__name__} failed ({' '.join(str(error).split())[:100]})"))
-    centred = not len(boxes)
-    if centred:
-        boxes, scores = centred_box(width, height)
-    else:
+        return ImageError(path, f"{type(method).__name__} failed ({' '.join(str(error).split())[:100]})")
+    if len(boxes):
         scale = decoded_scale((width, height), image.shape[1::-1])
-        boxes = np.clip(boxes / np.tile(scale, 2), 0, [width, height] * 2).astype(np.float32)
-    return Outcome(Row(path, width, height, boxes, np.asarray(scores, np.float32)), centred)
+        boxes = np.clip(boxes / np.tile(scale, 2), 0, [width, height] * 2)
+    else:
+        boxes, scores = np.array([[0.25, 0.25, 0.75, 0.75]]) * [width, height, width, height], np.zeros(1)
+    return StoredImage(path, width, height, boxes.astype(np.float32), np.asarray(scores, np.float32))
 
 
 def begin() -> None:

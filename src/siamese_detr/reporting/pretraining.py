@@ -18,7 +18,8 @@ from siamese_detr.images.decode import read_image
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext.base import Pretext
 from siamese_detr.pretext.losses import at_matches
-from siamese_detr.proposals.store import ProposalStore, Selection, StoredImage
+from siamese_detr.proposals.shard import StoredImage
+from siamese_detr.proposals.store import ProposalStore, Selection
 from siamese_detr.randomness import seed_torch
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box, Photo

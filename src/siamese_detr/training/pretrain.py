@@ -21,8 +21,8 @@ from siamese_detr.errors import UserError
 from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import build_pretext, find_pretext
 from siamese_detr.pretext.base import Pretext, PretextOutput
-from siamese_detr.proposals.registry import find_method
-from siamese_detr.proposals.store import ProposalStore, Selection, StoreSettings
+from siamese_detr.proposals.methods import find_method
+from siamese_detr.proposals.store import ProposalStore, Selection
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.runtime.processes import Team, lost_process_explained, meet
@@ -184,7 +184,7 @@ def complete_proposals(config: PretrainConfig, out: Path, begun: bool) -> None:
     if config.proposals is not None or config.replay is not None:
         return
     try:
-        there = StoreSettings.read(out / "proposals")
+        there = ProposalStore.open(out / "proposals").settings
     except UserError:  # none yet, or a damaged one, which propose explains
         there = None
     if begun and there is not None and there.images_gone:
@@ -202,7 +202,7 @@ def complete_proposals(config: PretrainConfig, out: Path, begun: bool) -> None:
         seed = there.parameters.get("seed", seed)
     from siamese_detr.proposals.propose import propose
 
-    # Images that could not be read may have been mended since; a run that has begun goes on with those it has.
+    # Images that could not be read may have been repaired since; a run that has begun goes on with those it has.
     propose(images=config.images, out=str(out / "proposals"), method=method, seed=seed, retry_failed=not begun)
 
 

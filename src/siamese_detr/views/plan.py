@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from siamese_detr.proposals.store import StoredImage
+from siamese_detr.proposals.shard import StoredImage
 from siamese_detr.randomness import rng
 from siamese_detr.views import geometry, regions
 from siamese_detr.views.batch import PHOTOMETRIC

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from siamese_detr.errors import ImageError
 from siamese_detr.images.decode import decoded_scale, read_image, reduction
-from siamese_detr.proposals.store import StoredImage
+from siamese_detr.proposals.shard import StoredImage
 from siamese_detr.views.batch import ViewBatch
 from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.plan import SamplePlan, plan_sample
