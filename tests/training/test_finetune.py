@@ -84,6 +84,34 @@ def test_a_frozen_backbone_stays_as_it_was():
     assert not set(differing) & set(backbone)
 
 
+def test_the_averages_of_the_weights_are_what_is_saved(labels, tmp_path):
+    """In three runs of one, two and three updates, the weights are known; those saved with ``ema`` are their means."""
+    options = {**TINY, **QUICK, "train": labels}
+    weights = []
+    for steps in (1, 2, 3):
+        finetune(out=str(tmp_path / str(steps)), steps=steps, **options)
+        weights.append(load_file(tmp_path / str(steps) / "last" / "model.safetensors"))
+    finetune(out=str(tmp_path / "averaged"), steps=3, ema=0.15, **options)
+    averaged = load_file(tmp_path / "averaged" / "last" / "model.safetensors")
+    start = build_detector("conditional-detr", "efficientnet-lite0", num_labels=2, seed=0, **TINY).model.state_dict()
+    name = next(n for n in weights[0] if "decoder.layers.0" in n and n in start and not start[n].equal(weights[0][n]))
+    expected = start[name]
+    for step, after in enumerate(weights, 1):
+        decay = min(0.15, step / (step + 9))
+        expected = decay * expected + (1 - decay) * after[name]
+    assert not torch.equal(averaged[name], weights[-1][name])
+    torch.testing.assert_close(averaged[name], expected)
+
+
+def test_patience_ends_a_run_that_no_longer_improves(labels, tmp_path, capsys):
+    options = {**TINY, **QUICK, "lr": 1e-9, "train": labels, "val": labels, "out": str(tmp_path), "patience": 2}
+    result = finetune(steps=12, eval_every=0.67, **options)
+    assert [record["step"] for record in result.history] == [1, 2, 3]
+    assert "stopped after 3 of 12 updates" in capsys.readouterr().err
+    assert finetune(steps=12, eval_every=0.67, resume=True, **options).history == result.history
+    assert json.loads((tmp_path / "last" / "siamese_detr.json").read_text())["finetuned"]["steps"] == 3
+
+
 def test_only_the_class_head_is_made_anew(pretrained, labels, tmp_path):
     out = tmp_path / "run"
     # At a learning rate of zero every tensor stays where it started.
@@ -120,7 +148,7 @@ def test_a_run_goes_on_when_the_detector_it_started_from_has_moved(pretrained, l
 @pytest.mark.promise("exact-resume")
 def test_a_killed_run_ends_as_if_it_had_not_been(labels, tmp_path):
     options = {**TINY, **QUICK, "dropout": 0.1, "crop": 0.5, "square": False, "image_size": 64, "backbone_lr": 1e-4}
-    options |= {"train": labels, "val": labels, "steps": 7, "save_every": 2, "eval_every": 2}
+    options |= {"train": labels, "val": labels, "steps": 7, "save_every": 2, "eval_every": 2, "ema": 0.9}
     whole = finetune(out=str(tmp_path / "whole"), **options)
     config = tmp_path / "run.json"
     config.write_text(json.dumps({**options, "out": str(tmp_path / "killed"), "workers": 2}))
@@ -173,7 +201,7 @@ def test_sigterm_saves_and_ends_with_the_documented_code(labels, tmp_path):
 def test_a_stop_in_an_evaluation_waits_for_one_batch_and_the_evaluation_is_done_again(labels, tmp_path, monkeypatch):
     """Asked to stop at the second image; continued, again at the first; then all is as if nothing had been."""
     options = {**TINY, **QUICK, "dropout": 0.1, "crop": 0.5, "train": labels, "val": labels, "steps": 7}
-    options |= {"save_every": 100, "eval_every": 2, "eval_batch_size": 1}
+    options |= {"save_every": 100, "eval_every": 2, "eval_batch_size": 1, "ema": 0.9}
     whole = finetune(out=str(tmp_path / "whole"), **options)
     assert [record["step"] for record in whole.history] == [4, 7]
     options |= {"out": str(tmp_path / "run"), "resume": True}

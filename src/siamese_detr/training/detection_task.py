@@ -3,10 +3,11 @@ last detector."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,19 @@ class DetectionTask(Task):
         output = self.criterion(logits, boxes, Targets(batch["classes"], batch["boxes"]))
         return output.loss, output.terms
 
+    def stopped_early(self, step: int) -> bool:
+        patience = self.config.patience
+        records = self.history.read()
+        if not patience or not records:
+            return False
+        since = len(records) - 1 - records.index(best_of(records))
+        if since >= patience:
+            print(
+                f"AP has not risen for {since} evaluations: stopped after {step} of {self.steps} updates",
+                file=sys.stderr,
+            )
+        return since >= patience
+
     def still_unreadable(self, path: str) -> bool:
         index = self.images.index.get(path)
         return index is not None and self.images[(0, index)].pixels is None
@@ -86,6 +100,17 @@ class DetectionTask(Task):
         Raises:
             Preempted: asked to stop; the run is saved, and evaluates again when it is continued.
         """
+        with self.averaged(loop):
+            self._evaluate(loop)
+
+    @contextlib.contextmanager
+    def averaged(self, loop: Loop) -> Iterator[None]:
+        """While this lasts, the detector is the one that is evaluated and saved: that of the averaged weights."""
+        averages = loop.state.averages
+        with averages.applied() if averages is not None else contextlib.nullcontext():
+            yield
+
+    def _evaluate(self, loop: Loop) -> None:
         assert self.validation is not None
         step = loop.state.step
         self.detector.eval()

@@ -109,7 +109,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             return FinetuneResult(out, replay=diagnosis)
         loop.run()
         if team.main:
-            task.save("last", steps)
+            with task.averaged(loop):
+                task.save("last", loop.state.step)
     result = read_result(out)
     if result.history:
         best = best_of(result.history)

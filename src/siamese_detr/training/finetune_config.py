@@ -42,6 +42,9 @@ class FinetuneConfig:
         train_images: folder of the training images, where it is not the usual one.
         val_images: folder of the validation images, where it is not the usual one.
         fraction: part of the training images to use, above 0 to 1; reproducible, and with every class in it.
+        patience: stop after so many evaluations without a higher AP (0: never).
+        ema: average the weights over updates with at most this decay, 0 to 1 (0: do not); the averages are what is
+            evaluated and saved.
         seed: of everything random: the part taken, initial values, order, augmentation, dropout.
         detector: family, from scratch only.
         backbone: its backbone, from scratch only.
@@ -135,6 +138,8 @@ class FinetuneConfig:
     flip: float = 0.5
     colour_jitter: float = 0.1
     eval_every: float = 1
+    patience: int = 0
+    ema: float = 0.0
     eval_batch_size: int | None = None
     workers: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -13,14 +13,14 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import nn
 
 from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError
@@ -37,26 +37,11 @@ from siamese_detr.training.checks import check_batch_size
 from siamese_detr.training.nonfinite import keep_for_replay
 from siamese_detr.training.optimizer import OptimizerConfig, lr_factor
 from siamese_detr.training.run_config import RunConfig
-from siamese_detr.training.state import RunState, newest_checkpoint, note_first
-from siamese_detr.training.task import RankBatches, Task
+from siamese_detr.training.state import Averages, RunState, newest_checkpoint, note_first
+from siamese_detr.training.task import RankBatches, Task, Update
 from siamese_detr.training.unreadable import UnreadableImages
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-@dataclass
-class Update:
-    """What the backward passes of one update gave.
-
-    Args:
-        losses: of the micro-batches.
-        terms: their named terms.
-        norm: of the gradient.
-    """
-
-    losses: list[Tensor] = field(default_factory=list)
-    terms: list[Mapping[str, Tensor]] = field(default_factory=list)
-    norm: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 @dataclass(frozen=True)
@@ -120,7 +105,8 @@ class Loop:
         self.optimizer: Any = self.accelerator.prepare(optimizer)  # lowers the loss scale where fp16 overflows
         factor = lr_factor(schedule.schedule, steps, schedule.drop_at, schedule.warmup)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        self.state = RunState(task.model, optimizer, self.scheduler, self.accelerator.scaler)
+        averages = Averages(task.model, config.ema) if config.ema else None
+        self.state = RunState(task.model, optimizer, self.scheduler, self.accelerator.scaler, averages)
         self.unreadable = UnreadableImages(config, task.epoch_size)
         self.stop = StopRequest()
         self.journal: Journal | None = None
@@ -133,7 +119,9 @@ class Loop:
         state, config = self.state, self.config
         self.model.train()
         if self.team.any(self.team.main and self.task.lacks_evaluation(state.step)):
-            self.task.evaluate(self)
+            self._evaluate()
+        if self.team.any(self.team.main and self.task.stopped_early(state.step)):
+            return
         batches = self.batches(state.step)
         for step in range(state.step, self.steps):
             update = self.gradients(step, [next(batches) for _ in range(config.accumulate)])
@@ -153,7 +141,10 @@ class Loop:
                 self.scheduler.step()
             self.optimizer.zero_grad()
             state.step = step + 1
-            self._step_done(rate, verdict.stop)
+            if state.averages is not None:
+                state.averages.update(state.step)
+            if self._step_done(rate, verdict.stop):
+                return
 
     def gradients(self, step: int, micro_batches: list[dict[str, Any]], replaying: bool = False) -> Update:
         """The forward and backward passes of an update: the gradient becomes that of the micro-batches' mean loss."""
@@ -193,8 +184,8 @@ class Loop:
         overflow = bool(bad_norm) and not bad_loss and scaler is not None and scaler.get_scale() > 1
         return Verdict(not (bad_loss or bad_norm) or overflow, overflow, bool(stop), tuple(unreadable))  # type: ignore[arg-type]
 
-    def _step_done(self, rate: float, stop: bool) -> None:
-        """What is due after an update, in this order: log, evaluate, save, stop."""
+    def _step_done(self, rate: float, stop: bool) -> bool:
+        """What is due after an update, in this order: log, evaluate, save, stop. Whether the run is complete."""
         step, last = self.state.step, self.state.step >= self.steps
         evaluates = self.task.evaluates_at(step)
         if self.bar is not None:
@@ -203,11 +194,21 @@ class Loop:
             epoch = step * self.config.batch_size / self.task.epoch_size
             self.log({**self.state.means.drain(), "learning_rate": rate, "epoch": epoch})
         if evaluates:
-            self.task.evaluate(self)
+            self._evaluate()
+            last = self.team.any(self.team.main and self.task.stopped_early(step)) or last
         if stop or last or step % self.save_every == 0:
             self.save()
         if stop and not last:
             raise self._preempted()
+        return last
+
+    def _evaluate(self) -> None:
+        try:
+            self.task.evaluate(self)
+        except Preempted:  # only now has the model its own weights again, if it was the averages that were evaluated
+            if self.state.saved_step != self.state.step:
+                self.save()
+            raise
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
         """This process's share of the micro-batches, from update ``start`` on."""
@@ -281,14 +282,12 @@ class Loop:
         self.state.saved_step = self.state.step
 
     def stop_between_steps(self) -> None:
-        """Save, if that is not done, and end the run, if any process was asked to stop. A collective.
+        """End the evaluation, and with it the run, if any process was asked to stop. A collective.
 
         Raises:
-            Preempted: so it is.
+            Preempted: so it is; the loop saves.
         """
         if self.team.any(self.stop.requested is not None):
-            if self.state.saved_step != self.state.step:
-                self.save()
             raise self._preempted()
 
     def _preempted(self) -> Preempted:

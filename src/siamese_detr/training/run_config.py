@@ -29,6 +29,8 @@ class RunConfig:
         kernels: auto exchanges modules for faster ones that compute the same; off exchanges none; hub also lets
             Transformers load kernels from the Hugging Face hub (needs the package kernels).
         seed: of everything random.
+        ema: average the weights over updates with at most this decay, 0 to 1 (0: do not); the averages are what is
+            evaluated and saved.
         workers: data processes per training process (default: all cores but one, at most 8).
         save_every: updates between checkpoints.
         keep: newest checkpoints that remain (0: all).
@@ -50,6 +52,7 @@ class RunConfig:
     compile: bool = False
     kernels: Literal["auto", "off", "hub"] = "auto"
     seed: int = 0
+    ema: float = 0.0
     workers: int | None = None
     save_every: int | None = None
     keep: int = 2
@@ -66,7 +69,7 @@ class RunConfig:
             self,
             positive=("steps", "epochs", "batch_size", "accumulate", "save_every", "log_every"),
             not_negative=("seed", "workers", "keep"),
-            shares=("max_bad_share",),
+            shares=("max_bad_share", "ema"),
         )
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,48 @@ FIRST = "first-checkpoint.json"
 """Written into the run directory with the first checkpoint: where it is, an absence of checkpoints is a loss."""
 
 
+class Averages:
+    """Exponential moving averages (EMA) of what a model learns: steadier than the weights after any one update.
+
+    The decay after update n is ``min(decay, n / (n + 9))``: the averages reach back over about the last tenth of a
+    short run, and over ``1 / (1 - decay)`` updates of a long one.
+
+    Args:
+        model: its trainable parameters are averaged, and its buffers (the statistics of batch norms).
+        decay: the largest, 0 to 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        stored = model.state_dict().keys()
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+        self.weights = {name: tensor.detach() for name, tensor in trainable + buffers if name in stored}
+        self.values = {name: tensor.clone() for name, tensor in self.weights.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after update ``step`` (1, 2, ...)."""
+        decay = min(self.decay, step / (step + 9))
+        torch._foreach_lerp_(list(self.values.values()), list(self.weights.values()), 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """While this lasts, the model has the averages in place of its weights."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, weight in self.weights.items():
+            kept = weight.clone()
+            weight.copy_(self.values[name])
+            self.values[name].copy_(kept)
+
+
 class RunState:
     """The state of a run after ``step`` updates. There is no random state: every step seeds torch from its number.
 
@@ -27,6 +71,7 @@ class RunState:
         optimizer: over its parameters.
         scheduler: of the optimiser's learning rates.
         scaler: of the loss in fp16, or None.
+        averages: of the model's weights, or None.
     """
 
     def __init__(
@@ -35,8 +80,10 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         scaler: torch.amp.GradScaler | None,
+        averages: Averages | None = None,
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
+        self.averages = averages
         self.means = WindowMeans()
         self.step = 0
         self.saved_step = 0
@@ -51,10 +98,11 @@ class RunState:
             keep: newest checkpoints that remain (0: all).
         """
         tensors, groups = checkpoints.pack_optimizer(self.optimizer, self.model)
+        averages = {} if self.averages is None else {"averages": self.averages.values}
         return checkpoints.save_checkpoint(
             folder,
             self.step,
-            tensors={"model": self.model.state_dict(), "optimizer": tensors},
+            tensors={"model": self.model.state_dict(), "optimizer": tensors, **averages},
             documents={
                 "optimizer": groups,
                 "scheduler": self.scheduler.state_dict(),
@@ -81,6 +129,10 @@ class RunState:
             scale = checkpoints.read_document(checkpoint, "scaler")
             if self.scaler is not None and scale is not None:
                 self.scaler.load_state_dict(scale)
+            if self.averages is not None:
+                kept = checkpoints.read_tensors(checkpoint, "averages")
+                for name, value in self.averages.values.items():
+                    value.copy_(kept[name])
             self.means.restore(checkpoints.read_document(checkpoint, "means"), device)
             self.step = self.saved_step = int(checkpoints.read_document(checkpoint, "trainer_state")["global_step"])
 

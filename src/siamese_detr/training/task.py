@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -72,9 +73,28 @@ class Task:
         """Whether a run continued at ``step`` must first repeat its evaluation; asked of the main process only."""
         return False
 
+    def stopped_early(self, step: int) -> bool:
+        """Whether more updates than ``step`` would be in vain; asked after evaluations, of the main process only."""
+        return False
+
     def still_unreadable(self, path: str) -> bool:
         """Whether the image of that path, which could not be read before, is in the data set and still cannot."""
         return True
+
+
+@dataclass
+class Update:
+    """What the backward passes of one update gave.
+
+    Args:
+        losses: of the micro-batches.
+        terms: their named terms.
+        norm: of the gradient.
+    """
+
+    losses: list[Tensor] = field(default_factory=list)
+    terms: list[Mapping[str, Tensor]] = field(default_factory=list)
+    norm: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 class RankBatches:
