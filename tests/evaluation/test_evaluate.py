@@ -75,6 +75,16 @@ def test_numbers_worked_out_by_hand():
     assert metrics.ap_small is None
 
 
+def test_the_threshold_is_the_score_of_best_f1():
+    # Class three has three boxes. By falling score: right, right, wrong, wrong, right: F1 is 1/2, 4/5, 2/3, 4/7, 3/4.
+    boxes = [(10, 10, 20, 20), (50, 50, 60, 60), (150, 150, 40, 40)]
+    corners = [(x, y, x + w, y + h) for x, y, w, h in boxes]
+    wrong = (100, 0, 110, 9)
+    rows = zip((0.91, 0.83, 0.7, 0.6, 0.42), (corners[0], corners[1], wrong, wrong, corners[2]), strict=True)
+    metrics = coco_metrics(truth(*(box(11, 3, *b) for b in boxes)), found(*((11, 1, s, *c) for s, c in rows)))
+    assert [row.threshold for row in metrics.per_class] == [None, 0.83]
+
+
 def test_crowds_are_neither_wanted_nor_punished():
     crowd = box(11, 7, 0, 0, 100, 100, iscrowd=1)
     alone = box(11, 7, 120, 120, 40, 40)

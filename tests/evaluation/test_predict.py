@@ -89,6 +89,23 @@ def test_files_written(tmp_path):
     assert max(Image.open(pictures[0]).size) >= 640
 
 
+def test_the_threshold_is_the_one_stored_with_the_detector(tmp_path):
+    result, labels = learned()
+    best = max(result.history, key=lambda record: record["AP"])
+    thresholds = json.loads((result.out / "best" / "config.json").read_text())["score_thresholds"]
+    assert thresholds == best["thresholds"]
+    assert all(0 < value < 1 for value in thresholds)
+    options = {"model": str(result.out), "images": str(labels), "workers": 0, "draw": False}
+    everything = predict(**options, out=str(tmp_path / "all"), threshold=0.0)
+    found = predict(**options, out=str(tmp_path / "found"))
+    for ours, image in zip(found.results, everything.results, strict=True):
+        wanted = image.scores >= np.array(thresholds)[image.classes]
+        assert (ours.scores == image.scores[wanted]).all()
+    assert json.loads((tmp_path / "found" / "predictions.json").read_text())["thresholds"] == dict(
+        zip(found.class_names, thresholds, strict=True)
+    )
+
+
 def test_the_images_themselves_are_never_written_over(tmp_path):
     result, labels = learned()
     photo = (labels.with_suffix("") / "1.jpg").read_bytes()

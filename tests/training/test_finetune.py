@@ -112,6 +112,20 @@ def test_patience_ends_a_run_that_no_longer_improves(labels, tmp_path, capsys):
     assert json.loads((tmp_path / "last" / "siamese_detr.json").read_text())["finetuned"]["steps"] == 3
 
 
+def test_parts_can_be_frozen_and_sizes_of_squares_be_drawn(labels, tmp_path):
+    options = {**TINY, **QUICK, "backbone_lr": 1e-3, "train": labels, "min_size": 64, "image_size": 96, "steps": 2}
+    finetune(out=str(tmp_path / "run"), freeze=["blocks.0", "decoder"], augment="strong", **options)
+    trained = load_file(tmp_path / "run" / "last" / "model.safetensors")
+    build_detector("conditional-detr", "efficientnet-lite0", num_labels=2, seed=0, **TINY).save(tmp_path / "fresh")
+    fresh = load_file(tmp_path / "fresh" / "model.safetensors")
+    changed = {name for name in fresh if not torch.equal(fresh[name], trained[name])}
+    assert any("blocks.1." in name for name in changed)
+    assert any(".encoder." in name for name in changed)
+    assert not any("blocks.0." in name or ".decoder." in name for name in changed)
+    with pytest.raises(UserError, match=r"no part 'neck'; its parts are .*decoder, encoder"):
+        finetune(out=str(tmp_path / "other"), freeze=["neck"], **options)
+
+
 def test_only_the_class_head_is_made_anew(pretrained, labels, tmp_path):
     out = tmp_path / "run"
     # At a learning rate of zero every tensor stays where it started.

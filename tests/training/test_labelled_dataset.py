@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +101,34 @@ def test_boxes_stay_on_their_pixels_where_a_jpeg_is_decoded_smaller(tmp_path):
     for profile in (taken[:40].mean((0, 2)), taken[:, :40].mean((1, 2))):
         centre = (profile * (np.arange(100) + 0.5)).sum() / profile.sum()
         assert abs(centre - 63) < 0.5  # (964 - 901)
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_boxes_stay_on_their_pixels_under_strong_augmentation(tmp_path, square):
+    """A black rectangle on white is where its box says in every augmented picture, at every brightness and contrast."""
+    picture = np.full((150, 210, 3), 255, np.uint8)
+    picture[40:100, 60:130] = 0
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    labels = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [60, 40, 70, 60], "area": 4200}
+    images = [{"id": 1, "file_name": "a.png", "width": 210, "height": 150}]
+    document = {"images": images, "annotations": [labels], "categories": [{"id": 1, "name": "x"}]}
+    (tmp_path / "labels.json").write_text(json.dumps(document))
+    config = TransformConfig(image_size=128, max_size=200, square=square, strong=True)
+    samples = TrainingImages(read_labels(tmp_path / "labels.json", tmp_path), config, 0)
+    assert (samples[(3, 0)].pixels == samples[(3, 0)].pixels).all()
+    seen = 0
+    for epoch in range(40):
+        sample = samples[(epoch, 0)]
+        height, width = sample.pixels.shape[:2]
+        assert (height, width) == (128, 128) if square else max(height, width) <= 200
+        for cx, cy, w, h in sample.boxes:
+            dark = sample.pixels.max(-1) < 0.6 * sample.pixels.max()
+            columns, rows = slice(int((cx - w / 2) * width) + 2, int((cx + w / 2) * width) - 2), int(cy * height)
+            if w * width > 8 and h * height > 4:
+                assert dark[rows, columns].all()
+                seen += 1
+    assert seen > 20
+    assert len({sample.pixels.tobytes() for sample in map(samples.__getitem__, [(e, 0) for e in range(9)])}) > 6
 
 
 def test_boxes_are_clipped_and_vanishing_ones_dropped():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,7 @@ class ClassMetrics:
         boxes: how many there are to find.
         precision50: at IoU 0.50, the precision at the recalls 0, 0.01, … 1, made monotone as COCO does; 0 where the
             recall is never reached.
+        threshold: the score, in [0, 1], at and above which F1 (of that precision and recall) is highest.
     """
 
     name: str
@@ -92,9 +94,10 @@ class ClassMetrics:
     ar100: float | None
     boxes: int
     precision50: tuple[float, ...] = ()
+    threshold: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Name, AP, AP50, AP75, AR100, boxes."""
+        """Name, AP, AP50, AP75, AR100, boxes, threshold."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k != "precision50"}
         return {k.upper() if k.startswith(("ap", "ar")) else k: v for k, v in values.items()}
 
@@ -123,7 +126,7 @@ class CocoMetrics:
         return {name[:2].upper() + name[2:]: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """:meth:`overall`, and ``classes``: a list of name, AP, AP50, AP75, AR100, boxes."""
+        """:meth:`overall`, and ``classes``: see :meth:`ClassMetrics.to_dict`."""
         return {**self.overall(), "classes": [row.to_dict() for row in self.per_class]}
 
     def write(self, path: str | Path) -> None:
@@ -182,6 +185,7 @@ def coco_metrics(ground_truth: dict[str, Any], detections: Detections) -> CocoMe
     # -1 means undefined.
     precision = np.asarray(evaluation.eval["precision"])
     recall = np.asarray(evaluation.eval["recall"])
+    scores = np.asarray(evaluation.eval["scores"])  # as precision: the lowest score that gives this recall
 
     def ap(iou: int | slice = slice(None), area: str = "all", label: Any = slice(None)) -> float | None:
         return mean_defined(precision[iou, :, label, AREAS.index(area), -1])
@@ -196,10 +200,24 @@ def coco_metrics(ground_truth: dict[str, Any], detections: Detections) -> CocoMe
         k, count = columns[category["id"]], boxes[category["id"]]
         curve = tuple(precision[at50, :, k, 0, -1].tolist()) if count else ()
         aps = (ap(label=k), ap(at50, label=k), ap(at75, label=k))
-        per_class.append(ClassMetrics(category["name"], *aps, ar(label=k), count, curve))
+        threshold = best_threshold(precision[at50, :, k, 0, -1], scores[at50, :, k, 0, -1]) if count else None
+        per_class.append(ClassMetrics(category["name"], *aps, ar(label=k), count, curve, threshold))
     averages = [ap(), ap(at50), ap(at75), *(ap(area=area) for area in AREAS[1:])]
     recalls = [*(ar(most) for most in MAX_DETECTIONS), *(ar(area=area) for area in AREAS[1:])]
     return CocoMetrics(*averages, *recalls, per_class=per_class)
+
+
+def best_threshold(precision: np.ndarray, scores: np.ndarray) -> float | None:
+    """The score of the highest F1, rounded down to four digits; None if nothing was found.
+
+    Args:
+        precision: at the recalls 0, 0.01, ... 1.
+        scores: the lowest score that gives each of these recalls.
+    """
+    recall = np.linspace(0, 1, len(precision))
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = int(f1.argmax())
+    return math.floor(scores[best] * 1e4) / 1e4 if f1[best] > 0 else None
 
 
 def mean_defined(values: np.ndarray) -> float | None:

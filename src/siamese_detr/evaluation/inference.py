@@ -28,6 +28,9 @@ from siamese_detr.kernels import accelerate
 from siamese_detr.runtime.loading import Loader
 from siamese_detr.runtime.processes import machine_explained
 
+DEFAULT_THRESHOLD = 0.5
+"""Of detectors that store none."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -64,9 +67,9 @@ class ImageResult:
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
     problem: str | None = None
 
-    def above(self, threshold: float) -> ImageResult:
-        """Only the boxes that score more than ``threshold``."""
-        keep = self.scores > threshold
+    def above(self, thresholds: np.ndarray) -> ImageResult:
+        """Only the boxes that score at least what ``thresholds`` holds for their class."""
+        keep = self.scores >= thresholds[self.classes]
         return replace(self, classes=self.classes[keep], scores=self.scores[keep], boxes=self.boxes[keep])
 
     def detections(self, class_map: np.ndarray | None = None) -> Detections:
@@ -95,6 +98,14 @@ class Detector:
     def class_names(self) -> list[str]:
         names: dict[int, str] = self.model.config.id2label  # type: ignore[union-attr,assignment]
         return [names.get(k, f"LABEL_{k}") for k in range(max(names, default=-1) + 1)]
+
+    def thresholds(self, wanted: float | None = None) -> np.ndarray:
+        """(classes,) scores from which on a box counts: ``wanted`` for all, else those that fine-tuning stored."""
+        stored = getattr(self.model.config, "score_thresholds", None)
+        count = len(self.class_names)
+        if wanted is None and isinstance(stored, list) and len(stored) == count:
+            return np.array(stored, np.float64)
+        return np.full(count, DEFAULT_THRESHOLD if wanted is None else wanted)
 
     @classmethod
     def load(cls, source: str | Path, device: str = "auto") -> Detector:

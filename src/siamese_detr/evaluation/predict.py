@@ -72,14 +72,14 @@ def predict(config: PredictConfig) -> PredictResult:
     results = []
     originals = {os.path.realpath(job.path) for job in jobs} if config.draw else set()
     names = set(images.paths)
-    highest = 0.0
+    highest, thresholds = 0.0, detector.thresholds(config.threshold)
     hidden = not console.is_terminal
     for result in track(detected, "predicting", total=len(jobs), console=console, transient=True, disable=hidden):
         if result.problem is not None:
             skipped.append((result.job.path, result.problem))
             continue
         highest = max(highest, result.scores.max(initial=0.0))
-        result = result.above(config.threshold)
+        result = result.above(thresholds)
         results.append(result)
         if config.draw:
             picture = picture_path(out / "pictures", images.paths[result.job.id], names, originals)
@@ -90,7 +90,7 @@ def predict(config: PredictConfig) -> PredictResult:
         path, reason = skipped[0]
         raise UserError(f"none of the {len(images)} images in {config.images} can be read, e.g. {path}: {reason}")
     outcome = PredictResult(out, results, detector.class_names, skipped)
-    write(out / "predictions.json", document(outcome, images, config))
+    write(out / "predictions.json", document(outcome, images, config, thresholds))
     write(out / "coco_results.json", coco_results(outcome))
     for path, reason in skipped[:5]:
         console.print(f"cannot read {path}: {reason}", markup=False)
@@ -98,8 +98,8 @@ def predict(config: PredictConfig) -> PredictResult:
     console.print(f"{outcome.boxes} boxes in {len(results)} images, {len(skipped)} unreadable: {written}", markup=False)
     if not outcome.boxes:
         console.print(
-            f"no box scores above the threshold of {100 * config.threshold:g} %; the highest score is "
-            f"{100 * highest:.1f} %. Use a lower --threshold."
+            f"no box scores {100 * thresholds.min():.1f} % or more; the highest score is {100 * highest:.1f} %. Use a "
+            "lower --threshold."
         )
     return outcome
 
@@ -141,11 +141,13 @@ def draw_picture(result: ImageResult, names: list[str], path: Path) -> None:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def document(outcome: PredictResult, images: ImageList, config: PredictConfig) -> dict[str, Any]:
+def document(
+    outcome: PredictResult, images: ImageList, config: PredictConfig, thresholds: np.ndarray
+) -> dict[str, Any]:
     """``predictions.json``: per image its file, size and objects with label, score and box (xyxy in pixels)."""
     return {
         "model": str(config.model),
-        "threshold": config.threshold,
+        "thresholds": dict(zip(outcome.class_names, thresholds.tolist(), strict=True)),
         "root": str(images.root),
         "images": [
             {

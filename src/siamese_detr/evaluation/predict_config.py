@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from siamese_detr.config import check_numbers
-from siamese_detr.errors import UserError
 
 
 @dataclass
@@ -17,7 +16,8 @@ class PredictConfig:
         images: an image, a folder (searched recursively), a list file (.txt) or a COCO JSON.
         out: folder for predictions.json, coco_results.json (whose ids of images and categories are those of
             predictions.json) and pictures/.
-        threshold: boxes must score more than this (0 to 1).
+        threshold: boxes must score at least this, 0 to 1; default: for each class the score of highest F1 on the
+            validation images, which fine-tuning stores with the detector, else 0.5.
         top_k: most boxes per image.
         draw: also write the pictures with the boxes drawn.
         batch_size: images per forward pass.
@@ -28,7 +28,7 @@ class PredictConfig:
     model: str
     images: str
     out: str
-    threshold: float = 0.5
+    threshold: float | None = None
     top_k: int = 100
     draw: bool = True
     batch_size: int = 8
@@ -37,6 +37,4 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError, naming the setting, for numbers out of their range."""
-        check_numbers(self, positive=("top_k", "batch_size"), not_negative=("workers",))
-        if not 0 <= self.threshold < 1:
-            raise UserError(f"threshold must be at least 0 and below 1, not {self.threshold}")
+        check_numbers(self, positive=("top_k", "batch_size"), not_negative=("workers",), shares=("threshold",))

@@ -11,12 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siamese_detr.detection.criterion import CriterionConfig, SetCriterion, Targets
 from siamese_detr.detectors.adapter import DetectorAdapter
-from siamese_detr.evaluation.evaluate import evaluate_detector
-from siamese_detr.evaluation.inference import Detector
+from siamese_detr.evaluation.coco import CocoMetrics
+from siamese_detr.evaluation.evaluate import class_map, evaluate_detector
+from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD, Detector
 from siamese_detr.files import write_json, write_text
 from siamese_detr.images.labels import DetectionDataset
 from siamese_detr.runtime.journal import JsonLines
@@ -59,12 +63,17 @@ class DetectionTask(Task):
         self.validation, self.input_size = validation, input_size
         self.evaluations = config.evaluations(len(images)) if validation is not None else 0
         self.criterion = SetCriterion(CriterionConfig.of("focal" if detector.focal else "softmax"))
+        self.square_sides = config.square_sides(input_size, detector.square_side or 32)
         self.processor = detector.image_processor(**dataclasses.asdict(input_size))
         self.out = Path(config.out)
         self.history = JsonLines(self.out / "history.jsonl")
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
         pixel_values, pixel_mask = prepare(batch, self.detector.image_mean, self.detector.image_std)
+        if len(self.square_sides) > 1:  # a batch is of one size, so that nothing is padded
+            side = self.square_sides[int(torch.randint(len(self.square_sides), ()))]
+            pixel_values = F.interpolate(pixel_values, (side, side), mode="bilinear", antialias=True)
+            pixel_mask = pixel_mask.new_ones(len(pixel_mask), side, side)
         logits, boxes = model(pixel_values, pixel_mask)
         output = self.criterion(logits, boxes, Targets(batch["classes"], batch["boxes"]))
         return output.loss, output.terms
@@ -128,6 +137,7 @@ class DetectionTask(Task):
         before = [record["AP"] or 0.0 for record in self.history.rewind(step - 1)]
         record: dict[str, Any] = {"step": step, "epoch": step * self.config.batch_size / self.epoch_size}
         record |= {"train_loss": self.mean_loss(step), **evaluation.metrics.to_dict()}
+        record["thresholds"] = self.thresholds(evaluation.metrics)
         self.history.append([record])
         loop.track({f"validation/{name}": value for name, value in overall.items() if value is not None})
         if (overall["AP"] or 0.0) > max(before, default=-1.0):
@@ -149,6 +159,15 @@ class DetectionTask(Task):
             file=sys.stderr,
         )
 
+    def thresholds(self, metrics: CocoMetrics) -> list[float]:
+        """The score of each of the detector's classes at which F1 is highest on the validation images; for those that
+        were not found, the median of the others."""
+        assert self.validation is not None
+        labels = class_map(self.detector.class_names, self.validation.class_names)
+        known = [metrics.per_class[label].threshold if label >= 0 else None for label in labels]
+        usual = float(np.median([value for value in known if value is not None] or [DEFAULT_THRESHOLD]))
+        return [usual if value is None else value for value in known]
+
     def mean_loss(self, step: int) -> float | None:
         """Mean logged training loss since the evaluation before ``step``."""
         since = max((record["step"] for record in self.history.read() if record["step"] < step), default=0)
@@ -157,8 +176,11 @@ class DetectionTask(Task):
         return sum(losses) / len(losses) if losses else None
 
     def save(self, name: str, step: int) -> None:
-        """Write the detector after ``step`` updates as an ordinary Hugging Face directory of that name."""
+        """Write the detector after ``step`` updates as an ordinary Hugging Face directory of that name, with the
+        thresholds of the newest evaluation."""
         provenance = {"finetuned": {"steps": step, "of": self.steps}}
+        if records := self.history.read():
+            self.detector.config.score_thresholds = records[-1].get("thresholds")
         self.detector.save(self.out / name, **dataclasses.asdict(self.input_size), provenance=provenance)
 
 

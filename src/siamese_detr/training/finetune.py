@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.loading import find_detector, load_detector
 from siamese_detr.detectors.weights import quiet
+from siamese_detr.errors import UserError
 from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
@@ -83,6 +84,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         class_map(dataset.class_names, validation.class_names)  # fails now, not after hours of training
     detector, origin = starting_detector(config, dataset.class_names)
     detector.set_trainable(backbone=config.backbone_lr > 0, class_head=True)
+    freeze(detector, config.freeze)
     size = config.input_size(detector)
     with lost_process_explained(), contextlib.ExitStack() as stack:
         if team.main and config.replay is None:
@@ -153,6 +155,28 @@ def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[D
     tensors = len(detector.model.state_dict())
     made = {"class_head": list(report.remade), "missing": list(report.missing), "ignored": list(report.unexpected)}
     return detector, {"from": str(path), "kept": tensors - len(report.remade) - len(report.missing), **made}
+
+
+def freeze(detector: DetectorAdapter, parts: Sequence[str]) -> None:
+    """Let the modules of these names, such as ``decoder.layers.0`` or ``backbone``, not learn.
+
+    Raises:
+        UserError: there is none of such a name, or nothing is left to learn.
+    """
+    parameters = dict(detector.named_parameters())
+    for part_name in parts:
+        inside = [parameter for name, parameter in parameters.items() if f".{part_name}." in f".{name}."]
+        if not inside:
+            known = sorted({name.split(".")[2] for name in parameters if name.count(".") > 2})
+            raise UserError(
+                f"freeze: the detector has no part {part_name!r}; its parts are {', '.join(known)} and what is in them"
+            )
+        if part_name == "backbone":
+            detector.backbone_trainable = False
+        for parameter in inside:
+            parameter.requires_grad_(False)
+    if not detector.trainable_names():
+        raise UserError(f"freeze {' '.join(parts)} leaves nothing to learn: freeze less")
 
 
 def starting_key(detector: DetectorAdapter, origin: dict[str, Any]) -> str:

@@ -64,6 +64,7 @@ class FinetuneConfig:
         accumulate: micro-batches per update.
         lr: learning rate.
         backbone_lr: learning rate of the backbone; 0: frozen, and run without gradients.
+        freeze: parts that do not learn, by the names of modules: encoder, decoder, backbone, blocks.0, ...
         weight_decay: AdamW's, on weight matrices.
         schedule: learning rate: step (a tenth from drop_at on), constant, cosine or one-cycle.
         drop_at: share of the run after which the rate drops to a tenth.
@@ -71,8 +72,10 @@ class FinetuneConfig:
         clip: largest gradient norm; 0: none.
         image_size: short side at evaluation and largest in training; default: the starting detector's, or 800.
         max_size: limit of the long side; default: in proportion to 800 : 1333.
-        min_size: smallest short side in training; default: 60 % of image_size.
+        min_size: smallest short side in training; default: 60 % of image_size, and for squares image_size.
         square: stretch images to image_size x image_size; default: as the starting detector does, or no.
+        augment: light (DETR's: crop, flip, colour_jitter) or strong (RT-DETR's: also distorted colours, zooming out,
+            crops around boxes).
         crop: probability of the random crop.
         flip: probability of the horizontal flip.
         colour_jitter: brightness, contrast and saturation change by up to this share.
@@ -125,6 +128,7 @@ class FinetuneConfig:
     accumulate: int = 1
     lr: float = 1e-4
     backbone_lr: float = 5e-5
+    freeze: list[str] = field(default_factory=list)
     weight_decay: float = 1e-4
     schedule: Literal["step", "constant", "cosine", "one-cycle"] = "step"
     drop_at: float = 0.8
@@ -134,6 +138,7 @@ class FinetuneConfig:
     max_size: int | None = None
     min_size: int | None = None
     square: bool | None = None
+    augment: Literal["light", "strong"] = "light"
     crop: float = 0.5
     flip: float = 0.5
     colour_jitter: float = 0.1
@@ -204,7 +209,14 @@ class FinetuneConfig:
             crop=self.crop,
             flip=self.flip,
             colour_jitter=self.colour_jitter,
+            strong=self.augment == "strong",
         )
+
+    def square_sides(self, size: InputSize, unit: int) -> list[int]:
+        """The sides, in pixels, that training draws from for each batch of squares; of others there are none."""
+        if not size.square or self.min_size is None:
+            return []
+        return [side for side in range(self.min_size, size.shortest_edge + 1) if side % unit == 0]
 
     def input_size(self, detector: DetectorAdapter) -> InputSize:
         """The size of evaluation: what the configuration says, else what the detector was made for.

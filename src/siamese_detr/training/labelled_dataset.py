@@ -19,6 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from siamese_detr.detectors.functional import constant
@@ -30,6 +32,8 @@ from siamese_detr.views.batch import valid_mask
 
 # What separates the random streams that share (seed, epoch): sample augmentation and sample order.
 AUGMENT, ORDER = 1, 2
+MIN_CROP = 0.3
+"""Least share of a side that the strong augmentation's crop keeps."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,14 @@ class TransformConfig:
     Args:
         image_size: largest short side, or the side of the square.
         max_size: limit of the long side (not used for squares).
-        min_size: smallest short side drawn (from image_size down in steps of 4 % of it); None: 60 % of image_size.
+        min_size: smallest short side drawn (from image_size down in steps of 4 % of it); None: 60 % of image_size. The
+            side of squares is drawn for whole batches, by the training task.
         square: stretch to image_size × image_size, as evaluation then does: no padding, one shape, the cheapest
             on a CPU.
         crop: probability of the random-size crop.
         flip: probability of the horizontal flip.
         colour_jitter: brightness, contrast and saturation factors are drawn from 1 ± this.
+        strong: RT-DETR's augmentation in place of crop and colour_jitter, see :func:`strong_augmentation`.
     """
 
     image_size: int = 800
@@ -69,6 +75,7 @@ class TransformConfig:
     crop: float = 0.5
     flip: float = 0.5
     colour_jitter: float = 0.1
+    strong: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,26 @@ def cut_boxes(boxes: np.ndarray, classes: np.ndarray, cut: Cut) -> tuple[np.ndar
     return np.concatenate([centres, sides], axis=1)[keep].astype(np.float32), classes[keep]
 
 
+def strong_augmentation(config: TransformConfig) -> v2.Compose:
+    """RT-DETR's: distorted colours (probability 0.8), zooming out onto black up to fourfold (0.5), SSD's crop with some
+    least overlap with a box (0.8), the flip, the size. Takes (pixels, {"boxes", "labels"})."""
+    if config.square:
+        size: v2.Transform = v2.Resize((config.image_size, config.image_size))
+    else:
+        size = v2.RandomShortestSize(short_sides(config), config.max_size)
+    return v2.Compose(
+        [
+            v2.RandomPhotometricDistort(p=0.8),
+            v2.RandomZoomOut(fill=0, p=0.5),
+            v2.RandomApply([v2.RandomIoUCrop(min_scale=MIN_CROP)], p=0.8),
+            v2.RandomHorizontalFlip(config.flip),
+            size,
+            v2.ClampBoundingBoxes(),
+            v2.SanitizeBoundingBoxes(min_size=1),
+        ]
+    )
+
+
 @dataclass(frozen=True)
 class LabelledSample:
     """One augmented image, or the reason why there is none.
@@ -183,21 +210,50 @@ class TrainingImages(Dataset):
         epoch, index = key
         item: LabelledImage = self.dataset.images[index]
         random = rng(self.seed, AUGMENT, epoch, index)
-        cut = draw_cut(item.width, item.height, self.transform, random)
-        jitter = random.uniform(1 - self.transform.colour_jitter, 1 + self.transform.colour_jitter, 3).astype(
-            np.float32
-        )
-        # Decode no larger than the cut needs: its rectangle must still hold at least the output's pixels.
-        x1, y1, x2, y2 = cut.rectangle
-        scale = max(cut.size[1] / (x2 - x1), cut.size[0] / (y2 - y1))
-        try:
-            image = read_image(item.path, min_side=math.ceil(min(scale, 1) * min(item.width, item.height)))
-        except ImageError as error:
-            nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-            return LabelledSample(None, *nothing, jitter, index, (error.path, error.reason))
         wanted = ~np.asarray(item.crowd, bool)
-        boxes, classes = cut_boxes(item.boxes[wanted], item.classes[wanted], cut)
-        return LabelledSample(cut_image(image, cut, (item.width, item.height)), boxes, classes, jitter, index)
+        try:
+            if self.transform.strong:
+                return self._strongly(item, wanted, index, int(random.integers(2**62)))
+            cut = draw_cut(item.width, item.height, self.transform, random)
+            jitter = random.uniform(1 - self.transform.colour_jitter, 1 + self.transform.colour_jitter, 3)
+            # Decode no larger than the cut needs: its rectangle must still hold at least the output's pixels.
+            x1, y1, x2, y2 = cut.rectangle
+            image = self._read(item, max(cut.size[1] / (x2 - x1), cut.size[0] / (y2 - y1)))
+            boxes, classes = cut_boxes(item.boxes[wanted], item.classes[wanted], cut)
+            pixels = cut_image(image, cut, (item.width, item.height))
+            return LabelledSample(pixels, boxes, classes, jitter.astype(np.float32), index)
+        except ImageError as error:
+            return LabelledSample(
+                None,
+                np.zeros((0, 4), np.float32),
+                np.zeros(0, np.int64),
+                np.ones(3, np.float32),
+                index,
+                (error.path, error.reason),
+            )
+
+    def _read(self, item: LabelledImage, scale: float) -> np.ndarray:
+        return read_image(item.path, min_side=math.ceil(min(scale, 1) * min(item.width, item.height)))
+
+    def _strongly(self, item: LabelledImage, wanted: np.ndarray, index: int, seed: int) -> LabelledSample:
+        image = self._read(item, self.transform.image_size / MIN_CROP / min(item.width, item.height))
+        height, width = image.shape[:2]
+        corners = item.boxes[wanted] * np.tile(decoded_scale((item.width, item.height), (width, height)), 2)
+        boxes = tv_tensors.BoundingBoxes(corners.astype(np.float32), format="XYXY", canvas_size=(height, width))  # type: ignore[call-overload]
+        target = {"boxes": boxes, "labels": torch.from_numpy(item.classes[wanted])}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pixels, target = self._augmentation(tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), target)
+        # Of this picture's size, cxcywh in [0, 1].
+        height, width = pixels.shape[-2:]
+        cxcywh = v2.functional.convert_bounding_box_format(target["boxes"], new_format="CXCYWH").numpy()
+        shares = cxcywh / np.array([width, height] * 2, np.float32)
+        array = pixels.permute(1, 2, 0).contiguous().numpy()
+        return LabelledSample(array, shares, target["labels"].numpy(), np.ones(3, np.float32), index)
+
+    @cached_property
+    def _augmentation(self) -> v2.Compose:
+        return strong_augmentation(self.transform)
 
 
 def collate(samples: Sequence[LabelledSample]) -> dict[str, Any]:
