@@ -1,13 +1,20 @@
-"""The progress bar of a run."""
+"""How far a run is: a bar on a terminal, lines in a log file."""
 
 from __future__ import annotations
+
+import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+SECONDS_BETWEEN_LINES = 60
+FIRST_LINE = 10
+"""Updates after which the first line says how long the run will take."""
+
 
 class ProgressBar(Progress):
-    """A bar on standard error with the last logged loss; a context.
+    """On standard error: a bar with the last logged loss and the time left, or, where that is no terminal, a line once
+    a minute. A context.
 
     Args:
         title: what is being done.
@@ -18,10 +25,31 @@ class ProgressBar(Progress):
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
-        super().__init__(*columns, *times, console=Console(stderr=True))
+        console = Console(stderr=True)
+        super().__init__(*columns, *times, console=console, disable=not console.is_terminal)
         self.run = self.add_task(title, total=total, completed=done, loss="")
+        self._title, self._total, self._first = title, total, done
+        self._began = self._last = time.monotonic()
 
     def step(self, done: int, loss: float | None = None) -> None:
         """Show that so many updates are done, and the loss."""
         fields = {} if loss is None else {"loss": f"loss {loss:.4g}"}
         self.update(self.run, completed=done, **fields)  # type: ignore[arg-type]
+        now, new = time.monotonic(), done - self._first
+        if self.disable and (new == FIRST_LINE or now - self._last >= SECONDS_BETWEEN_LINES):
+            self._last = now
+            left = duration((now - self._began) / max(new, 1) * (self._total - done))
+            loss_text = self.tasks[0].fields["loss"]
+            self.say(f"{self._title}: update {done} of {self._total}{', ' * bool(loss_text)}{loss_text}, {left} left")
+
+    def say(self, text: str) -> None:
+        """Write a line, above the bar if there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """For people: ``40 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from siamese_detr.detection.criterion import CriterionConfig, SetCriterion, Targets
 from siamese_detr.detectors.adapter import DetectorAdapter
-from siamese_detr.evaluation.coco import CocoMetrics
+from siamese_detr.evaluation.coco import CocoMetrics, percent
 from siamese_detr.evaluation.evaluate import class_map, evaluate_detector
 from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD, Detector
 from siamese_detr.files import write_json, write_text
@@ -140,8 +140,14 @@ class DetectionTask(Task):
         record["thresholds"] = self.thresholds(evaluation.metrics)
         self.history.append([record])
         loop.track({f"validation/{name}": value for name, value in overall.items() if value is not None})
-        if (overall["AP"] or 0.0) > max(before, default=-1.0):
+        best = (overall["AP"] or 0.0) > max(before, default=-1.0)
+        if best:
             self.save("best", step)
+        if loop.bar is not None:
+            loop.bar.say(
+                f"update {step} of {self.steps}: AP {percent(overall['AP'])}  AP50 {percent(overall['AP50'])}"
+                + "  (best so far)" * best
+            )
         self.note_unreadable(evaluation.skipped)
         records = self.history.read()
         write_json(self.out / "metrics.json", {"best": best_of(records), "last": records[-1]})
