@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LwDetrViTConfig, PretrainedConfig, ResNetConfig, RfDetrDinov2Config
 
 from siamese_detr.detectors import DetectorAdapter, build_detector
+from siamese_detr.detectors.structures import Targets
 
 QUERIES, WIDTH = 12, 32
 CASES = {
@@ -86,6 +87,16 @@ def tiny_batch(padded: bool = True, side: int | None = None) -> tuple[Tensor, Te
         mask[1, height * 3 // 4 :] = False
         mask[2, :, width // 2 :] = False
     return images * mask[:, None], mask
+
+
+def tiny_targets(counts: tuple[int, ...] = (2, 0, 4), classes: int = 3) -> Targets:
+    """Labels of that many boxes an image."""
+    random = torch.Generator().manual_seed(6)
+    labels = torch.full((len(counts), max(counts)), -1)
+    for row, count in enumerate(counts):
+        labels[row, :count] = torch.randint(classes, (count,), generator=random)
+    boxes = torch.rand(*labels.shape, 4, generator=random)
+    return Targets(labels, torch.cat((0.3 + 0.4 * boxes[..., :2], 0.1 + 0.4 * boxes[..., 2:]), -1))
 
 
 def region_queries(batch: int = 3) -> Tensor:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
-from siamese_detr.detection.criterion import CriterionConfig, SetCriterion, Targets, match, matching_cost
+from siamese_detr.detection.criterion import CriterionConfig, SetCriterion, match, matching_cost
 from siamese_detr.detection.matching import NonFiniteError
+from siamese_detr.detectors.structures import Predictions, Targets
 
 
 def predictions(kind: str, counts: list[int], layers: int = 3, queries: int = 5, classes: int = 4, seed: int = 0):
@@ -104,7 +105,7 @@ def slow_loss(logits, boxes, targets, c: CriterionConfig) -> float:
 def test_equals_the_obvious_computation(kind, counts, seed):
     logits, boxes, targets = predictions(kind, counts, layers=2, queries=3, seed=seed)  # also more targets than queries
     config = CriterionConfig.of(kind)
-    ours = SetCriterion(config)(logits, boxes, targets).loss
+    ours = SetCriterion(config)(Predictions(logits, boxes), targets).loss
     assert ours.item() == pytest.approx(slow_loss(logits, boxes, targets, config), rel=1e-6)
 
 
@@ -123,7 +124,7 @@ def test_equals_the_stock_loss(kind):
     )  # fmt: skip
     loss = ForObjectDetectionLoss if kind == "softmax" else DeformableDetrForObjectDetectionLoss
     _, terms, _ = loss(logits[-1], labels, "cpu", boxes[-1], stock, logits, boxes)
-    ours = SetCriterion(CriterionConfig.of(kind))(logits, boxes, targets)
+    ours = SetCriterion(CriterionConfig.of(kind))(Predictions(logits, boxes), targets)
     last = {"loss_class": "loss_ce", "loss_box": "loss_bbox", "loss_giou": "loss_giou"}
     for name, theirs in last.items():
         assert ours.terms[name].item() == pytest.approx(terms[theirs].item(), rel=1e-5)
@@ -147,10 +148,10 @@ def test_perfect_predictions_cost_nothing_and_the_order_of_images_does_not_matte
             boxes[:, image, t] = targets.boxes[image, t]
             perfect[:, image, t] = -50
             perfect[:, image, t, targets.classes[image, t]] = 50
-    assert criterion(perfect, boxes, targets).loss.item() == pytest.approx(0, abs=1e-6)
+    assert criterion(Predictions(perfect, boxes), targets).loss.item() == pytest.approx(0, abs=1e-6)
     mirrored = Targets(targets.classes.flip(0), targets.boxes.flip(0))
-    assert criterion(logits.flip(1), boxes.flip(1), mirrored).loss.item() == pytest.approx(
-        criterion(logits, boxes, targets).loss.item(), rel=1e-12
+    assert criterion(Predictions(logits.flip(1), boxes.flip(1)), mirrored).loss.item() == pytest.approx(
+        criterion(Predictions(logits, boxes), targets).loss.item(), rel=1e-12
     )
 
 
@@ -164,7 +165,7 @@ def test_every_layer_gets_gradient_and_padding_none_of_it(kind):
     gradients = []
     for labels in (targets, more):
         z, b = logits.clone().requires_grad_(), boxes.clone().requires_grad_()
-        SetCriterion(CriterionConfig.of(kind))(z, b, labels).loss.backward()
+        SetCriterion(CriterionConfig.of(kind))(Predictions(z, b), labels).loss.backward()
         assert (z.grad.flatten(1).abs().sum(1) > 0).all()
         assert (b.grad.flatten(1).abs().sum(1) > 0).all()
         gradients.append((z.grad, b.grad))
@@ -175,7 +176,7 @@ def test_every_layer_gets_gradient_and_padding_none_of_it(kind):
 def test_images_without_boxes_have_a_finite_loss():
     for kind in ("softmax", "focal"):
         logits, boxes, targets = predictions(kind, [0, 0])
-        output = SetCriterion(CriterionConfig.of(kind))(logits, boxes, targets)
+        output = SetCriterion(CriterionConfig.of(kind))(Predictions(logits, boxes), targets)
         assert output.loss.isfinite()
         assert output.terms["loss_box"] == 0
 
@@ -192,7 +193,9 @@ def test_a_nan_is_named():
     logits, boxes, targets = predictions("focal", [2, 1])
     logits[1, 1, 0, 0] = math.nan
     with pytest.raises(NonFiniteError, match=r"\[1\]"):
-        SetCriterion(CriterionConfig.of("focal"))(logits, boxes, Targets(targets.classes * 0, targets.boxes))
+        SetCriterion(CriterionConfig.of("focal"))(
+            Predictions(logits, boxes), Targets(targets.classes * 0, targets.boxes)
+        )
 
 
 def share_of_loss(rank: int, kind: str, folder: str) -> None:
@@ -201,7 +204,7 @@ def share_of_loss(rank: int, kind: str, folder: str) -> None:
     logits, boxes, targets = predictions(kind, [4, 0, 1, 2])
     rows = slice(rank * 2, rank * 2 + 2)
     part = Targets(targets.classes[rows], targets.boxes[rows])
-    loss = SetCriterion(CriterionConfig.of(kind))(logits[:, rows], boxes[:, rows], part).loss
+    loss = SetCriterion(CriterionConfig.of(kind))(Predictions(logits[:, rows], boxes[:, rows]), part).loss
     Path(folder, f"{rank}.json").write_text(json.dumps(loss.item()))
     torch.distributed.destroy_process_group()
 
@@ -211,5 +214,5 @@ def test_two_processes_average_to_the_loss_of_one(kind, tmp_path):
     mp.start_processes(share_of_loss, args=(kind, str(tmp_path)), nprocs=2, start_method="spawn")
     losses = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     logits, boxes, targets = predictions(kind, [4, 0, 1, 2])
-    whole = SetCriterion(CriterionConfig.of(kind))(logits, boxes, targets).loss.item()
+    whole = SetCriterion(CriterionConfig.of(kind))(Predictions(logits, boxes), targets).loss.item()
     assert sum(losses) / 2 == pytest.approx(whole, rel=1e-6)

@@ -23,6 +23,7 @@ from tiny_detectors import (
     region_queries,
     tiny_batch,
     tiny_detector,
+    tiny_targets,
 )
 
 
@@ -35,10 +36,10 @@ def test_without_regions_it_is_the_stock_model(case):
     detector = tiny_detector(case).eval()
     images, mask = tiny_batch(padded=case not in UNMASKED, side=fitting_side(detector))
     with torch.no_grad():
-        logits, boxes = detector(images, mask)
+        ours = detector(images, mask)
         stock = detector.model(images, pixel_mask=mask.long())
-    assert torch.equal(boxes[-1], stock.pred_boxes)
-    assert torch.equal(logits[-1], stock.logits)
+    assert torch.equal(ours.boxes[-1], stock.pred_boxes)
+    assert torch.equal(ours.logits[-1], stock.logits)
 
 
 def stock_layers(detector, images: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
@@ -55,6 +56,7 @@ def stock_layers(detector, images: torch.Tensor, mask: torch.Tensor) -> list[tor
 
     # With auxiliary losses, stock DETR and Conditional DETR normalise what a layer gives to the next one.
     detector.config.auxiliary_loss = detector.family not in ("detr", "conditional-detr")
+    detector.config.num_denoising = 0
     detector.model.loss_function = note
     detector.model(images, pixel_mask=mask.long(), labels=[])
     return layers
@@ -67,7 +69,8 @@ def test_gradients_are_those_of_the_stock_model(case):
     images, mask = tiny_batch(padded=case not in UNMASKED, side=fitting_side(detector))
     detector.set_trainable(backbone=False, class_head=True)
     theirs = stock_layers(detector, images, mask)
-    ours = [x[-len(y) :] for x, y in zip(detector(images, mask), theirs, strict=True)]
+    predicted = detector(images, mask)
+    ours = [x[-len(y) :] for x, y in zip((predicted.logits, predicted.boxes), theirs, strict=True)]
     gradients = []
     for outputs in (ours, theirs):
         random = torch.Generator().manual_seed(4)
@@ -242,8 +245,11 @@ def test_a_frozen_backbone_stays_as_it_is(case):
 def test_fine_tuning_unfreezes_backbone_and_class_head(case):
     detector = tiny_detector(case)
     detector.set_trainable(backbone=True, class_head=True)
-    logits, boxes = detector(*tiny_batch(padded=False))
-    (logits.sum() + boxes.sum()).backward()
+    predicted = detector(*tiny_batch(padded=False), tiny_targets())
+    loss = predicted.logits.sum() + predicted.boxes.sum()
+    if predicted.denoising is not None:
+        loss = loss + predicted.denoising.logits.sum()
+    loss.backward()
     assert all(parameter.grad is not None for parameter in detector.class_heads.parameters())
     assert any(parameter.grad is not None for parameter in detector.backbone.parameters())
     constants = {id(parameter) for parameter in detector.constants()}
@@ -274,7 +280,7 @@ def test_weights_arrive_in_a_detector_for_other_classes(case, tmp_path):
     report = tuned.load_report
     assert report.missing == report.unexpected == ()
     remade = {f"model.{name}" for name in report.remade}
-    heads = {id(parameter) for parameter in tuned.class_heads.parameters()}
+    heads = {id(parameter) for layer in tuned.class_layers for parameter in layer.parameters()}
     assert {n for n, p in tuned.named_parameters(remove_duplicate=False) if id(p) in heads} == remade
     for name, value in tuned.state_dict().items():
         if name in remade:
@@ -282,7 +288,7 @@ def test_weights_arrive_in_a_detector_for_other_classes(case, tmp_path):
         else:
             assert torch.equal(value, state[name]), name
     assert tuned.class_names == ["cat", "dog"]
-    if tuned.focal:
+    if tuned.class_loss != "softmax":
         assert_close(torch.sigmoid(tuned.class_heads[0].bias), torch.full((2,), 0.01))
     assert not any(parameter.requires_grad for parameter in tuned.backbone.parameters())
 

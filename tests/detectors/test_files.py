@@ -43,9 +43,9 @@ def test_stock_classes_read_the_directory(case, tmp_path):
     with torch.no_grad():
         stock = AutoModelForObjectDetection.from_pretrained(tmp_path)(**inputs)
         mask = torch.ones(1, side, side, dtype=torch.bool)
-        logits, boxes = detector(inputs["pixel_values"], mask)
-    assert_close(stock.pred_boxes, boxes[-1], rtol=1e-5, atol=1e-6)
-    assert_close(stock.logits, logits[-1], rtol=1e-5, atol=1e-5)
+        ours = detector(inputs["pixel_values"], mask)
+    assert_close(stock.pred_boxes, ours.boxes[-1], rtol=1e-5, atol=1e-6)
+    assert_close(stock.logits, ours.logits[-1], rtol=1e-5, atol=1e-5)
     answers = pipeline("object-detection", model=str(tmp_path))(picture, threshold=0.0)
     assert {answer["label"] for answer in answers} <= {"ant", "bee", "cow"}
     best = processor.post_process_object_detection(stock, threshold=0.0, target_sizes=[(60, 80)])[0]

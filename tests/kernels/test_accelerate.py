@@ -22,7 +22,7 @@ def test_a_detector_computes_the_same(case: str) -> None:
 
     def boxes_and_gradients() -> tuple[Tensor, dict[str, Tensor]]:
         detector.zero_grad()
-        _, boxes = detector(images.double(), mask)
+        boxes = detector(images.double(), mask).boxes
         boxes.sum().backward()
         return boxes, {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
 

@@ -1,9 +1,8 @@
 """The set criterion of supervised fine-tuning, for all decoder layers and images of a batch at once.
 
 Predictions are matched one-to-one to the labelled boxes, layer by layer (Hungarian matching, DETR §3.1). Matched
-queries learn class and box, the others learn "no object". DETR uses a softmax with a no-object class, its successors
-focal sigmoids. The values equal those of Transformers' own losses with two exceptions: the class weight of focal
-detectors is the papers' 2, and box counts are averaged over processes correctly.
+queries learn class and box, the others learn "no object". How the class is learned is a fact of the detector's family
+(docs/detectors.md has the table); the values equal those of Transformers' own losses, with the exceptions listed there.
 """
 
 from __future__ import annotations
@@ -16,29 +15,32 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siamese_detr.detection.boxes import box_corners, full_precision, generalized_iou
+from siamese_detr.detection.boxes import box_corners, full_precision, generalized_iou, iou
 from siamese_detr.detection.matching import assign, box_distance
+from siamese_detr.detectors.structures import Predictions, Targets
 
-Kind = Literal["softmax", "focal"]
+Kind = Literal["softmax", "focal", "varifocal", "iou-bce", "matching-aware"]
 
 
 @dataclass(frozen=True)
 class CriterionConfig:
-    """Weights of losses and matching costs (DETR; Deformable DETR for focal).
+    """Weights of losses and matching costs.
 
     Args:
-        kind: "softmax" (K classes and a last, no-object one) or "focal" (K independent sigmoids).
+        kind: the class loss. "softmax": K classes and a last, no-object one. The others are K independent sigmoids:
+            "focal"; and three that learn the IoU of the predicted box as the score of its class, "varifocal",
+            "iou-bce" and "matching-aware".
         class_weight, box_weight, giou_weight: of the losses.
         class_cost, box_cost, giou_cost: of the matching.
         no_object_weight: weight of the no-object class in the softmax cross-entropy.
-        alpha, gamma: of the focal loss.
+        alpha, gamma: of the class loss.
     """
 
     kind: Kind
     class_weight: float = 1.0
     box_weight: float = 5.0
     giou_weight: float = 2.0
-    class_cost: float = 1.0
+    class_cost: float = 2.0
     box_cost: float = 5.0
     giou_cost: float = 2.0
     no_object_weight: float = 0.1
@@ -47,32 +49,21 @@ class CriterionConfig:
 
     @classmethod
     def of(cls, kind: Kind) -> CriterionConfig:
-        """The papers' weights: DETR 1/5/2, the focal detectors 2/5/2, for losses and costs alike."""
-        return cls(kind) if kind == "softmax" else cls(kind, class_weight=2.0, class_cost=2.0)
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Labels of a batch, padded to the largest number T of boxes.
-
-    Args:
-        classes: (B, T) int64, −1 where padded.
-        boxes: (B, T, 4), cxcywh in [0, 1] of the valid image; finite where padded.
-    """
-
-    classes: Tensor
-    boxes: Tensor
-
-    @property
-    def valid(self) -> Tensor:
-        """(B, T) bool."""
-        return self.classes >= 0
+        """The values of the papers that use this class loss."""
+        return {
+            "softmax": cls("softmax", class_cost=1.0),
+            "focal": cls("focal", class_weight=2.0),
+            "varifocal": cls("varifocal", alpha=0.75),
+            "iou-bce": cls("iou-bce"),
+            "matching-aware": cls("matching-aware", gamma=1.5),
+        }[kind]
 
 
 @dataclass(frozen=True)
 class CriterionOutput:
     """The weighted sum over all layers, and for the log the unweighted terms of the last layer (loss_class, loss_box,
-    loss_giou) and the weighted sum of all other layers (loss_auxiliary)."""
+    loss_giou), the weighted sum of all other layers (loss_auxiliary), and that of the denoising queries
+    (loss_denoising)."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -85,60 +76,109 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, logits: Tensor, boxes: Tensor, targets: Targets) -> CriterionOutput:
+    def forward(self, predictions: Predictions, targets: Targets) -> CriterionOutput:
         """Score predictions.
 
         Args:
-            logits: (layers, B, Q, K), with the no-object class last for softmax.
-            boxes: (layers, B, Q, 4), cxcywh in [0, 1].
+            predictions: of every layer.
             targets: with class indices below K (softmax: K − 1).
 
         Raises:
             NonFiniteError: a prediction is NaN or infinite; not on a CUDA device, see ``matching.assign``.
         """
-        c = self.config
-        logits, boxes = full_precision(logits), full_precision(boxes)
-        layers, _, queries, channels = logits.shape
+        c, denoising = self.config, predictions.denoising
+        logits, boxes = full_precision(predictions.logits), full_precision(predictions.boxes)
+        queries = logits.shape[2]
+        norm = normalisers(targets.valid, queries, c.no_object_weight, denoising.repeats if denoising else 0)
+        if targets.classes.shape[1] == 0:  # a padding target, so that indices have something to point to
+            targets = Targets(F.pad(targets.classes, (0, 1), value=-1), F.pad(targets.boxes, (0, 0, 0, 1)))
 
-        # 1. Match: which query is nearest to which labelled box, one-to-one, in every layer and image.
+        # Match: which query is nearest to which labelled box, one-to-one, in every layer and image.
         matches = match(logits, boxes, targets, c)  # (layers, B, T)
-        matched = (matches >= 0) & targets.valid
-        norm = normalisers(targets.valid, queries, c.no_object_weight)
+        assigned = queries_to_targets(matches, targets.valid, queries)
 
-        # 2. The class each query should predict: its target's, or "no object". Padding and targets without a query are
-        # written to an extra query, which is cut off.
-        no_object = channels - 1 if c.kind == "softmax" else channels
-        labels = torch.full((*logits.shape[:2], queries + 1), no_object, dtype=torch.int64, device=logits.device)
-        labels.scatter_(2, matches.where(matched, queries), targets.classes.clamp(min=0).expand_as(matches))
-        labels = labels[..., :queries]
-
-        # 3. Class loss over all queries. Most are no object, so softmax weighs these less, and focal the easy ones.
-        if c.kind == "softmax":
-            weights = logits.new_ones(channels)
-            weights[-1] = c.no_object_weight
-            losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), weights, reduction="none")
-            class_loss = losses.view(layers, -1).sum(1) / norm.class_weight
-        else:
-            one_hot = F.one_hot(labels, channels + 1)[..., :-1].to(logits.dtype)  # all zero for no object
-            class_loss = focal_loss(logits, one_hot, c.alpha, c.gamma).flatten(1).sum(1) / norm.boxes
-
-        # 4. Box losses, L1 and 1 - GIoU, over the matched queries alone.
-        outputs = boxes.gather(2, matches.clamp(min=0).unsqueeze(-1).expand(*matches.shape, 4))
-        wanted = full_precision(targets.boxes).expand_as(outputs)
-        distance = (outputs - wanted).abs().sum(-1)
-        apart = 1 - generalized_iou(box_corners(outputs), box_corners(wanted))
-        box_loss = distance.where(matched, 0).sum((1, 2)) / norm.boxes
-        giou_loss = apart.where(matched, 0).sum((1, 2)) / norm.boxes
-
-        # 5. Every decoder layer is trained like the last (auxiliary losses).
+        # Every decoder layer is trained like the last (auxiliary losses).
+        class_norm = norm.class_weight if c.kind == "softmax" else norm.boxes
+        class_loss, box_loss, giou_loss = self.layer_losses(logits, boxes, assigned, targets, class_norm, norm.boxes)
         per_layer = c.class_weight * class_loss + c.box_weight * box_loss + c.giou_weight * giou_loss
+        loss = per_layer.sum()
         terms = {
             "loss_class": class_loss[-1],
             "loss_box": box_loss[-1],
             "loss_giou": giou_loss[-1],
             "loss_auxiliary": per_layer[:-1].sum(),
         }
-        return CriterionOutput(per_layer.sum(), {name: term.detach() for name, term in terms.items()})
+
+        # Denoising queries need no matching: each was made from a target, or is to be told from one.
+        if denoising is not None:
+            assert denoising.assigned is not None
+            logits, boxes = full_precision(denoising.logits), full_precision(denoising.boxes)
+            assigned = denoising.assigned.expand(len(logits), -1, -1)
+            sums = self.layer_losses(logits, boxes, assigned, targets, norm.denoising, norm.denoising).sum(1)
+            terms["loss_denoising"] = sums @ sums.new_tensor([c.class_weight, c.box_weight, c.giou_weight])
+            loss = loss + terms["loss_denoising"]
+        return CriterionOutput(loss, {name: term.detach() for name, term in terms.items()})
+
+    def layer_losses(
+        self, logits: Tensor, boxes: Tensor, assigned: Tensor, targets: Targets, class_norm: Tensor, box_norm: Tensor
+    ) -> Tensor:
+        """Class, L1 and GIoU loss of each layer, unweighted.
+
+        Args:
+            logits, boxes: (layers, B, Q, K) and (layers, B, Q, 4).
+            assigned: (layers, B, Q) int64, the target of each query, −1 for none.
+            targets: of at least one (padding) target an image.
+            class_norm, box_norm: what the sums are divided by.
+
+        Returns:
+            (3, layers).
+        """
+        matched, index = assigned >= 0, assigned.clamp(min=0)
+        wanted = full_precision(targets.boxes).to(boxes.dtype).expand(len(boxes), -1, -1, -1)
+        wanted = wanted.gather(2, index.unsqueeze(-1).expand(*index.shape, 4))
+        classes = targets.classes.expand(len(boxes), -1, -1).gather(2, index).where(matched, -1)
+        predicted, wanted_corners = box_corners(boxes), box_corners(wanted)
+
+        # The class loss over all queries, the box losses, L1 and 1 - GIoU, over the matched ones alone.
+        overlap = iou(predicted.detach(), wanted_corners)
+        class_loss = class_losses(logits, classes, overlap, self.config).flatten(1).sum(1) / class_norm
+        distance = (boxes - wanted).abs().sum(-1)
+        apart = 1 - generalized_iou(predicted, wanted_corners)
+        box_loss, giou_loss = (x.where(matched, 0).sum((1, 2)) / box_norm for x in (distance, apart))
+        return torch.stack([class_loss, box_loss, giou_loss])
+
+
+def class_losses(logits: Tensor, classes: Tensor, overlap: Tensor, config: CriterionConfig) -> Tensor:
+    """The class loss of each query (softmax) or of each of its logits (all others).
+
+    Args:
+        logits: (..., Q, K).
+        classes: (..., Q) int64, −1 for no object.
+        overlap: (..., Q), IoU of the predicted box with its target's; anything where there is no object.
+    """
+    alpha, gamma = config.alpha, config.gamma
+    if config.kind == "softmax":  # most queries are no object, so these weigh less
+        weights = logits.new_ones(logits.shape[-1])
+        weights[-1] = config.no_object_weight
+        labels = classes.where(classes >= 0, logits.shape[-1] - 1)
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), weights, reduction="none").view(classes.shape)
+    one_hot = F.one_hot(classes + 1, logits.shape[-1] + 1)[..., 1:].to(logits.dtype)  # all zero for no object
+    p = logits.sigmoid()
+    score = overlap.unsqueeze(-1) * one_hot
+    if config.kind == "focal":  # Lin et al., 2017: what is easily told weighs less
+        entropy = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
+        wrong = p + one_hot - 2 * p * one_hot  # 1 − the probability of the right value: p where 0, 1 − p where 1
+        return (alpha * one_hot + (1 - alpha) * (1 - one_hot)) * entropy * wrong**gamma
+    if config.kind == "iou-bce":  # LW-DETR §3.3: the better the box and the score, the more a positive counts
+        quality = (p**alpha * score ** (1 - alpha)).clamp(min=0.01).detach() * one_hot
+        negative = p**gamma * (1 - one_hot) + one_hot - quality
+        return -quality * F.logsigmoid(logits) - negative * F.logsigmoid(-logits)
+    if config.kind == "varifocal":  # Zhang et al., 2021
+        weight = alpha * p**gamma * (1 - one_hot) + score
+    else:  # DEIM §3.3: unlike above, a match of low IoU still counts fully
+        weight = p**gamma * (1 - one_hot) + one_hot
+        score = score**gamma
+    return F.binary_cross_entropy_with_logits(logits, score, weight.detach(), reduction="none")
 
 
 @dataclass(frozen=True)
@@ -149,22 +189,40 @@ class Normalisers:
     Args:
         boxes: scalar, mean number of boxes per process, at least 1.
         class_weight: scalar, mean per process of the summed class weights of all queries of a layer (softmax).
+        denoising: scalar, mean number per process of denoising queries that are to predict a box, at least 1.
     """
 
     boxes: Tensor
     class_weight: Tensor
+    denoising: Tensor
 
 
-def normalisers(valid: Tensor, queries: int, no_object_weight: float) -> Normalisers:
+def normalisers(valid: Tensor, queries: int, no_object_weight: float, repeats: int) -> Normalisers:
     """From the (B, T) mask of real targets; one collective, no host synchronisation."""
     boxes = valid.sum(1)
     matched = boxes.clamp(max=queries).sum()
     weight = matched + no_object_weight * (valid.shape[0] * queries - matched)
-    means = torch.stack([boxes.sum().float(), weight.float()])
+    means = mean_over_processes(torch.stack([boxes.sum().float(), weight.float(), repeats * boxes.sum().float()]))
+    boxes, weight, denoising = means.unbind()
+    return Normalisers(boxes.clamp(min=1), weight.clamp(min=torch.finfo(means.dtype).tiny), denoising.clamp(min=1))
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """A collective where there are several processes."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(means)
-        means = means / dist.get_world_size()
-    return Normalisers(means[0].clamp(min=1), means[1].clamp(min=torch.finfo(means.dtype).tiny))
+        dist.all_reduce(values)
+        return values / dist.get_world_size()
+    return values
+
+
+def queries_to_targets(matches: Tensor, valid: Tensor, queries: int) -> Tensor:
+    """The query of each target (layers, B, T), as :func:`match` gives it, to the target of each query (layers, B, Q),
+    −1 for none."""
+    matched = (matches >= 0) & valid
+    index = torch.arange(matches.shape[2], device=matches.device).expand_as(matches)
+    # Padding and targets without a query are written to an extra query, which is cut off.
+    assigned = torch.full((*matches.shape[:2], queries + 1), -1, dtype=torch.int64, device=matches.device)
+    return assigned.scatter_(2, matches.where(matched, queries), index)[..., :queries]
 
 
 @torch.no_grad()
@@ -191,19 +249,11 @@ def matching_cost(logits: Tensor, boxes: Tensor, targets: Targets, config: Crite
     else:
         # How much the focal loss of this class would fall if the query were given the class (Deformable DETR).
         p = logits.sigmoid()
-        with_class = config.alpha * (1 - p) ** config.gamma * -(p + 1e-8).log()
-        without = (1 - config.alpha) * p**config.gamma * -(1 - p + 1e-8).log()
+        with_class = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+        without = 0.75 * p**2 * -(1 - p + 1e-8).log()
         class_cost = with_class - without
     labels = targets.classes.clamp(min=0)[None, :, None, :].expand(*logits.shape[:3], -1)
     wanted = full_precision(targets.boxes).to(boxes.dtype)
     distance = box_distance(boxes, wanted)
     overlap = generalized_iou(box_corners(boxes).unsqueeze(3), box_corners(wanted).unsqueeze(1))
     return config.class_cost * class_cost.gather(-1, labels) + config.box_cost * distance - config.giou_cost * overlap
-
-
-def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Sigmoid focal loss of each logit (Lin et al., 2017), targets 0 or 1; same shape as ``logits``."""
-    p = logits.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    wrong = p + targets - 2 * p * targets  # 1 − the probability of the true answer: p where 0, 1 − p where 1
-    return (alpha * targets + (1 - alpha) * (1 - targets)) * entropy * wrong**gamma

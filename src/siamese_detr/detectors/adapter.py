@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from siamese_detr.detectors import weights
 from siamese_detr.detectors.backbones import Backbone
 from siamese_detr.detectors.functional import level_mask
-from siamese_detr.detectors.structures import Decoded, DetectorSize, Memory
+from siamese_detr.detectors.structures import Decoded, DetectorSize, Memory, Predictions, Targets
 from siamese_detr.errors import UserError
 
 __all__ = ["Decoded", "DetectorAdapter", "DetectorSize", "Memory"]
@@ -39,14 +39,16 @@ class DetectorAdapter(nn.Module):
     processor_class: ClassVar[str]
     defaults: ClassVar[dict[str, Any]] = {}
     """Sizes in which the family's paper differs from `DetectorSize`."""
-    focal: ClassVar[bool] = True
-    """Whether the class head is trained with a sigmoid (focal) loss, without a no-object class."""
+    class_loss: ClassVar[str] = "focal"
+    """How fine-tuning trains the class head (kinds of `detection.criterion`); "softmax" has a no-object class."""
     square_side: ClassVar[int | None] = None
     """The family takes square inputs only, of a side that is a multiple of this."""
     selects_queries: ClassVar[bool] = False
     """The family chooses its queries by class score (see `blank_queries`)."""
     masks_queries: ClassVar[bool] = True
     """Whether `decode` takes a `query_mask`."""
+    denoises: ClassVar[bool] = False
+    """Whether `decode` takes `targets`, from which it makes denoising queries."""
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class DetectorAdapter(nn.Module):
 
     def name_classes(self, names: list[str]) -> None:
         """Store the class names in the model's configuration (their number must be that of the class head)."""
-        outputs = self.class_heads[0].out_features - (0 if self.focal else 1)  # type: ignore[operator]
+        outputs = self.class_heads[0].out_features - (1 if self.class_loss == "softmax" else 0)  # type: ignore[operator]
         if len(names) != outputs:
             raise ValueError(f"{len(names)} class names for a class head of {outputs} classes")
         self.config.id2label = dict(enumerate(names))
@@ -232,6 +234,11 @@ class DetectorAdapter(nn.Module):
         """The linear layers that give the class logits."""
         return nn.ModuleList([self.model.class_labels_classifier])
 
+    @property
+    def class_layers(self) -> list[nn.Module]:
+        """All layers made for the number of classes: the heads, and embeddings of classes."""
+        return list(self.class_heads)
+
     @functools.cached_property
     def _probe(self) -> list[tuple[int, int]]:
         weight = next(self.backbone.parameters())
@@ -279,6 +286,14 @@ class DetectorAdapter(nn.Module):
         """Modules besides the class head to which pre-training gives no gradient."""
         return []
 
+    def complete(self) -> list[str]:
+        """Add what fine-tuning trains and a stored detector may lack, since no prediction needs it.
+
+        Returns:
+            Names of the new tensors.
+        """
+        return []
+
     def constants(self) -> list[nn.Parameter]:
         """Parameters that never learn."""
         return []
@@ -297,14 +312,17 @@ class DetectorAdapter(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Plain detection: logits (layers, B, Q, labels) and boxes (layers, B, Q, 4) of every decoder layer.
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor, targets: Targets | None = None) -> Predictions:
+        """Plain detection: what every decoder layer predicts, the same numbers as the stock model's.
 
-        The same numbers as the stock model's.
+        Args:
+            pixel_values, pixel_mask: as in `features`.
+            targets: the labels; in training, some families also learn to recover them from noisy copies (denoising).
         """
         memory = self.encode(self.features(pixel_values, pixel_mask), pixel_mask)
-        decoded = self.decode(memory, None)
-        return self.classify(decoded.states) if decoded.logits is None else decoded.logits, decoded.boxes
+        decoded = self.decode(memory, None, **({"targets": targets} if self.denoises else {}))
+        logits = self.classify(decoded.states) if decoded.logits is None else decoded.logits
+        return Predictions(logits, decoded.boxes, decoded.denoising)
 
     def classify(self, states: Tensor) -> Tensor:
         """Class logits (layers, B, Q, labels) of the decoder states (layers, B, Q, D)."""

@@ -25,7 +25,7 @@ class ConditionalDetrAdapter(DetrAdapter):
     model_class = ConditionalDetrForObjectDetection
     config_class = ConditionalDetrConfig
     processor_class = "ConditionalDetrImageProcessor"
-    focal = True
+    class_loss = "focal"
 
     def initialise(self) -> None:
         detr = self.model.model

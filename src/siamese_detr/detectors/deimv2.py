@@ -20,6 +20,7 @@ class Deimv2Adapter(DFineAdapter):
     family = "deimv2"
     model_class = Deimv2ForObjectDetection
     config_class = Deimv2Config
+    class_loss = "matching-aware"
 
     def __init__(self, model: PreTrainedModel, *arguments: Any, **keywords: Any) -> None:
         refuse_dinov3(model.config.backbone_config)

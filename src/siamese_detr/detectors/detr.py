@@ -26,7 +26,7 @@ class DetrAdapter(DetectorAdapter):
     model_class: ClassVar[type[PreTrainedModel]] = DetrForObjectDetection
     config_class: ClassVar[type[PretrainedConfig]] = DetrConfig
     processor_class = "DetrImageProcessor"
-    focal = False
+    class_loss = "softmax"
 
     @classmethod
     def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:

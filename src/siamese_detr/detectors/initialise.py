@@ -92,7 +92,8 @@ def box_head(head: nn.Module, zero_last: bool = True) -> None:
 
 
 def class_head(head: Any, focal: bool = True, prior: float = 0.01) -> None:
-    """Class head: defaults; with a focal loss, biases for which every class starts at probability `prior`."""
+    """Class head: defaults; with sigmoids, biases for which every class starts at probability `prior`. Embeddings of
+    classes: unit normal."""
     head.reset_parameters()
-    if focal:
+    if focal and not isinstance(head, nn.Embedding):
         nn.init.constant_(head.bias, -math.log((1 - prior) / prior))

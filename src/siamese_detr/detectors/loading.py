@@ -11,7 +11,6 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from torch import nn
 from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, PretrainedConfig, PreTrainedModel
 
 from siamese_detr.detectors import initialise
@@ -219,10 +218,9 @@ def load_detector(
     detector.input_size = {name: side for name, side in dict(processor.size).items() if side is not None}
     heads = set()
     if remake:
-        for head in detector.class_heads:
-            assert isinstance(head, nn.Linear)
-            initialise.class_head(head, focal=adapter.focal)
-        heads = {id(parameter) for parameter in detector.class_heads.parameters()}
+        for layer in detector.class_layers:
+            initialise.class_head(layer, focal=adapter.class_loss != "softmax")
+            heads |= {id(parameter) for parameter in layer.parameters()}
     remade = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in heads}
     if wrong := [str(key) for key, *_ in info["mismatched_keys"] if key not in remade]:
         raise UserError(

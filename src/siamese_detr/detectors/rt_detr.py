@@ -7,10 +7,13 @@ which every stretch covers the whole image and all levels: each region's copies 
 queries of the other families do. Its content is the token plus the region feature, its reference the box predicted at
 the token, both without gradient, as in the detector itself. What is predicted *at the tokens* is returned as a first
 layer, so that the losses also train the head that proposes boxes, again as in the detector itself.
+
+While fine-tuning, further queries learn to recover labels from noisy copies of them (Contrastive DeNoising, DINO §3.3).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,10 +28,12 @@ from transformers import (
     RTDetrV2Config,
     RTDetrV2ForObjectDetection,
 )
+from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoising_training_group
 
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from siamese_detr.detectors.functional import additive_mask, at_least_float32, constant, level_arguments, spread_tokens
+from siamese_detr.detectors.structures import Predictions, Targets
 
 SIDE = 32
 """Sides of the input must be multiples of this, or the levels of the encoder do not fit on each other."""
@@ -40,6 +45,24 @@ def pad_to_multiple(x: Tensor) -> Tensor:
     return nn.functional.pad(x, (0, -width % SIDE, 0, -height % SIDE))
 
 
+@dataclass
+class DenoisingQueries:
+    """Noisy copies of the labels, as queries before the others.
+
+    Args:
+        content: (B, N, D), embeddings of the classes, some of which are wrong.
+        references: (B, N, 4), logits of the noisy boxes.
+        may_attend: (N + Q, N + Q) bool, which query (row) sees which (column) in self-attention.
+        assigned, repeats: as in `Predictions`.
+    """
+
+    content: Tensor
+    references: Tensor
+    may_attend: Tensor
+    assigned: Tensor
+    repeats: int
+
+
 class RTDetrAdapter(DetectorAdapter):
     """Option: `points` sampled per head and level."""
 
@@ -47,8 +70,10 @@ class RTDetrAdapter(DetectorAdapter):
     model_class: ClassVar[type[PreTrainedModel]] = RTDetrForObjectDetection
     config_class: ClassVar[type[PretrainedConfig]] = RTDetrConfig
     processor_class = "RTDetrImageProcessor"
+    class_loss = "varifocal"
     square_side = SIDE
     selects_queries = True
+    denoises = True
     defaults: ClassVar[dict[str, Any]] = {
         "num_queries": 300,
         "encoder_layers": 1,
@@ -72,7 +97,6 @@ class RTDetrAdapter(DetectorAdapter):
             d_model=size.hidden_size,
             decoder_in_channels=[size.hidden_size] * 3,
             decoder_n_points=points,
-            num_denoising=0,
             **size.values(),
         )
         return cls.config_class(**values)
@@ -94,9 +118,27 @@ class RTDetrAdapter(DetectorAdapter):
     def num_levels(self) -> int:
         return self.config.num_feature_levels
 
+    @property
+    def denoising_embeddings(self) -> list[nn.Module]:
+        """The embedding of the noisy classes, if the detector has one."""
+        embedding = getattr(self.model.model, "denoising_class_embed", None)
+        return [] if embedding is None else [embedding]
+
+    @property
+    def class_layers(self) -> list[nn.Module]:
+        return [*self.class_heads, *self.denoising_embeddings]
+
     def untrained(self) -> list[nn.Module]:
-        denoising = getattr(self.model.model, "denoising_class_embed", None)
-        return [] if denoising is None else [denoising]
+        return self.denoising_embeddings
+
+    def complete(self) -> list[str]:
+        if self.denoising_embeddings:
+            return []
+        labels = self.config.num_labels
+        self.config.num_denoising = self.config_class().num_denoising
+        embedding = nn.Embedding(labels + 1, self.hidden_size, padding_idx=labels)  # it starts as class layers do
+        self.model.model.denoising_class_embed = embedding.to(self.model.device)
+        return ["model.denoising_class_embed.weight"]
 
     def initialise(self) -> None:
         detr = self.model.model
@@ -116,8 +158,8 @@ class RTDetrAdapter(DetectorAdapter):
             nn.init.xavier_uniform_(layer.weight)
         for head in (detr.enc_bbox_head, *detr.decoder.bbox_embed):
             initialise.box_head(head)
-        for head in self.class_heads:
-            initialise.class_head(head)
+        for layer in self.class_layers:
+            initialise.class_head(layer)
 
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> list[Tensor]:
         mask = None if pixel_mask is None else pad_to_multiple(pixel_mask)
@@ -142,7 +184,13 @@ class RTDetrAdapter(DetectorAdapter):
         )
         return Memory(tokens, torch.cat([mask.flatten(1) for mask in masks], 1), shapes, None, extra)
 
-    def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
+    def decode(
+        self,
+        memory: Memory,
+        region_queries: Tensor | None,
+        query_mask: Tensor | None = None,
+        targets: Targets | None = None,
+    ) -> Decoded:
         detr, extra = self.model.model, dict(memory.extra)
         valid = extra.pop("valid")
         dtype = torch.promote_types(memory.tokens.dtype, torch.float32)
@@ -156,22 +204,68 @@ class RTDetrAdapter(DetectorAdapter):
         anchor = anchors.expand(len(tokens), -1, -1).gather(1, chosen[..., None].expand(-1, -1, 4))
         proposed = at_least_float32(detr.enc_bbox_head(token)) + anchor
         content = token.detach() if region_queries is None else self.add_regions(token.detach(), region_queries)
+        references, scale = proposed.detach(), torch.cat((valid, valid), -1)[:, None]
+        noisy = self.denoising_queries(targets, scale) if targets is not None and self.training else None
+        if noisy is not None:
+            content, references = torch.cat((noisy.content, content), 1), torch.cat((noisy.references, references), 1)
+            query_mask = noisy.may_attend
+        elif targets is not None:  # every trained parameter needs a gradient, also where a batch has no boxes
+            content = content + sum(0 * p.sum() for layer in self.denoising_embeddings for p in layer.parameters())
         states, boxes, logits = self.decode_layers(
             inputs_embeds=content,
             encoder_hidden_states=memory.tokens,
             encoder_attention_mask=additive_mask(query_mask, content.dtype),  # of the self-attention, despite its name
-            reference_points=proposed.detach(),
+            reference_points=references,
             **extra,
         )
-        boxes = torch.cat((proposed.sigmoid()[None], boxes)) / torch.cat((valid, valid), -1)[:, None]
-        if logits is not None:
-            logits = torch.cat((detr.enc_score_head(token)[None], logits))
-        return Decoded(torch.cat((token[None], states)), boxes, logits)
+        denoising, boxes = None, boxes / scale
+        if noisy is not None:
+            count = noisy.content.shape[1]
+            part = logits[:, :, :count], boxes[:, :, :count]
+            denoising = Predictions(*part, assigned=noisy.assigned, repeats=noisy.repeats)
+            states, boxes, logits = (x[:, :, count:] for x in (states, boxes, logits))
+        return Decoded(
+            torch.cat((token[None], states)),
+            torch.cat((proposed.sigmoid()[None] / scale, boxes)),
+            torch.cat((detr.enc_score_head(token)[None], logits)),
+            denoising,
+        )
 
-    def decode_layers(self, **inputs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run the stock decoder: states (layers, B, Q, D), boxes (layers, B, Q, 4), and logits if only it has them."""
+    def decode_layers(self, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the stock decoder: states, boxes and logits, (layers, B, Q, ·) each."""
         out = self.model.model.decoder(**inputs)
-        return out.intermediate_hidden_states.transpose(0, 1), out.intermediate_reference_points.transpose(0, 1), None
+        outputs = out.intermediate_hidden_states, out.intermediate_reference_points, out.intermediate_logits
+        return tuple(x.transpose(0, 1) for x in outputs)
+
+    def denoising_queries(self, targets: Targets, scale: Tensor) -> DenoisingQueries | None:
+        """Noisy copies of the labels, drawn from PyTorch's generator; None where there are none.
+
+        Args:
+            targets: labels of the batch.
+            scale: (B, 1, 4), what turns boxes relative to the un-padded image into ones relative to the whole input.
+        """
+        valid, config = targets.valid, self.config
+        content, references, mask, meta = get_contrastive_denoising_training_group(
+            [
+                {"class_labels": classes[inside], "boxes": boxes[inside].float()}
+                for classes, boxes, inside in zip(targets.classes, targets.boxes * scale, valid, strict=True)
+            ],
+            config.num_labels,
+            self.num_queries,
+            getattr(self.model.model, "denoising_class_embed", None),
+            config.num_denoising,
+            config.label_noise_ratio,
+            config.box_noise_scale,
+        )
+        if content is None:
+            return None
+        # Each group holds a copy of every label that is to predict it, then one of more noise that is no object.
+        groups = meta["dn_num_group"]
+        most = content.shape[1] // (2 * groups)
+        order = (~valid).int().argsort(dim=1, stable=True)[:, :most]
+        positive = order.where(valid.gather(1, order), -1)
+        assigned = torch.cat((positive, torch.full_like(positive, -1)), 1).repeat(1, groups)
+        return DenoisingQueries(content, references, mask == 0, assigned, groups)
 
 
 class RTDetrV2Adapter(RTDetrAdapter):
@@ -209,7 +303,7 @@ class DFineAdapter(RTDetrAdapter):
         for estimate in decoder.lqe_layers:
             initialise.box_head(estimate.reg_conf)
 
-    def decode_layers(self, **inputs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def decode_layers(self, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         decoder = self.model.model.decoder
         training, decoder.training = decoder.training, True  # this flag alone: in evaluation it returns one layer only
         try:

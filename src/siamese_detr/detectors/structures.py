@@ -89,8 +89,47 @@ class Decoded:
         boxes: (layers, B, Q, 4) cxcywh in [0, 1], by the detector's own box head, relative to the un-padded image
             (not clamped: where the family knows no padding, a box in the padding exceeds 1).
         logits: (layers, B, Q, labels) where a family's class logits are more than its heads on `states`.
+        denoising: what the layers predict for the denoising queries, where `decode` was given any.
     """
 
     states: Tensor
     boxes: Tensor
     logits: Tensor | None = None
+    denoising: Predictions | None = None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels of a batch, padded to the largest number T of boxes.
+
+    Args:
+        classes: (B, T) int64, −1 where padded.
+        boxes: (B, T, 4), cxcywh in [0, 1] of the valid image; finite where padded.
+    """
+
+    classes: Tensor
+    boxes: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, T) bool."""
+        return self.classes >= 0
+
+
+@dataclass
+class Predictions:
+    """What a detector predicts, as its criterion wants it.
+
+    Args:
+        logits: (layers, B, Q, K), with the no-object class last for softmax.
+        boxes: (layers, B, Q, 4), cxcywh in [0, 1].
+        denoising: the same of the denoising queries (Contrastive DeNoising, DINO §3.3).
+        assigned: (B, Q) int64, the target each query is to predict, −1 for no object; None: the criterion matches.
+        repeats: denoising queries of each target that are to predict it.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    denoising: Predictions | None = None
+    assigned: Tensor | None = None
+    repeats: int = 1

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siamese_detr.detection.criterion import CriterionConfig, SetCriterion, Targets
+from siamese_detr.detection.criterion import CriterionConfig, SetCriterion
 from siamese_detr.detectors.adapter import DetectorAdapter
+from siamese_detr.detectors.structures import Targets
 from siamese_detr.evaluation.coco import CocoMetrics, percent
 from siamese_detr.evaluation.evaluate import class_map, evaluate_detector
 from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD, Detector
@@ -62,7 +63,7 @@ class DetectionTask(Task):
         self.detector, self.config, self.steps, self.images = detector, config, steps, images
         self.validation, self.input_size = validation, input_size
         self.evaluations = config.evaluations(len(images)) if validation is not None else 0
-        self.criterion = SetCriterion(CriterionConfig.of("focal" if detector.focal else "softmax"))
+        self.criterion = SetCriterion(CriterionConfig.of(detector.class_loss))
         self.square_sides = config.square_sides(input_size, detector.square_side or 32)
         self.processor = detector.image_processor(**dataclasses.asdict(input_size))
         self.out = Path(config.out)
@@ -74,8 +75,8 @@ class DetectionTask(Task):
             side = self.square_sides[int(torch.randint(len(self.square_sides), ()))]
             pixel_values = F.interpolate(pixel_values, (side, side), mode="bilinear", antialias=True)
             pixel_mask = pixel_mask.new_ones(len(pixel_mask), side, side)
-        logits, boxes = model(pixel_values, pixel_mask)
-        output = self.criterion(logits, boxes, Targets(batch["classes"], batch["boxes"]))
+        targets = Targets(batch["classes"], batch["boxes"])
+        output = self.criterion(model(pixel_values, pixel_mask, targets), targets)
         return output.loss, output.terms
 
     def stopped_early(self, step: int) -> bool:

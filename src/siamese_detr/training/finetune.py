@@ -151,10 +151,11 @@ def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[D
     with torch.random.fork_rng(), quiet(), warnings.catch_warnings(action="ignore"):  # the report says it
         torch.manual_seed(config.seed)
         detector = load_detector(path, class_names, **config.dropouts())
+        added = detector.complete()
     report = detector.load_report
     tensors = len(detector.model.state_dict())
-    made = {"class_head": list(report.remade), "missing": list(report.missing), "ignored": list(report.unexpected)}
-    return detector, {"from": str(path), "kept": tensors - len(report.remade) - len(report.missing), **made}
+    made = {"class_head": list(report.remade), "missing": [*report.missing, *added], "ignored": list(report.unexpected)}
+    return detector, {"from": str(path), "kept": tensors - len(made["class_head"]) - len(made["missing"]), **made}
 
 
 def freeze(detector: DetectorAdapter, parts: Sequence[str]) -> None:

@@ -1,0 +1,92 @@
+"""Each family's losses against those of its stock model, which computes them from the same images and labels."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from siamese_detr.detection.criterion import CriterionConfig, CriterionOutput, SetCriterion
+from siamese_detr.detectors import DetectorAdapter, load_detector
+from siamese_detr.detectors.loading import LoadReport
+from siamese_detr.detectors.structures import Predictions, Targets
+from tiny_detectors import CASES, UNMASKED, fitting_side, tiny_batch, tiny_detector, tiny_targets
+
+LAST_ONLY = ("detr", "conditional-detr")
+"""Families in which Transformers' auxiliary losses change what the decoder computes."""
+
+
+def trained(case: str) -> DetectorAdapter:
+    detector = tiny_detector(case).train()
+    detector.set_trainable(backbone=False, class_head=True)
+    detector.config.auxiliary_loss = case not in LAST_ONLY
+    return detector
+
+
+def our_loss(case: str, detector: DetectorAdapter, targets: Targets) -> CriterionOutput:
+    torch.manual_seed(0)
+    images, mask = tiny_batch(padded=case not in UNMASKED, side=fitting_side(detector))
+    predictions = detector(images, mask, targets)
+    if case in LAST_ONLY:
+        predictions = Predictions(predictions.logits[-1:], predictions.boxes[-1:])
+    config = CriterionConfig.of(detector.class_loss)
+    if config.kind == "focal":
+        config = dataclasses.replace(config, class_weight=1.0)  # ours is 2, as in the papers
+    return SetCriterion(config)(predictions, targets)
+
+
+def stock_loss(case: str, detector: DetectorAdapter, targets: Targets) -> torch.Tensor:
+    torch.manual_seed(0)
+    images, mask = tiny_batch(padded=case not in UNMASKED, side=fitting_side(detector))
+    labels = [
+        {"class_labels": classes[inside], "boxes": boxes[inside]}
+        for classes, boxes, inside in zip(targets.classes, targets.boxes, targets.valid, strict=True)
+    ]
+    if "class_cost" in detector.config.to_dict() and detector.class_loss == "focal":
+        detector.config.class_cost = 2
+    return detector.model(images, pixel_mask=mask.long(), labels=labels).loss
+
+
+def gradients(detector: DetectorAdapter, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    detector.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("d-fine", "deimv2", "lw-detr", "rf-detr")])
+def test_loss_and_gradients_are_those_of_the_stock_model(case):
+    detector, targets = trained(case), tiny_targets()
+    ours, theirs = our_loss(case, detector, targets).loss, stock_loss(case, detector, targets)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert_close(gradients(detector, ours), gradients(detector, theirs), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_parameter_learns_with_and_without_boxes(case):
+    """Processes wait for the gradient of every parameter."""
+    detector = trained(case)
+    names = set(detector.trainable_names())
+    for targets in (tiny_targets(), tiny_targets((0, 0, 0))):
+        output = our_loss(case, detector, targets)
+        assert output.loss.isfinite()
+        learned = gradients(detector, output.loss)
+        last_only = {name for name in names - learned.keys() if case in LAST_ONLY}
+        assert learned.keys() | last_only == names
+
+
+def test_what_an_older_detector_lacks_for_denoising_is_added(tmp_path):
+    old = tiny_detector("rt-detr", classes=1)
+    del old.model.model.denoising_class_embed
+    old.config.num_denoising = 0
+    old.save(tmp_path)
+    detector = load_detector(tmp_path, ["cat", "dog"])
+    assert detector(*tiny_batch(padded=False), tiny_targets(classes=2)).denoising is None
+    added = detector.complete()
+    assert {name: tuple(detector.model.get_parameter(name).shape) for name in added} == {
+        "model.denoising_class_embed.weight": (3, 32)
+    }
+    assert detector(*tiny_batch(padded=False), tiny_targets(classes=2)).denoising is not None
+    detector.save(tmp_path)
+    assert load_detector(tmp_path).load_report == LoadReport((), (), ())
