@@ -19,7 +19,7 @@ from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
 from siamese_detr.detection.criterion import CriterionConfig, SetCriterion, match, matching_cost
 from siamese_detr.detection.matching import NonFiniteError
-from siamese_detr.detectors.structures import Predictions, Targets
+from siamese_detr.detectors.structures import Edges, Predictions, Targets
 
 
 def predictions(kind: str, counts: list[int], layers: int = 3, queries: int = 5, classes: int = 4, seed: int = 0):
@@ -198,21 +198,32 @@ def test_a_nan_is_named():
         )
 
 
+def batch_of(kind: str, rows: slice) -> tuple[Predictions, Targets]:
+    """Some images of one batch; "varifocal" is D-FINE, with edge distributions and denoising queries."""
+    logits, boxes, targets = predictions(kind, [4, 0, 1, 2])
+    part = Targets(targets.classes[rows], targets.boxes[rows])
+    if kind != "varifocal":
+        return Predictions(logits[:, rows], boxes[:, rows]), part
+    random = torch.Generator().manual_seed(3)
+    edges = torch.randn(2, 4, 5, 4, 9, generator=random, dtype=torch.float64)
+    bins = torch.tensor([4.0]), torch.tensor([0.5])
+    distributions = Edges(edges[:, rows], boxes[0, rows], *bins)
+    assigned = torch.cat((torch.where(targets.valid, torch.arange(4), -1), torch.full((4, 1), -1)), 1)[rows]
+    noisy = Predictions(logits.flip(0)[:, rows], boxes.flip(0)[:, rows], distributions, assigned=assigned)
+    return Predictions(logits[:, rows], boxes[:, rows], distributions, denoising=noisy), part
+
+
 def share_of_loss(rank: int, kind: str, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    logits, boxes, targets = predictions(kind, [4, 0, 1, 2])
-    rows = slice(rank * 2, rank * 2 + 2)
-    part = Targets(targets.classes[rows], targets.boxes[rows])
-    loss = SetCriterion(CriterionConfig.of(kind))(Predictions(logits[:, rows], boxes[:, rows]), part).loss
+    loss = SetCriterion(CriterionConfig.of(kind))(*batch_of(kind, slice(rank * 2, rank * 2 + 2))).loss
     Path(folder, f"{rank}.json").write_text(json.dumps(loss.item()))
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["softmax", "focal"])
+@pytest.mark.parametrize("kind", ["softmax", "focal", "varifocal"])
 def test_two_processes_average_to_the_loss_of_one(kind, tmp_path):
     mp.start_processes(share_of_loss, args=(kind, str(tmp_path)), nprocs=2, start_method="spawn")
     losses = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    logits, boxes, targets = predictions(kind, [4, 0, 1, 2])
-    whole = SetCriterion(CriterionConfig.of(kind))(Predictions(logits, boxes), targets).loss.item()
+    whole = SetCriterion(CriterionConfig.of(kind))(*batch_of(kind, slice(4))).loss.item()
     assert sum(losses) / 2 == pytest.approx(whole, rel=1e-6)

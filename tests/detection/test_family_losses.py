@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers.loss.loss_deimv2 import Deimv2Loss
 
 from siamese_detr.detection.criterion import CriterionConfig, CriterionOutput, SetCriterion
 from siamese_detr.detectors import DetectorAdapter, load_detector
@@ -53,6 +54,49 @@ def gradients(detector: DetectorAdapter, loss: torch.Tensor) -> dict[str, torch.
     detector.zero_grad()
     loss.backward()
     return {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
+
+
+def paired_loss(logits, labels, device, boxes, config, classes, coordinates, **rest):
+    """Transformers' terms for D-FINE's family, over the union of all layers' matches as in the papers' codes.
+
+    Its own loss pairs each layer's edges with the boxes of the layer before, and skips the last layers.
+    """
+
+    def layers(outputs: tuple[torch.Tensor, ...]) -> list[dict[str, torch.Tensor]]:
+        scores, corners, edges, references = (x.transpose(0, 1) for x in outputs)
+        teacher = {"teacher_corners": edges[-1], "teacher_logits": scores[-1]}
+        rows = zip(scores[1:], corners[1:], edges, references, strict=True)
+        names = ("logits", "pred_boxes", "pred_corners", "ref_points")
+        refined = [dict(zip(names, row, strict=True)) | teacher for row in rows]
+        return [{"logits": scores[0], "pred_boxes": corners[0]}, *refined]
+
+    meta = rest["denoising_meta_values"]
+    outputs = classes, coordinates.clamp(0, 1), rest["predicted_corners"], rest["initial_reference_points"]
+    noisy, plain = zip(*(x.split(meta["dn_num_split"], 2) for x in outputs), strict=True)
+    *earlier, last = layers(plain)
+    proposed = {"logits": rest["enc_topk_logits"], "pred_boxes": rest["enc_topk_bboxes"]}
+    last |= {"auxiliary_outputs": [*earlier, proposed], "dn_auxiliary_outputs": layers(noisy)}
+    for name, value in dict(weight_loss_mal=1.0, mal_alpha=None, use_dense_one_to_one=True).items():
+        setattr(config, name, value)
+    criterion = Deimv2Loss(config)
+    if config.model_type == "d_fine":
+        criterion.losses[0] = "vfl"
+        criterion.weight_dict["loss_vfl"] = config.weight_loss_vfl
+    else:
+        criterion.gamma = 1.5  # the paper's; Transformers' default is 2
+    terms = criterion({**last, "denoising_meta_values": meta}, labels)
+    return sum(terms.values()), terms, None
+
+
+@pytest.mark.parametrize("case", ["d-fine", "deimv2"])
+def test_edges_learn_as_by_the_stock_terms(case):
+    detector, targets = trained(case), tiny_targets()
+    output = our_loss(case, detector, targets)
+    detector.model.loss_function = paired_loss
+    theirs = stock_loss(case, detector, targets)
+    assert output.loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert_close(gradients(detector, output.loss), gradients(detector, theirs), rtol=1e-3, atol=1e-4)
+    assert output.terms["loss_local"] > 0
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("d-fine", "deimv2", "lw-detr", "rf-detr")])

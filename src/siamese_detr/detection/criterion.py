@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.loss.loss_d_fine import bbox2distance
 
 from siamese_detr.detection.boxes import box_corners, full_precision, generalized_iou, iou
 from siamese_detr.detection.matching import assign, box_distance
@@ -34,6 +35,7 @@ class CriterionConfig:
         class_cost, box_cost, giou_cost: of the matching.
         no_object_weight: weight of the no-object class in the softmax cross-entropy.
         alpha, gamma: of the class loss.
+        local_weight, distillation_weight: of the losses of edge distributions (D-FINE).
     """
 
     kind: Kind
@@ -46,6 +48,8 @@ class CriterionConfig:
     no_object_weight: float = 0.1
     alpha: float = 0.25
     gamma: float = 2.0
+    local_weight: float = 0.15
+    distillation_weight: float = 1.5
 
     @classmethod
     def of(cls, kind: Kind) -> CriterionConfig:
@@ -62,8 +66,8 @@ class CriterionConfig:
 @dataclass(frozen=True)
 class CriterionOutput:
     """The weighted sum over all layers, and for the log the unweighted terms of the last layer (loss_class, loss_box,
-    loss_giou), the weighted sum of all other layers (loss_auxiliary), and that of the denoising queries
-    (loss_denoising)."""
+    loss_giou), the weighted sum of all other layers (loss_auxiliary), of the losses of edges (loss_local), and of all
+    losses of the denoising queries (loss_denoising)."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -86,20 +90,22 @@ class SetCriterion(nn.Module):
         Raises:
             NonFiniteError: a prediction is NaN or infinite; not on a CUDA device, see ``matching.assign``.
         """
-        c, denoising = self.config, predictions.denoising
-        logits, boxes = full_precision(predictions.logits), full_precision(predictions.boxes)
-        queries = logits.shape[2]
-        norm = normalisers(targets.valid, queries, c.no_object_weight, denoising.repeats if denoising else 0)
+        c, groups, denoising = self.config, predictions.groups, predictions.denoising
+        logits, boxes = prepared(predictions)  # (layers * groups, B, Q, ·)
         if targets.classes.shape[1] == 0:  # a padding target, so that indices have something to point to
             targets = Targets(F.pad(targets.classes, (0, 1), value=-1), F.pad(targets.boxes, (0, 0, 0, 1)))
 
         # Match: which query is nearest to which labelled box, one-to-one, in every layer and image.
-        matches = match(logits, boxes, targets, c)  # (layers, B, T)
-        assigned = queries_to_targets(matches, targets.valid, queries)
+        matches = match(logits, boxes, targets, c)
+        assigned = box_assigned = queries_to_targets(matches, targets.valid, logits.shape[2])
+        if predictions.edges is not None:
+            box_assigned = union_of_layers(assigned, targets.classes.shape[1])
+        norm = normalisers(predictions, targets, box_assigned, c)
 
         # Every decoder layer is trained like the last (auxiliary losses).
-        class_norm = norm.class_weight if c.kind == "softmax" else norm.boxes
-        class_loss, box_loss, giou_loss = self.layer_losses(logits, boxes, assigned, targets, class_norm, norm.boxes)
+        sums = self.layer_sums(logits, boxes, assigned, box_assigned, targets).unflatten(1, (-1, groups)).mean(2)
+        class_loss = sums[0] / (norm.class_weight if c.kind == "softmax" else norm.boxes)
+        box_loss, giou_loss = sums[1:] / (norm.boxes if predictions.edges is None else norm.union)
         per_layer = c.class_weight * class_loss + c.box_weight * box_loss + c.giou_weight * giou_loss
         loss = per_layer.sum()
         terms = {
@@ -108,44 +114,110 @@ class SetCriterion(nn.Module):
             "loss_giou": giou_loss[-1],
             "loss_auxiliary": per_layer[:-1].sum(),
         }
+        if predictions.edges is not None:
+            terms["loss_local"] = self.local_loss(predictions, boxes, box_assigned, targets, norm.union, norm.queries)
+            loss = loss + terms["loss_local"]
 
         # Denoising queries need no matching: each was made from a target, or is to be told from one.
-        if denoising is not None:
-            assert denoising.assigned is not None
-            logits, boxes = full_precision(denoising.logits), full_precision(denoising.boxes)
+        if denoising is not None and denoising.assigned is not None:
+            logits, boxes = prepared(denoising)
             assigned = denoising.assigned.expand(len(logits), -1, -1)
-            sums = self.layer_losses(logits, boxes, assigned, targets, norm.denoising, norm.denoising).sum(1)
-            terms["loss_denoising"] = sums @ sums.new_tensor([c.class_weight, c.box_weight, c.giou_weight])
-            loss = loss + terms["loss_denoising"]
+            sums = self.layer_sums(logits, boxes, assigned, assigned, targets).sum(1) / norm.denoising
+            denoised = sums @ sums.new_tensor([c.class_weight, c.box_weight, c.giou_weight])
+            if denoising.edges is not None:
+                norms = norm.denoising, norm.denoising_queries
+                denoised = denoised + self.local_loss(denoising, boxes, assigned[0], targets, *norms)
+            terms["loss_denoising"] = denoised
+            loss = loss + denoised
         return CriterionOutput(loss, {name: term.detach() for name, term in terms.items()})
 
-    def layer_losses(
-        self, logits: Tensor, boxes: Tensor, assigned: Tensor, targets: Targets, class_norm: Tensor, box_norm: Tensor
+    def layer_sums(
+        self, logits: Tensor, boxes: Tensor, assigned: Tensor, box_assigned: Tensor, targets: Targets
     ) -> Tensor:
-        """Class, L1 and GIoU loss of each layer, unweighted.
+        """Class, L1 and GIoU loss of each layer, summed over images and queries.
 
         Args:
             logits, boxes: (layers, B, Q, K) and (layers, B, Q, 4).
-            assigned: (layers, B, Q) int64, the target of each query, −1 for none.
+            assigned: (layers, B, Q) int64, the target whose class each query is to predict, −1 for none.
+            box_assigned: (layers, B, Q) or (B, Q), likewise for its box.
             targets: of at least one (padding) target an image.
-            class_norm, box_norm: what the sums are divided by.
 
         Returns:
             (3, layers).
         """
-        matched, index = assigned >= 0, assigned.clamp(min=0)
-        wanted = full_precision(targets.boxes).to(boxes.dtype).expand(len(boxes), -1, -1, -1)
-        wanted = wanted.gather(2, index.unsqueeze(-1).expand(*index.shape, 4))
-        classes = targets.classes.expand(len(boxes), -1, -1).gather(2, index).where(matched, -1)
-        predicted, wanted_corners = box_corners(boxes), box_corners(wanted)
-
         # The class loss over all queries, the box losses, L1 and 1 - GIoU, over the matched ones alone.
-        overlap = iou(predicted.detach(), wanted_corners)
-        class_loss = class_losses(logits, classes, overlap, self.config).flatten(1).sum(1) / class_norm
+        predicted = box_corners(boxes)
+        overlap = iou(predicted.detach(), box_corners(boxes_of(targets, assigned)))
+        classes = targets.classes.expand(len(boxes), -1, -1).gather(2, assigned.clamp(min=0)).where(assigned >= 0, -1)
+        class_loss = class_losses(logits, classes, overlap, self.config).flatten(1).sum(1)
+        wanted = boxes_of(targets, box_assigned)
         distance = (boxes - wanted).abs().sum(-1)
-        apart = 1 - generalized_iou(predicted, wanted_corners)
-        box_loss, giou_loss = (x.where(matched, 0).sum((1, 2)) / box_norm for x in (distance, apart))
-        return torch.stack([class_loss, box_loss, giou_loss])
+        apart = 1 - generalized_iou(predicted, box_corners(wanted))
+        return torch.stack([class_loss, *(x.where(box_assigned >= 0, 0).sum((1, 2)) for x in (distance, apart))])
+
+    def local_loss(
+        self,
+        predictions: Predictions,
+        boxes: Tensor,
+        assigned: Tensor,
+        targets: Targets,
+        positives: Tensor,
+        queries: Tensor,
+    ) -> Tensor:
+        """D-FINE's losses of edge distributions, weighted and summed over layers (D-FINE §4.1 and §4.2).
+
+        Args:
+            predictions: with edges.
+            boxes: (layers, B, Q, 4), those of the predictions.
+            assigned: (B, Q) int64, the target of each query, −1 for none.
+            targets: of at least one (padding) target an image.
+            positives, queries: numbers of queries with a target, and of all.
+        """
+        edges = predictions.edges
+        assert edges is not None
+        logits, matched = full_precision(edges.logits), assigned >= 0
+        wanted = box_corners(boxes_of(targets, assigned))
+        overlap = iou(box_corners(boxes[-len(logits) :].detach()), wanted)  # (L, B, Q)
+
+        # Fine-grained localisation: the two bins around the distance that is to be predicted, better boxes first.
+        with torch.no_grad():
+            distances, right, left = bbox2distance(
+                edges.references[matched].float(), wanted[matched].float(), logits.shape[-1] - 1, edges.scale, edges.up
+            )  # for each edge of each matched query: its bin, and shares of the next bin and of this one
+        at, shares = (torch.stack(pair, -1).view(-1, 4, 2) for pair in ((distances, distances + 1), (left, right)))
+        log_p = logits[:, matched].log_softmax(-1).gather(-1, at.long().expand(len(logits), -1, -1, -1))
+        fine = -((log_p * shares).sum((-1, -2)) * overlap[:, matched]).sum() / positives
+
+        # Self-distillation: earlier layers learn the last one's distributions, also those of unmatched queries as far
+        # as these are confident. Both kinds count by the root of their number.
+        temperature = 5
+        teacher = (logits[-1:].detach() / temperature).softmax(-1).expand_as(logits[:-1])
+        apart = F.kl_div((logits[:-1] / temperature).log_softmax(-1), teacher, reduction="none").sum(-1).mean(-1)
+        confidence = full_precision(predictions.logits[-1]).detach().sigmoid().amax(-1)
+        apart = apart * temperature**2 * overlap[:-1].where(matched, confidence)
+        negatives = (queries - positives).clamp(min=1)
+        matched_mean = apart.where(matched, 0).sum() / positives
+        other_mean = apart.where(~matched, 0).sum() / negatives
+        root, other_root = positives.sqrt(), negatives.sqrt()
+        distilled = (matched_mean * root + other_mean * other_root) / (root + other_root)
+        return self.config.local_weight * fine + self.config.distillation_weight * distilled
+
+
+def prepared(predictions: Predictions) -> tuple[Tensor, Tensor]:
+    """Logits and boxes in full precision, each group of queries as if it were a layer: (layers * groups, B, Q, ·)."""
+    logits, boxes = full_precision(predictions.logits), full_precision(predictions.boxes)
+    if predictions.edges is not None:
+        boxes = boxes.clamp(0, 1)  # as Transformers' losses do
+    if predictions.groups == 1:
+        return logits, boxes
+    logits, boxes = (x.unflatten(2, (predictions.groups, -1)).movedim(2, 1).flatten(0, 1) for x in (logits, boxes))
+    return logits, boxes
+
+
+def boxes_of(targets: Targets, assigned: Tensor) -> Tensor:
+    """The boxes (..., B, Q, 4), cxcywh, of the targets assigned to queries (..., B, Q); anything where none is."""
+    boxes = full_precision(targets.boxes).expand(*assigned.shape[:-2], -1, -1, -1)
+    return boxes.gather(-2, assigned.clamp(min=0).unsqueeze(-1).expand(*assigned.shape, 4))
 
 
 def class_losses(logits: Tensor, classes: Tensor, overlap: Tensor, config: CriterionConfig) -> Tensor:
@@ -187,24 +259,38 @@ class Normalisers:
     of one process with the whole batch.
 
     Args:
-        boxes: scalar, mean number of boxes per process, at least 1.
-        class_weight: scalar, mean per process of the summed class weights of all queries of a layer (softmax).
-        denoising: scalar, mean number per process of denoising queries that are to predict a box, at least 1.
+        boxes: mean number of boxes per process; as all others a scalar, and at least 1.
+        class_weight: summed class weights of all queries of a layer (softmax); at least tiny.
+        union: queries matched in any layer.
+        queries: of a layer and group.
+        denoising: denoising queries that are to predict a box.
+        denoising_queries: all of them.
     """
 
     boxes: Tensor
     class_weight: Tensor
+    union: Tensor
+    queries: Tensor
     denoising: Tensor
+    denoising_queries: Tensor
 
 
-def normalisers(valid: Tensor, queries: int, no_object_weight: float, repeats: int) -> Normalisers:
-    """From the (B, T) mask of real targets; one collective, no host synchronisation."""
-    boxes = valid.sum(1)
-    matched = boxes.clamp(max=queries).sum()
-    weight = matched + no_object_weight * (valid.shape[0] * queries - matched)
-    means = mean_over_processes(torch.stack([boxes.sum().float(), weight.float(), repeats * boxes.sum().float()]))
-    boxes, weight, denoising = means.unbind()
-    return Normalisers(boxes.clamp(min=1), weight.clamp(min=torch.finfo(means.dtype).tiny), denoising.clamp(min=1))
+def normalisers(
+    predictions: Predictions, targets: Targets, box_assigned: Tensor, config: CriterionConfig
+) -> Normalisers:
+    """One collective, no host synchronisation."""
+    valid, denoising = targets.valid, predictions.denoising
+    queries = predictions.logits.shape[2] // predictions.groups
+    boxes = valid.sum().float()
+    total = boxes.new_full((), len(valid) * queries)
+    matched = valid.sum(1).clamp(max=queries).sum()
+    weight = matched + config.no_object_weight * (total - matched)
+    noisy = boxes.new_full((), 0 if denoising is None else len(valid) * denoising.logits.shape[2])
+    recovered = boxes * (0 if denoising is None else denoising.repeats)
+    values = [boxes, weight, (box_assigned >= 0).sum().float(), total, recovered, noisy]
+    boxes, weight, *others = mean_over_processes(torch.stack(values)).unbind()
+    tiny = torch.finfo(weight.dtype).tiny
+    return Normalisers(boxes.clamp(min=1), weight.clamp(min=tiny), *(x.clamp(min=1) for x in others))
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
@@ -223,6 +309,21 @@ def queries_to_targets(matches: Tensor, valid: Tensor, queries: int) -> Tensor:
     # Padding and targets without a query are written to an extra query, which is cut off.
     assigned = torch.full((*matches.shape[:2], queries + 1), -1, dtype=torch.int64, device=matches.device)
     return assigned.scatter_(2, matches.where(matched, queries), index)[..., :queries]
+
+
+def union_of_layers(assigned: Tensor, count: int) -> Tensor:
+    """One assignment for the boxes of all layers (D-FINE §4.2): each query matched in any layer, with the target it is
+    matched to in most of them.
+
+    Args:
+        assigned: (layers, B, Q) int64, −1 for none.
+        count: number T of targets.
+
+    Returns:
+        (B, Q) int64, −1 for none.
+    """
+    votes, target = F.one_hot(assigned + 1, count + 1)[..., 1:].sum(0).max(-1)
+    return target.where(votes > 0, -1)
 
 
 @torch.no_grad()

@@ -322,7 +322,7 @@ class DetectorAdapter(nn.Module):
         memory = self.encode(self.features(pixel_values, pixel_mask), pixel_mask)
         decoded = self.decode(memory, None, **({"targets": targets} if self.denoises else {}))
         logits = self.classify(decoded.states) if decoded.logits is None else decoded.logits
-        return Predictions(logits, decoded.boxes, decoded.denoising)
+        return Predictions(logits, decoded.boxes, decoded.edges, denoising=decoded.denoising)
 
     def classify(self, states: Tensor) -> Tensor:
         """Class logits (layers, B, Q, labels) of the decoder states (layers, B, Q, D)."""

@@ -13,7 +13,7 @@ While fine-tuning, further queries learn to recover labels from noisy copies of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +33,7 @@ from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoisi
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from siamese_detr.detectors.functional import additive_mask, at_least_float32, constant, level_arguments, spread_tokens
-from siamese_detr.detectors.structures import Predictions, Targets
+from siamese_detr.detectors.structures import Edges, Predictions, Targets
 
 SIDE = 32
 """Sides of the input must be multiples of this, or the levels of the encoder do not fit on each other."""
@@ -211,31 +211,39 @@ class RTDetrAdapter(DetectorAdapter):
             query_mask = noisy.may_attend
         elif targets is not None:  # every trained parameter needs a gradient, also where a batch has no boxes
             content = content + sum(0 * p.sum() for layer in self.denoising_embeddings for p in layer.parameters())
-        states, boxes, logits = self.decode_layers(
+        out = self.decode_layers(
             inputs_embeds=content,
             encoder_hidden_states=memory.tokens,
             encoder_attention_mask=additive_mask(query_mask, content.dtype),  # of the self-attention, despite its name
             reference_points=references,
             **extra,
         )
-        denoising, boxes = None, boxes / scale
+        assert out.logits is not None
+        denoising, boxes, edges, count = None, out.boxes / scale, out.edges, 0
+        if edges is not None:
+            edges = replace(edges, references=edges.references / scale)
         if noisy is not None:
             count = noisy.content.shape[1]
-            part = logits[:, :, :count], boxes[:, :, :count]
-            denoising = Predictions(*part, assigned=noisy.assigned, repeats=noisy.repeats)
-            states, boxes, logits = (x[:, :, count:] for x in (states, boxes, logits))
+            denoising = Predictions(
+                out.logits[:, :, :count],
+                boxes[:, :, :count],
+                edges.of(slice(count)) if edges is not None else None,
+                assigned=noisy.assigned,
+                repeats=noisy.repeats,
+            )
         return Decoded(
-            torch.cat((token[None], states)),
-            torch.cat((proposed.sigmoid()[None] / scale, boxes)),
-            torch.cat((detr.enc_score_head(token)[None], logits)),
+            torch.cat((token[None], out.states[:, :, count:])),
+            torch.cat((proposed.sigmoid()[None] / scale, boxes[:, :, count:])),
+            torch.cat((detr.enc_score_head(token)[None], out.logits[:, :, count:])),
+            edges.of(slice(count, None)) if edges is not None else None,
             denoising,
         )
 
-    def decode_layers(self, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the stock decoder: states, boxes and logits, (layers, B, Q, ·) each."""
+    def decode_layers(self, **inputs: Any) -> Decoded:
+        """Run the stock decoder."""
         out = self.model.model.decoder(**inputs)
         outputs = out.intermediate_hidden_states, out.intermediate_reference_points, out.intermediate_logits
-        return tuple(x.transpose(0, 1) for x in outputs)
+        return Decoded(*(x.transpose(0, 1) for x in outputs))
 
     def denoising_queries(self, targets: Targets, scale: Tensor) -> DenoisingQueries | None:
         """Noisy copies of the labels, drawn from PyTorch's generator; None where there are none.
@@ -303,7 +311,7 @@ class DFineAdapter(RTDetrAdapter):
         for estimate in decoder.lqe_layers:
             initialise.box_head(estimate.reg_conf)
 
-    def decode_layers(self, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def decode_layers(self, **inputs: Any) -> Decoded:
         decoder = self.model.model.decoder
         training, decoder.training = decoder.training, True  # this flag alone: in evaluation it returns one layer only
         try:
@@ -312,7 +320,9 @@ class DFineAdapter(RTDetrAdapter):
             decoder.training = training
         states = out.intermediate_hidden_states
         boxes, logits = out.intermediate_reference_points.transpose(0, 1), out.intermediate_logits.transpose(0, 1)
-        return torch.cat((states[:1], states)), boxes, logits
+        corners = out.intermediate_predicted_corners.transpose(0, 1).unflatten(-1, (4, -1))
+        edges = Edges(corners, out.initial_reference_points[:, 0], decoder.reg_scale, decoder.up)
+        return Decoded(torch.cat((states[:1], states)), boxes, logits, edges)
 
 
 def backbone_channels(config: PretrainedConfig) -> list[int]:

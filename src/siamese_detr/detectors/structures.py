@@ -89,13 +89,35 @@ class Decoded:
         boxes: (layers, B, Q, 4) cxcywh in [0, 1], by the detector's own box head, relative to the un-padded image
             (not clamped: where the family knows no padding, a box in the padding exceeds 1).
         logits: (layers, B, Q, labels) where a family's class logits are more than its heads on `states`.
+        edges: where the boxes are made of distributions over their edges.
         denoising: what the layers predict for the denoising queries, where `decode` was given any.
     """
 
     states: Tensor
     boxes: Tensor
     logits: Tensor | None = None
+    edges: Edges | None = None
     denoising: Predictions | None = None
+
+
+@dataclass(frozen=True)
+class Edges:
+    """D-FINE's distributions over the distances of a box's edges from a reference box, of the last L layers.
+
+    Args:
+        logits: (L, B, Q, 4, bins).
+        references: (B, Q, 4), cxcywh.
+        scale, up: (1,) each, what the distances of the bins are made of.
+    """
+
+    logits: Tensor
+    references: Tensor
+    scale: Tensor
+    up: Tensor
+
+    def of(self, queries: slice) -> Edges:
+        """Those of some of the queries."""
+        return Edges(self.logits[:, :, queries], self.references[:, queries], self.scale, self.up)
 
 
 @dataclass(frozen=True)
@@ -123,6 +145,8 @@ class Predictions:
     Args:
         logits: (layers, B, Q, K), with the no-object class last for softmax.
         boxes: (layers, B, Q, 4), cxcywh in [0, 1].
+        edges: where the boxes of the last layers are made of distributions over their edges.
+        groups: Q is so many equal groups of queries, one after the other; each is matched by itself (Group DETR).
         denoising: the same of the denoising queries (Contrastive DeNoising, DINO §3.3).
         assigned: (B, Q) int64, the target each query is to predict, −1 for no object; None: the criterion matches.
         repeats: denoising queries of each target that are to predict it.
@@ -130,6 +154,8 @@ class Predictions:
 
     logits: Tensor
     boxes: Tensor
+    edges: Edges | None = None
+    groups: int = 1
     denoising: Predictions | None = None
     assigned: Tensor | None = None
     repeats: int = 1

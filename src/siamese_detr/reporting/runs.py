@@ -33,6 +33,7 @@ TERMS = {
     "loss_embedding": ("Object embedding", "Distance of the decoder's embeddings of objects to the frozen backbone's."),
     "loss_auxiliary": ("All earlier decoder layers", "Weighted sum of the terms over all layers before the last."),
     "loss_denoising": ("Denoising", "Weighted sum of the terms of the queries that recover labels from noisy copies."),
+    "loss_local": ("Edge distributions", "Weighted sum of the losses of where each edge of a box lies."),
     "learning_rate": ("Learning rate", "The step size of the optimiser."),
     "grad_norm": ("Gradient norm, before clipping", "Jumps and non-finite values are signs of trouble."),
     "padded_regions": ("Padded regions per image", "Jittered copies of other regions, where proposals are too few."),
