@@ -21,9 +21,6 @@ TINY: dict[str, Any] = dict(
     ffn_size=16,
     num_queries=6,
     num_regions=3,
-    global_hidden_size=8,
-    global_size=8,
-    global_predictor_size=8,
     view_size=48,
     crop_size=32,
     batch_size=4,
@@ -34,7 +31,6 @@ TINY: dict[str, Any] = dict(
     workers=0,
     device="cpu",
     progress=False,
-    proposal_method="random",
 )
 """Options of ``pretrain`` for a run of a second."""
 

@@ -17,8 +17,6 @@ from siamese_detr.errors import UserError
 from siamese_detr.runtime.signals import EXIT_PREEMPTED, Preempted, stoppable
 from siamese_detr.runtime.streams import drop_output, prepare_streams, reader_gone
 
-CONTINUED = ("propose", "pretrain", "finetune", "compare")
-"""Commands that, started again, go on where they were."""
 REFUSALS = {
     errno.ENOSPC: "free disk space and start it again (with --resume, where the command has it)",
     errno.EDQUOT: "free disk space and start it again (with --resume, where the command has it)",
@@ -73,7 +71,7 @@ def dispatch(argv: list[str]) -> int:
         from siamese_detr.config import nearest
 
         raise UserError(f"unknown command {name!r}{nearest(name, VERBS)}; the commands are {', '.join(VERBS)}")
-    with stoppable() if name in CONTINUED else contextlib.nullcontext():
+    with stoppable() if VERBS[name].continued else contextlib.nullcontext():
         run(name, rest)
     return 0
 
@@ -100,9 +98,13 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
     parser = Parser(name, config_class, [word for word in argv if word.startswith("--") and "." in word], mappings)
     parsed, rest = parser.parse_known_args(argv)
     given = vars(parsed)
+    if (kind := config_class.variant(given)) is not config_class:  # with the options of a plug-in
+        return read_arguments(name, kind, argv)
     sources = {key: given.pop(key, None) for key in ("recipe", "config") if key not in kinds}
     files = read_sources(config_class, sources.get("recipe"), sources["config"])
-    if {"-h", "--help"} & set(rest):
+    if (kind := config_class.variant(files | given)) is not config_class:
+        return read_arguments(name, kind, argv)
+    if given.pop("help", False):
         parser.describe(files)
         print(parser.format_help(), end="")
         raise SystemExit(0)
@@ -165,10 +167,10 @@ class Parser(argparse.ArgumentParser):
         self.hint = f"siamese-detr {name} --help lists the options"
         self.fields = fields
         kinds = get_type_hints(config_class)
-        common = getattr(config_class, "COMMON", ())
-        first = [field for field in fields if is_required(field) or field.name in common]
+        common = config_class.COMMON
+        first = sorted((f for f in fields if f.name in common), key=lambda f: common.index(f.name))
         groups = {"": self.add_argument_group("common options" if common else "options")}
-        for field in sorted(fields, key=lambda field: field not in first):
+        for field in [*first, *(field for field in fields if field not in first)]:
             owner, text = texts[field.name]
             title = "" if field in first or not common else group_title(owner, config_class)
             if title not in groups:
@@ -178,6 +180,7 @@ class Parser(argparse.ArgumentParser):
         if "recipe" not in kinds:
             names = ", ".join(recipe_names(config_class)) or "none is shipped"
             groups[""].add_argument("--recipe", metavar="NAME", help=f"values to start from: {names}; or a YAML file.")
+        groups[""].add_argument("-h", "--help", action="store_true", help="Show this help.")
         for word in dict.fromkeys(word.partition("=")[0] for word in dotted):
             if word[2:].partition(".")[0].replace("-", "_") in mappings:
                 head, _, path = word[2:].partition(".")
@@ -277,7 +280,7 @@ def spell_alike(argv: list[str], flags: set[str]) -> list[str]:
 
 def usage() -> str:
     width = max(map(len, VERBS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in VERBS.items()]
+    lines = [f"  {name:<{width}}  {command.about}" for name, command in VERBS.items()]
     return "\n".join(
         ["usage: siamese-detr VERB [options]", "", *lines, "", "siamese-detr VERB --help shows a verb's options."]
     )

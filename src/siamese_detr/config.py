@@ -16,10 +16,10 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
-from typing import Any, Protocol, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
@@ -28,6 +28,7 @@ from siamese_detr.errors import UserError
 from siamese_detr.files import write_text
 
 Config = TypeVar("Config")
+VerbConfig = TypeVar("VerbConfig", bound="Options")
 Result = TypeVar("Result", covariant=True)
 SYNONYMS = {
     "learning_rate": ("lr",),
@@ -49,12 +50,24 @@ class Options:
 
     A class's ``check`` raises :class:`UserError` for values that make no sense. Its ``idle`` yields fields that have no
     effect beside the values of others, and why; :func:`resolve` refuses those that the user gives.
+
+    COMMON: the options that ``--help`` shows first; none: all.
     """
 
+    COMMON: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(kind))}")
         for kind in reversed(type(self).__mro__):
             if "check" in vars(kind):
                 vars(kind)["check"](self)
+
+    @classmethod
+    def variant(cls, values: Mapping[str, Any]) -> type[Self]:
+        """The class that has the options which ``values`` call for, such as those of a plug-in."""
+        return cls
 
 
 class Verb(Protocol[Result]):
@@ -67,7 +80,7 @@ class Verb(Protocol[Result]):
     ) -> Result: ...
 
 
-def verb(config_class: type[Config]) -> Callable[[Callable[[Config], Result]], Verb[Result]]:
+def verb(config_class: type[VerbConfig]) -> Callable[[Callable[[VerbConfig], Result]], Verb[Result]]:
     """Decorate ``def propose(config: ProposeConfig)`` so that it takes the fields, a ``config`` file and a ``recipe``.
 
     The result is callable as ``propose("photos", out="store")``, ``propose(ProposeConfig(...))`` or
@@ -76,7 +89,7 @@ def verb(config_class: type[Config]) -> Callable[[Callable[[Config], Result]], V
     """
     names = [field.name for field in ordered(config_class)]
 
-    def decorate(function: Callable[[Config], Result]) -> Verb[Result]:
+    def decorate(function: Callable[[VerbConfig], Result]) -> Verb[Result]:
         # A true function, because only of those `help` and editors show the signature.
         @functools.wraps(function)
         def call(*args: Any, config: str | Path | None = None, recipe: str | None = None, **options: Any) -> Result:
@@ -174,7 +187,7 @@ def recipe_prefix(config_class: type) -> str:
     return config_class.__name__.removesuffix("Config").lower() + "-"
 
 
-def read_sources(config_class: type, recipe: str | None, config: str | Path | None) -> dict[str, Any]:
+def read_sources(config_class: type[Options], recipe: str | None, config: str | Path | None) -> dict[str, Any]:
     """The values of a recipe (by name or path) overridden by those of a configuration file (YAML)."""
     values: dict[str, Any] = {}
     if recipe is not None:
@@ -210,7 +223,7 @@ def read_text(path: Path) -> str:
         raise UserError(f"cannot read configuration {path}: {error}") from error
 
 
-def parse_yaml(config_class: type, text: str, source: str) -> dict[str, Any]:
+def parse_yaml(config_class: type[Options], text: str, source: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -219,7 +232,7 @@ def parse_yaml(config_class: type, text: str, source: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{source} must hold `key: value` lines, not a {type(values).__name__}")
-    check_keys(config_class, values, source)
+    check_keys(config_class.variant(values), values, source)
     return values
 
 
@@ -241,12 +254,12 @@ def nearest(word: str, words: Iterable[str], form: Callable[[str], str] = repr) 
 
 
 def resolve(
-    config_class: type[Config],
+    config_class: type[VerbConfig],
     given: Mapping[str, Any],
     recipe: str | None = None,
     config: str | Path | None = None,
     form: Callable[[str], str] = str,
-) -> Config:
+) -> VerbConfig:
     """The configuration from its sources.
 
     Args:
@@ -259,8 +272,10 @@ def resolve(
     Raises:
         UserError: an unknown key, a wrong value, or an option given that has no effect.
     """
+    config_class = config_class.variant(given)
     base = read_sources(config_class, recipe, None)
     file = read_sources(config_class, None, config)
+    config_class = config_class.variant({**base, **file, **given})
     check_keys(config_class, given, "arguments")
     if given.get("steps") is not None and given.get("epochs") is not None:
         raise UserError(f"{form('steps')} and {form('epochs')} both say how long to train: give one of them")
@@ -270,21 +285,31 @@ def resolve(
     for name, value in given.items():
         values |= validate_values(config_class, {name: value}, "arguments", form)
     made = validate(config_class, values, "arguments", form)
-    idle = {name: why for names, why in idle_options(made) for name in names if name in values}
+    refuse_idle(made, given, form)
+    idle = idle_options(made)
     for name, why in idle.items():
-        if name in given and values[name] != default_value(config_class, name):
-            raise UserError(f"{form(name)} has no effect: {why}; leave it out")
-    reported = [name for name in idle if name in file and file[name] != plain(default_value(config_class, name))]
-    for name in reported:
-        print(f"{name} in {config} has no effect: {idle[name]}", file=sys.stderr)
+        if name in file and file[name] != plain(default_value(config_class, name)):
+            print(f"{name} in {config} has no effect: {why}", file=sys.stderr)
     return validate(config_class, {key: value for key, value in values.items() if key not in idle}, source, form)
 
 
-def idle_options(config: Any) -> Iterator[tuple[Iterable[str], str]]:
-    """Fields that have no effect in ``config``, and why, as its classes tell."""
-    for kind in type(config).__mro__:
-        if "idle" in vars(kind):
-            yield from vars(kind)["idle"](config)
+def idle_options(config: Any) -> dict[str, str]:
+    """Fields that have no effect in ``config`` -> why, as its classes say."""
+    kinds = [kind for kind in type(config).__mro__ if "idle" in vars(kind)]
+    return {name: why for kind in kinds for names, why in vars(kind)["idle"](config) for name in names}
+
+
+def refuse_idle(config: Any, given: Iterable[str], form: Callable[[str], str] = str) -> None:
+    """Raise :class:`UserError` if one of the options ``given`` has no effect, and another value than its default."""
+    for name, why in idle_options(config).items():
+        if name in given and getattr(config, name) != default_value(type(config), name):
+            raise UserError(f"{form(name)} has no effect: {why}; leave it out")
+
+
+def effective(config: Any) -> dict[str, Any]:
+    """The values that have an effect, as YAML holds them."""
+    idle = idle_options(config)
+    return {name: value for name, value in plain(config).items() if name not in idle}
 
 
 def default_value(config_class: type, name: str) -> Any:
@@ -355,6 +380,6 @@ def plain(value: Any) -> Any:
 
 
 def write_config(config: Any, path: str | Path) -> None:
-    """Write the resolved configuration as YAML, readable back with ``--config``."""
+    """Write what has an effect in a configuration as YAML, readable back with ``--config``."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(path), yaml.safe_dump(plain(config), sort_keys=False))
+    write_text(Path(path), yaml.safe_dump(effective(config), sort_keys=False))

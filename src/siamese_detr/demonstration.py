@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from siamese_detr.config import verb, write_config
+from siamese_detr.config import Options, verb, write_config
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json
 from siamese_detr.images.listing import list_images
@@ -17,7 +18,7 @@ from siamese_detr.images.scenes import make_scenes
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(Options):
     """Run the whole workflow on a small example, in about five minutes on two CPU cores.
 
     Args:
@@ -39,6 +40,10 @@ class DemoConfig:
     pretrain_steps: int = 500
     finetune_epochs: int = 30
     seed: int = 0
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.images is not None:
+            yield ("unlabelled",), "pre-training uses your own images"
 
 
 @dataclass
@@ -86,7 +91,7 @@ def demo(config: DemoConfig) -> DemoResult:
     done("scenes")
 
     stage(2, "propose", f"Proposals: where might objects be in {images}?")
-    propose(images=images, out=str(out / "proposals"), seed=config.seed)
+    propose(images=images, out=str(out / "proposals"))
     done("propose")
 
     stage(3, "pretrain", "Pre-training without labels: find the regions of one view of an image in its other view")

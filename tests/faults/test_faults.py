@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 import tiny_finetuning
 from conftest import slow, textured
 from runs import TINY, Run, logged
+from siamese_detr.detectors.structures import OF_NEW
 from siamese_detr.errors import UserError
 from siamese_detr.runtime.checkpoint import latest_valid, list_checkpoints, verify
 from siamese_detr.runtime.processes import machine_explained
@@ -393,6 +394,7 @@ def test_every_detector_and_method_continues_exactly(
     if detector in ("lw-detr", "rf-detr"):  # these need a backbone of their own kind
         start = tiny_detector(detector, classes=1, dropout=0.1)
         start.save(tmp_path / "start", shortest_edge=2 * (start.square_side or 1))
+        options = {name: value for name, value in options.items() if name not in OF_NEW}
         options |= {"init": str(tmp_path / "start"), "view_size": 96}
     whole = Run(options | {"out": str(tmp_path / "whole")})
     killed = Run(options | {"out": str(tmp_path / "run"), "workers": 1}, kill_at_flush=15)

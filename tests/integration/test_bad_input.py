@@ -135,7 +135,6 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "unknown backbone": (PRETRAIN + " --backbone resnt50", ["'resnt50'", "did you mean", "efficientnet-lite0"]),
     "no such weights": (PRETRAIN + " --backbone {gone.pth}", ["gone.pth: no such file"]),
     "weights of nothing": (PRETRAIN + " --backbone {weights.pth}", ["weights.pth"]),
-    "another family": (PRETRAIN + " --detector detr --init {detector}", ["'conditional-detr'", "not 'detr'"]),
     "no detector": (FINETUNE + " --model {empty}", ["empty is no detector", "config.json"]),
     "no detector to measure": ("evaluate {gone} {labels.json} --images {photos}", ["no detector", "gone"]),
     "no detector to export": ("export {empty} {out}", ["empty is no detector"]),

@@ -14,13 +14,13 @@ from typing import Literal
 import pytest
 
 import siamese_detr
-from siamese_detr import VERBS, cli
-from siamese_detr.config import verb, write_config
+from siamese_detr import VERBS, Command, cli
+from siamese_detr.config import Options, verb, write_config
 from siamese_detr.errors import UserError
 
 
 @dataclass
-class ToyConfig:
+class ToyConfig(Options):
     """A toy.
 
     Args:
@@ -118,7 +118,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     def toy(config: ToyConfig) -> None:
         seen.append(config)
 
-    monkeypatch.setattr(cli, "VERBS", {"toy": (__name__, "a toy")})
+    monkeypatch.setattr(cli, "VERBS", {"toy": Command(__name__, __name__, "a toy")})
     monkeypatch.setattr(cli, "load_verb", lambda name: toy)
     monkeypatch.setattr(cli, "load_config", lambda name: ToyConfig)
     assert cli.main(["toy", "photos", "--steps", "5", "--resume", "--sides", "7", "8"]) == 0
@@ -130,6 +130,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         cli.main(["toy", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--square, --no-square" in said
+    assert "-h, --help" in said
     assert "stretch; default: it depends" in said
     write_config(ToyConfig("x", steps=9), tmp_path / "c.yaml")
     assert cli.main(["toy", f"--config={tmp_path / 'c.yaml'}", "--method", "b"]) == 0

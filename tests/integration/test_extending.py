@@ -72,6 +72,30 @@ def test_the_printed_package_pretrains(photos: Path, tmp_path: Path) -> None:
     assert find_pretext("first-match").paper_regions == 3
 
 
+@pytest.mark.usefixtures("toys")
+def test_its_options_are_those_of_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In Python, in YAML and on the command line; beside another method they are unknown."""
+    from siamese_detr import cli
+    from siamese_detr.config import resolve, write_config
+    from siamese_detr.training.pretrain_config import PretrainConfig
+
+    given = {"images": "photos", "out": "run", "method": "first-match"}
+    config = resolve(PretrainConfig, given | {"size_weight": 2.0})
+    assert (config.pretext().size_weight, config.views().num_regions) == (2.0, 3)  # type: ignore[attr-defined]
+    write_config(config, tmp_path / "options.yaml")
+    assert resolve(PretrainConfig, {}, config=tmp_path / "options.yaml") == config
+    (tmp_path / "part.yaml").write_text("size_weight: 2.0")
+    for words in (["--size-weight", "2"], ["--config", str(tmp_path / "part.yaml")]):
+        argv = ["photos", "run", "--method", "first-match", *words]
+        assert cli.read_arguments("pretrain", PretrainConfig, argv) == config
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--method", "first-match", "--help"])
+    assert "--size-weight" in capsys.readouterr().out
+    for wrong, message in (({"method": "siamese", "size_weight": 2.0}, "size_weight"), ({"iou": 0.3}, "no effect")):
+        with pytest.raises(UserError, match=message):
+            resolve(PretrainConfig, given | wrong)
+
+
 def test_a_broken_plugin_is_named(toys: None, tmp_path: Path) -> None:
     """Only those who ask for a name that is not built in see it."""
     (tmp_path / "site" / "toys" / "pretext.py").write_text("import no_such_module")

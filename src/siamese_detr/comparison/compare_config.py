@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
+
+from siamese_detr.config import Options
 
 Value = bool | int | float | str
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(Options):
     """Compare initialisations of a detector by what fine-tuning makes of them.
 
-    Every initialisation gets the same fine-tuning, label parts and seeds. Options of the verbs are given as
-    `--finetune epochs 50 lr 1e-4`, or in YAML as a mapping. A table of ablations:
+    Every initialisation gets the same fine-tuning, label parts and seeds. Options of the verbs are written with a dot,
+    `--pretrain.steps 5000 --finetune.lr 1e-4 --finetune-at.0.1.epochs 50`, in YAML as a mapping. A table of ablations:
     `--inits siamese:discrimination=none siamese:discrimination=region siamese:discrimination=global siamese`.
 
     Args:
@@ -42,7 +45,7 @@ class CompareConfig:
         dry_run: only show the protocol, and what would be run.
     """
 
-    COMMON = (
+    COMMON: ClassVar = (
         *("images", "train", "val", "out", "inits", "fractions", "seeds", "recipe", "pretrain", "finetune", "dry_run"),
     )
 

@@ -20,13 +20,17 @@ SHOWN = {
     ),
 }
 """Settings that are shown even where all runs share them."""
-NO_SETTINGS = ("images", "proposals", "model", "train", "val", "fraction", "seed")
+NO_SETTINGS = ("images", "model", "train", "val", "fraction", "seed")
 """Settings that differ, but are shown elsewhere."""
 
 
 def describe(plan: Plan) -> list[str]:
     """Lines with the inputs, then the settings of pre-training and of fine-tuning."""
-    pretraining = {t.name.removeprefix("pre-training "): t.options for t in plan.tasks if t.verb == "pretrain"}
+    pretraining: dict[str, Mapping[str, Any]] = {}
+    for task in plan.tasks:
+        if task.verb == "pretrain":
+            proposals = task.needs[0].removeprefix("proposals ") if task.needs else task.options["proposals"]
+            pretraining[task.name.removeprefix("pre-training ")] = {**task.options, "proposals": proposals}
     finetuning: dict[str, Mapping[str, Any]] = {}
     for task in plan.tasks:
         if task.cell is not None:
@@ -49,10 +53,8 @@ def settings(what: str, runs: Mapping[str, Mapping[str, Any]], shown: Sequence[s
 
 
 def text_of(options: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The settings that have an effect, as text."""
-    unused = {"epochs"} if options.get("steps") else set()
-    unused |= {"short_sides", "max_size"} if options.get("view_size") else set()
-    unused |= set() if options.get("schedule") == "step" else {"drop_at"}
+    """The settings that matter, as text."""
+    unused = {"short_sides", "max_size"} if options.get("view_size") else set()
     values = {name: options[name] for name in names if name not in unused}
     return ", ".join(f"{name} {shortly(value)}" for name, value in values.items() if value not in (None, {}, ""))
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from siamese_detr.detectors.loading import find_detector
-from siamese_detr.errors import UserError
 from siamese_detr.images.listing import ImageList
 
 OPERATION = {
@@ -35,17 +34,6 @@ def key_of(verb: str, options: Mapping[str, Any], **contents: str) -> str:
     kept = {name: value for name, value in options.items() if name not in OPERATION | PLACES}
     text = json.dumps([verb, kept, contents], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def family_of(directory: str) -> str:
-    """The family of a stored detector."""
-    config = find_detector(directory) / "config.json"
-    try:
-        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"]).replace("_", "-")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{config} is not the configuration of a detector ({type(error).__name__}); choose another detector"
-        ) from error
 
 
 def detector_key(directory: str) -> str:

@@ -14,11 +14,12 @@ import yaml
 
 from siamese_detr.comparison.compare_config import CompareConfig
 from siamese_detr.comparison.inits import Init, parse_init, split_init
-from siamese_detr.comparison.keys import detector_key, family_of, images_key, key_of, slug
-from siamese_detr.config import read_sources, validate, validate_value
+from siamese_detr.comparison.keys import detector_key, images_key, key_of, slug
+from siamese_detr.config import effective, plain, read_sources, refuse_idle, validate, validate_value
 from siamese_detr.detectors import plan_detector
 from siamese_detr.detectors.build import DetectorPlan
 from siamese_detr.detectors.loading import find_detector
+from siamese_detr.detectors.structures import DetectorOptions
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.images.labels import dataset_key, read_labels
@@ -30,11 +31,6 @@ from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.pretrain_config import PretrainConfig
 
 VERBS = ("propose", "pretrain", "finetune")
-DETECTOR = {
-    *("detector", "backbone", "num_queries", "hidden_size", "heads", "encoder_layers", "decoder_layers", "ffn_size"),
-    *("dropout", "attention_dropout", "activation_dropout", "detector_options"),
-}
-"""Settings of the detector, the same in pre-training and fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Task:
         name: for people, unique.
         verb: propose, pretrain or finetune.
         folder: where its runs are kept; this one in ``folder/run-<key>``.
-        options: its complete configuration, without ``out`` and ``resume``.
+        options: those of its configuration that have an effect, without ``out`` and ``resume``.
         key: hash of everything that determines its result.
         needs: names of the tasks whose output it reads.
         cell: (init, fraction, seed) of a fine-tuning.
@@ -134,33 +130,34 @@ class Plan:
 
     def add_proposals(self, method: str) -> Task:
         find_method(method)
-        options = plain(self.propose) | {"images": str(self.images), "method": method}
+        options = options_of(dataclasses.replace(self.propose, images=str(self.images), method=method))
         # With the place of the images: a store finds its images only there.
         key = key_of("propose", options, images=self.images_key, place=str(self.images))
         return self.add(Task(f"proposals {method}", "propose", self.out / "proposals" / method, options, key))
 
     def add_pretraining(self, init: Init, seed: int) -> Task:
-        base, each = plain(self.pretrain), self.config.pretrain_each_seed
-        seed = seed if each else base["seed"]
+        each = self.config.pretrain_each_seed
+        seed = seed if each else self.pretrain.seed
         overrides = dict(init.options)
         assert init.method is not None
-        paper_proposals = find_pretext(init.method).paper_proposals
-        if paper_proposals not in (None, PretrainConfig.proposal_method):
-            overrides.setdefault("proposal_method", paper_proposals)
         fixed: dict[str, Any] = {"images": str(self.images), "out": "-", "method": init.method, "seed": seed}
         start_key = ""
         if init.stored:
             fixed["init"], start_key = str(find_detector(init.start).absolute()), detector_key(init.start)
-            overrides["detector"] = family_of(init.start)
-        options = plain(resolve(PretrainConfig, None, overrides, fixed, base))
+        base = plain(self.pretrain)
+        paper_proposals = find_pretext(init.method).paper_proposals
+        if paper_proposals not in (None, PretrainConfig.proposal_method):
+            base["proposal_method"] = paper_proposals
+        config: PretrainConfig = resolve(PretrainConfig, None, overrides, fixed, base)
         if init.start == "scratch":
-            options["backbone"] = random_backbone(options["backbone"])
+            config = dataclasses.replace(config, backbone=random_backbone(config.backbone))
         needs: tuple[str, ...] = ()
-        proposals_key = str(options["proposals"])
-        if options["proposals"] is None:
-            store = self.add_proposals(options["proposal_method"])
+        proposals_key = str(config.proposals)
+        if config.proposals is None:
+            store = self.add_proposals(config.proposal_method)
             needs, proposals_key = (store.name,), key_of("propose", store.options)
-            options["proposals"] = str(store.run)
+            config = dataclasses.replace(config, proposals=str(store.run))
+        options = options_of(config)
         key = key_of("pretrain", options, images=self.images_key, proposals=proposals_key, start=start_key)
         name = f"pre-training {init.name}" + (f", seed {seed}" if each else "")
         folder = self.out / "pretrained" / slug(init.name) / (f"seed-{seed}" if each else "")
@@ -176,9 +173,10 @@ class Plan:
             fixed["model"], start_key, needs = str(pretrained.run), pretrained.key, (pretrained.name,)
         elif init.stored:
             fixed["model"], start_key = str(find_detector(init.start).absolute()), detector_key(init.start)
-        options = plain(resolve(FinetuneConfig, None, self.finetune_at.get(fraction, {}), fixed, base))
+        config: FinetuneConfig = resolve(FinetuneConfig, None, self.finetune_at.get(fraction, {}), fixed, base)
         if init.start == "scratch" and fixed["model"] is None:
-            options["backbone"] = random_backbone(options["backbone"])
+            config = dataclasses.replace(config, backbone=random_backbone(config.backbone))
+        options = options_of(config)
         key = key_of("finetune", options, labels=self.labels_key, start=start_key)
         folder = self.out / "cells" / slug(init.name) / f"{fraction:g}" / str(seed)
         name = f"fine-tuning {init.name}, {100 * fraction:g} %, seed {seed}"
@@ -228,10 +226,10 @@ def check_detectors(tasks: Sequence[Task]) -> None:
     """Check that every new detector can be built, and has enough queries for the regions; UserError if not."""
     planned: dict[str, DetectorPlan] = {}
     for task in tasks:
-        kind = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}.get(task.verb)
+        kind: Any = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}.get(task.verb)
         if kind is None or task.options.get("init") or task.options.get("model"):
             continue
-        config: Any = validate(kind, {**task.options, "out": "-"}, task.name)
+        config: Any = validate(kind.variant(task.options), {**task.options, "out": "-"}, task.name)
         sizes = {name: value for name, value in config.sizes().items() if value is not None}
         key = json.dumps([config.detector, config.backbone, sizes], sort_keys=True)
         if key not in planned:
@@ -256,8 +254,9 @@ def resolve(
     Options given as text are read as YAML where the field is not text: ``"[480, 512]"`` is a list.
 
     Raises:
-        UserError: an unknown option, a wrong value, or an option in ``fixed``.
+        UserError: an unknown option, a wrong value, an option in ``fixed``, or, over a ``base``, one without effect.
     """
+    kind = kind.variant({**overrides, **fixed})
     source = f"{kind.__name__.removesuffix('Config').lower()} options"
     types = get_type_hints(kind)
     values = dict(base or {}) | read_sources(kind, recipe, None)
@@ -270,7 +269,10 @@ def resolve(
             except UserError:
                 value = read_yaml(name, value, source)
         values[name] = value
-    return validate(kind, values | dict(fixed), source)
+    made = validate(kind, values | dict(fixed), source)
+    if base is not None:  # options of all runs need not have an effect in each
+        refuse_idle(made, overrides)
+    return made
 
 
 def read_yaml(name: str, text: str, source: str) -> Any:
@@ -289,8 +291,8 @@ def same_detector(pretrain: PretrainConfig, finetune: FinetuneConfig, given: Map
     Raises:
         UserError: the user asked for another detector.
     """
-    wanted = {name: getattr(pretrain, name) for name in DETECTOR}
-    for name in sorted(DETECTOR & given.keys()):
+    wanted = {field.name: getattr(pretrain, field.name) for field in dataclasses.fields(DetectorOptions)}
+    for name in sorted(wanted.keys() & given.keys()):
         if (value := getattr(finetune, name)) != wanted[name]:
             raise UserError(
                 f"fine-tuning has {name}={value!r}, pre-training {wanted[name]!r}, but all initialisations must be "
@@ -307,7 +309,6 @@ def random_backbone(name: str) -> str:
     return name if name.startswith("random:") else f"random:{name}"
 
 
-def plain(config: Any) -> dict[str, Any]:
-    """A configuration as JSON-like values, without where it goes."""
-    values = dataclasses.asdict(config)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in ("out", "resume")}
+def options_of(config: Any) -> dict[str, Any]:
+    """The options of a run that have an effect, without where it goes."""
+    return {name: value for name, value in effective(config).items() if name not in ("out", "resume")}

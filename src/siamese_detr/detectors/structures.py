@@ -1,12 +1,76 @@
-"""What goes into and comes out of a detector's parts."""
+"""What a detector is made from, and what comes out of its parts. Its options must not load PyTorch for ``--help``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from siamese_detr.config import Options, check_numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIZES = ("num_queries", "hidden_size", "heads", "encoder_layers", "decoder_layers", "ffn_size")
+OF_NEW = ("detector", "backbone", *SIZES, "detector_options")
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
+
+
+@dataclass(kw_only=True)
+class DetectorOptions(Options):
+    """The detector; of one to start from, only the dropouts can be changed.
+
+    Args:
+        detector: family of a new detector.
+        backbone: its backbone: efficientnet-lite0 (needs no network), a timm or Transformers name, a path to weights,
+            random:NAME.
+        num_queries: object queries; default: the family's, 100 or 300, like the following sizes.
+        hidden_size: width of the Transformer.
+        heads: attention heads.
+        encoder_layers: depth of the encoder.
+        decoder_layers: depth of the decoder.
+        ffn_size: width of the feed-forward blocks.
+        dropout: dropout probability; default: the family's, or the starting detector's.
+        attention_dropout: dropout of attention weights, likewise.
+        activation_dropout: dropout inside the feed-forward blocks, likewise.
+        detector_options: further options of the family.
+    """
+
+    detector: str = "conditional-detr"
+    backbone: str = "efficientnet-lite0"
+    num_queries: int | None = None
+    hidden_size: int | None = None
+    heads: int | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    ffn_size: int | None = None
+    dropout: float | None = None
+    attention_dropout: float | None = None
+    activation_dropout: float | None = None
+    detector_options: dict[str, int | float | bool | str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        check_numbers(self, positive=SIZES, shares=DROPOUTS)
+
+    @property
+    def start(self) -> str | None:
+        """Where the detector to start from is; None: a new one."""
+        return None
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.start is not None:
+            yield OF_NEW, f"the detector is that of {self.start}"
+
+    def sizes(self) -> dict[str, Any]:
+        """The sizes, dropouts and options of the family that are given."""
+        return self._given(SIZES) | self.dropouts() | self.detector_options
+
+    def dropouts(self) -> dict[str, Any]:
+        """The dropout probabilities that are given."""
+        return self._given(DROPOUTS)
+
+    def _given(self, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
@@ -73,6 +137,8 @@ class Memory:
 
     def pooled(self) -> Tensor:
         """Mean over the valid tokens of each level, levels concatenated: (B, D * levels)."""
+        import torch
+
         sizes = [height * width for height, width in self.shapes]
         levels = zip(self.tokens.split(sizes, 1), self.mask.split(sizes, 1), strict=True)
         return torch.cat(

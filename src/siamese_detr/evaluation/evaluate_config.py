@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from siamese_detr.config import check_numbers
+from siamese_detr.config import Options, check_numbers
 from siamese_detr.errors import UserError
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Options):
     """Measure a detector on labelled images: COCO AP, AP50, AP75, AP by size and AR, overall and per class.
 
     Args:
@@ -34,8 +36,11 @@ class EvaluateConfig:
     device: str = "auto"
     top_k: int = 100
 
-    def __post_init__(self) -> None:
-        """Raise UserError, naming the setting, for numbers out of their range."""
+    def check(self) -> None:
         check_numbers(self, positive=("top_k", "batch_size"), not_negative=("workers",))
         if self.top_k > 100:
             raise UserError(f"top_k must be at most 100, for which COCO's metrics are defined, not {self.top_k}")
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if Path(self.labels).suffix.lower() == ".json":
+            yield ("split",), "a COCO JSON has no splits"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from siamese_detr.config import check_numbers
+from siamese_detr.config import Options, check_numbers
 
 
 @dataclass
-class PredictConfig:
+class PredictConfig(Options):
     """Detect objects in images: JSON with the boxes, and pictures with them drawn.
 
     Args:
@@ -35,6 +35,5 @@ class PredictConfig:
     workers: int = 1
     device: str = "auto"
 
-    def __post_init__(self) -> None:
-        """Raise UserError, naming the setting, for numbers out of their range."""
+    def check(self) -> None:
         check_numbers(self, positive=("top_k", "batch_size"), not_negative=("workers",), shares=("threshold",))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from siamese_detr.config import verb
+from siamese_detr.config import Options, verb
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.files import write_json
 from siamese_detr.images.duplicates import Fingerprint, equal_groups, fingerprints, similar_groups
@@ -23,7 +23,7 @@ from siamese_detr.runtime.cores import usable_cores
 
 
 @dataclass
-class CheckConfig:
+class CheckConfig(Options):
     """Find problems in images and labels before a long run: corrupt, tiny and repeated images, faulty boxes, scarce
     classes, images shared by training and validation.
 
@@ -43,6 +43,8 @@ class CheckConfig:
         near_duplicates: also look for images that are only similar (saved again, resized).
     """
 
+    COMMON: ClassVar = ("data", "val", "images", "val_images", "split", "val_split", "out", "near_duplicates")
+
     data: str
     val: str | None = None
     images: str | None = None
@@ -54,6 +56,13 @@ class CheckConfig:
     min_labels: int = 10
     min_side: int = 32
     near_duplicates: bool = True
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        for name, source in (("split", self.data), ("val_split", self.val or "")):
+            if Path(source).suffix.lower() == ".json":
+                yield (name,), "a COCO JSON has no splits"
+        if self.val is None and Path(self.data).suffix.lower() == ".json":
+            yield ("val_images", "val_split"), "there are no validation labels (val)"
 
 
 @dataclass

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from siamese_detr.config import Options
+
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Options):
     """Write a detector for use elsewhere, and check that it computes the same.
 
     Args:
@@ -30,3 +33,7 @@ class ExportConfig:
     width: int | None = None
     dynamic_batch: bool = True
     tolerance: float = 1e-3
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.format != "onnx":
+            yield ("height", "width", "dynamic_batch", "tolerance"), f"format is {self.format}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal
 
+from siamese_detr.config import Options, check_numbers
 from siamese_detr.errors import UserError
 
 
 @dataclass(kw_only=True)
-class PretextConfig:
-    """The options that all pretext tasks share. A subclass adds a method's own options and the facts about it.
+class PretextConfig(Options):
+    """The losses that all methods share. A subclass adds a method's own options and the facts about it.
 
     Facts (class variables, not options):
         task: ``module:Class`` of the :class:`.base.Pretext` it configures, which is imported when a run begins.
@@ -44,11 +46,14 @@ class PretextConfig:
     giou_cost: float = 2.0
     no_object_weight: float = 0.1
 
-    def __post_init__(self) -> None:
-        """Raise UserError for a value that is not among a field's choices."""
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise UserError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(get_args(kind))}")
+    def check(self) -> None:
+        check_numbers(
+            self,
+            not_negative=(
+                *("class_weight", "box_weight", "giou_weight", "class_cost", "box_cost", "giou_cost"),
+                "no_object_weight",
+            ),
+        )
 
     @property
     def needs_crops(self) -> bool:
@@ -102,10 +107,18 @@ class SiameseConfig(PretextConfig):
     global_size: int = 256
     global_predictor_size: int = 256
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        widths = ("global_hidden_size", "global_size", "global_predictor_size")
+        check_numbers(self, positive=widths, not_negative=("lambda_region", "lambda_global"))
         if not 0 <= self.region_dropout < 1:
             raise UserError(f"region_dropout must be at least 0 and below 1, not {self.region_dropout}")
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if not self.learns_regions:
+            yield ("lambda_region", "region_target", "target_view"), f"discrimination is {self.discrimination}"
+        if not self.learns_globally:
+            names = ("lambda_global", "global_levels", "global_hidden_size", "global_size", "global_predictor_size")
+            yield names, f"discrimination is {self.discrimination}"
 
     @property
     def learns_regions(self) -> bool:
@@ -140,8 +153,8 @@ class UpDetrConfig(PretextConfig):
     reconstruction_weight: float = 1.0
     patch_dropout: float = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        check_numbers(self, not_negative=("reconstruction_weight",))
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"patch_dropout must be at least 0 and below 1, not {self.patch_dropout}")
 
@@ -161,3 +174,6 @@ class DetRegConfig(PretextConfig):
     paper_proposals = "selective-search"
 
     embedding_weight: float = 1.0
+
+    def check(self) -> None:
+        check_numbers(self, not_negative=("embedding_weight",))

@@ -11,19 +11,19 @@ import types
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import cv2
 import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from siamese_detr.config import check_numbers, verb, write_config
+from siamese_detr.config import Options, check_numbers, verb, write_config
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.files import write_text
 from siamese_detr.images.listing import ImageList, list_images
 from siamese_detr.images.shards import location
-from siamese_detr.proposals.methods import Method, make_method
+from siamese_detr.proposals.methods import Method, find_method, make_method
 from siamese_detr.proposals.shard import StoredImage, StoreSettings
 from siamese_detr.proposals.store import ProposalStore, part_name
 from siamese_detr.proposals.worker import begin, compute
@@ -38,7 +38,7 @@ _SHOWN = 5  # failures shown on the screen; all are in the store and in failures
 
 
 @dataclass
-class ProposeConfig:
+class ProposeConfig(Options):
     """Compute class-agnostic boxes of images: those that the store does not know yet.
 
     Args:
@@ -68,6 +68,13 @@ class ProposeConfig:
     flush_seconds: float = 30.0
     retry_failed: bool = False
     part: str | None = None
+
+    def check(self) -> None:
+        check_numbers(self, positive=("max_boxes", "shard_size"), not_negative=("workers", "seed"))
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        read = {option.name for option in fields(find_method(self.method))}
+        yield tuple({"max_boxes", "seed"} - read), f"{self.method} does not read it"
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,6 @@ def propose(config: ProposeConfig) -> ProposeReport:
     Raises:
         UserError: no images, none readable, settings that differ from the store's, a worker killed, a full disk.
     """
-    check_numbers(config, positive=("max_boxes", "shard_size"), not_negative=("workers", "seed"))
     method = make_method(config.method, {"max_boxes": config.max_boxes, "seed": config.seed}, config.method_options)
     images = list_images(config.images)
     if config.part is not None:

@@ -52,11 +52,12 @@ def pretraining_page(run: Path, samples: int, device: str) -> Page:
     values = read_config(run)
     album = Album()
     log = [record for record in JsonLines(run / "log.jsonl").read() if "loss" in record]
-    facts = {name: str(values.get(name)) for name in ("method", "detector", "backbone", "images", "batch_size", "seed")}
+    start = ("init",) if values.get("init") else ("detector", "backbone")
+    facts = {name: str(values.get(name)) for name in ("method", *start, "images", "batch_size", "seed")}
     facts["steps"] = str(log[-1]["step"]) if log else "none logged"
     sections = [what_was_run(run, facts, values), log_section(run)]
     try:
-        config = validate(PretrainConfig, located(run, values), str(run / "config.yaml"))
+        config = validate(PretrainConfig.variant(values), located(run, values), str(run / "config.yaml"))
         images = stored_images(run, config)
     except UserError as error:
         sections.append(Section("Views and proposals", [Missing("Views, proposals and predictions", str(error))]))
@@ -72,7 +73,7 @@ def pretraining_page(run: Path, samples: int, device: str) -> Page:
         else:
             unreadable = Missing("Views, proposals and predictions", "none of the sampled images could be read")
             sections.append(Section("Views and proposals", [unreadable]))
-    title = f"Pre-training: {values.get('method')} on {values.get('detector')}"
+    title = f"Pre-training: {values.get('method')} on {values.get('detector', values.get('init'))}"
     summary = "Nothing was logged yet."
     if log:
         first, last = log[0], log[-1]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from siamese_detr.config import Options
+
 
 @dataclass
-class ReportConfig:
+class ReportConfig(Options):
     """Write a self-contained HTML page about a pre-training, a fine-tuning or a comparison.
 
     Args:

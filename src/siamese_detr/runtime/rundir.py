@@ -85,7 +85,9 @@ def begin(out: Path, config: RunConfig) -> None:
             raise UserError(f"cannot read {file}, so the run cannot be continued: {error}") from error
         if changes:
             raise UserError(f"--resume continues the run in {out} as it began, but {'; '.join(changes)}")
-        if config.schedule != "constant" and any(before.get(n) != getattr(config, n) for n in ("steps", "epochs")):
+        if config.schedule != "constant" and any(
+            before.get(n, getattr(config, n)) != getattr(config, n) for n in ("steps", "epochs")
+        ):
             print(
                 f"other steps or epochs than {out} began with: from here on, the learning rate's schedule "
                 f"({config.schedule}) is that of the new length",

@@ -32,8 +32,7 @@ from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.labelled_dataset import TrainingImages
 from siamese_detr.training.loop import Loop
 from siamese_detr.training.nonfinite import replay
-from siamese_detr.training.optimizer import OptimizerConfig, adamw
-from siamese_detr.training.run_config import RunConfig, part
+from siamese_detr.training.optimizer import adamw
 from siamese_detr.training.source import checksum
 
 
@@ -102,9 +101,9 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         images = TrainingImages(dataset, config.transform(size), config.seed)
         task = DetectionTask(detector, config, steps, images, validation, size)
         rates = {"backbone": detector.backbone, "backbone_lr": config.backbone_lr}
-        optimizer = adamw(detector, config.lr, config.weight_decay, **rates)
+        optimizer = adamw(detector, config.lr, config.weight_decay, config.decay_all, **rates)
         often = min(math.ceil(steps / max(task.evaluations, 1)), 500)
-        loop = Loop(task, part(RunConfig, config), optimizer, part(OptimizerConfig, config), team, steps, often)
+        loop = Loop(task, config, optimizer, config, team, steps, often)
         if config.replay is not None:
             diagnosis = replay(loop, Path(config.replay))
             console.print(diagnosis, markup=False)
@@ -141,13 +140,12 @@ def overall(record: Mapping[str, Any]) -> dict[str, float]:
 
 def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[DetectorAdapter, dict[str, Any]]:
     """The detector before the first step, and a record of where its tensors come from."""
-    source = config.model or config.init
-    if source is None:
+    if config.start is None:
         detector = build_detector(
             config.detector, config.backbone, class_names=class_names, seed=config.seed, **config.sizes()
         )
         return detector, {"from": "scratch", "detector": config.detector, "backbone": config.backbone}
-    path = find_detector(source)
+    path = find_detector(config.start)
     with torch.random.fork_rng(), quiet(), warnings.catch_warnings(action="ignore"):  # the report says it
         torch.manual_seed(config.seed)
         detector = load_detector(path, class_names, **config.dropouts())

@@ -1,31 +1,24 @@
-"""Everything ``finetune`` can be told, flat, and how it divides into the parts' own configurations."""
+"""The options of ``finetune``: those of the components it uses, and its own."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from siamese_detr.config import check_numbers
+from siamese_detr.detectors.structures import DetectorOptions
 from siamese_detr.errors import UserError
-from siamese_detr.training.sizes import DROPOUTS, SIZES, given
+from siamese_detr.training.optimizer import OptimizerConfig
+from siamese_detr.training.run_config import RunConfig
 
 if TYPE_CHECKING:  # load PyTorch, for which --help need not wait
     from siamese_detr.detectors.adapter import DetectorAdapter
     from siamese_detr.training.labelled_dataset import InputSize, TransformConfig
 
-MAY_CHANGE = {
-    *("resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep", "log_every"),
-    *("steps", "epochs", "max_bad_share", "kernels", "out", "eval_batch_size", "eval_every"),
-    *("train", "val", "train_images", "val_images", "model", "init"),  # whose content is compared
-}
-"""What a resumed run may be told otherwise than before: it does not change what an update computes, but ``steps`` and
-``epochs`` what the learning rate's schedule has left."""
-Value = int | float | bool | str
-
 
 @dataclass
-class FinetuneConfig:
+class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
     """Fine-tune a detector on labelled images: from a pre-trained one (--model), or from scratch.
 
     OUT/best and OUT/last are Hugging Face directories. Killed at any moment, the same command with --resume continues
@@ -45,31 +38,8 @@ class FinetuneConfig:
         patience: stop after so many evaluations without a higher AP (0: never).
         ema: average the weights over updates with at most this decay, 0 to 1 (0: do not); the averages are what is
             evaluated and saved.
-        seed: of everything random: the part taken, initial values, order, augmentation, dropout.
-        detector: family, from scratch only.
-        backbone: its backbone, from scratch only.
-        num_queries: object queries, from scratch only, like the following sizes; default: the family's.
-        hidden_size: width of the Transformer.
-        heads: attention heads.
-        encoder_layers: depth of the encoder.
-        decoder_layers: depth of the decoder.
-        ffn_size: width of the feed-forward blocks.
-        dropout: dropout probability in the Transformer; default: the family's, or the starting detector's.
-        attention_dropout: dropout of attention weights, likewise.
-        activation_dropout: dropout inside the feed-forward blocks, likewise.
-        detector_options: further options of the family, from scratch only.
-        epochs: passes over the training images.
-        steps: updates, in place of epochs.
-        batch_size: images per update, over all processes.
-        accumulate: micro-batches per update.
-        lr: learning rate.
         backbone_lr: learning rate of the backbone; 0: frozen, and run without gradients.
         freeze: parts that do not learn, by the names of modules: encoder, decoder, backbone, blocks.0, ...
-        weight_decay: AdamW's, on weight matrices.
-        schedule: learning rate: step (a tenth from drop_at on), constant, cosine or one-cycle.
-        drop_at: share of the run after which the rate drops to a tenth.
-        warmup: steps of linear warm-up.
-        clip: largest gradient norm; 0: none.
         image_size: short side at evaluation and largest in training; default: the starting detector's, or 800.
         max_size: limit of the long side; default: in proportion to 800 : 1333.
         min_size: smallest short side in training; default: 60 % of image_size, and for squares image_size.
@@ -81,59 +51,31 @@ class FinetuneConfig:
         colour_jitter: brightness, contrast and saturation change by up to this share.
         eval_every: epochs between evaluations; 0: only at the end.
         eval_batch_size: images per forward pass in evaluation; default: batch_size.
-        workers: data processes per training process; default: all cores but one, at most 8.
-        precision: fp32, bf16 or fp16 (autocast).
-        device: auto or cpu.
-        kernels: auto exchanges modules for faster ones that compute the same; off exchanges none; hub also lets
-            Transformers load kernels from the Hugging Face hub (needs the package kernels).
-        save_every: updates between checkpoints; default: about as often as the evaluations, at most every 500.
-        keep: newest checkpoints that remain; 0: all.
-        log_every: updates between logs.
-        max_bad_share: largest share of unreadable images that the run tolerates.
-        progress: show a progress bar.
-        resume: continue the run in out, exactly (or begin it).
-        replay: nonfinite.json of a stopped run: do that step again and say what was not finite.
-        report_to: further trackers (wandb, mlflow, …).
     """
 
-    COMMON = (
+    COMMON: ClassVar = (
         *("train", "out", "val", "model", "train_images", "fraction", "image_size", "epochs", "batch_size", "lr"),
         *("device", "resume"),
     )
+    MAY_CHANGE: ClassVar = RunConfig.MAY_CHANGE | {
+        *("eval_batch_size", "eval_every"),
+        *("train", "val", "train_images", "val_images", "model", "init"),  # whose content is compared
+    }
 
     train: str
     out: str
     val: str | None = None
     model: str | None = None
+    _: KW_ONLY
     init: str | None = None
     train_images: str | None = None
     val_images: str | None = None
     fraction: float = 1.0
-    seed: int = 0
-    detector: str = "conditional-detr"
-    backbone: str = "efficientnet-lite0"
-    num_queries: int | None = None
-    hidden_size: int | None = None
-    heads: int | None = None
-    encoder_layers: int | None = None
-    decoder_layers: int | None = None
-    ffn_size: int | None = None
-    dropout: float | None = None
-    attention_dropout: float | None = None
-    activation_dropout: float | None = None
-    detector_options: dict[str, Value] = field(default_factory=dict)
     epochs: float = 50
-    steps: int | None = None
     batch_size: int = 16
-    accumulate: int = 1
-    lr: float = 1e-4
     backbone_lr: float = 5e-5
-    freeze: list[str] = field(default_factory=list)
-    weight_decay: float = 1e-4
-    schedule: Literal["step", "constant", "cosine", "one-cycle"] = "step"
+    freeze: tuple[str, ...] = ()
     drop_at: float = 0.8
-    warmup: int = 0
-    clip: float = 0.1
     image_size: int | None = None
     max_size: int | None = None
     min_size: int | None = None
@@ -146,56 +88,33 @@ class FinetuneConfig:
     patience: int = 0
     ema: float = 0.0
     eval_batch_size: int | None = None
-    workers: int | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: Literal["auto", "cpu"] = "auto"
-    kernels: Literal["auto", "off", "hub"] = "auto"
     save_every: int | None = None
-    keep: int = 2
-    log_every: int = 10
-    max_bad_share: float = 0.05
-    progress: bool = True
-    resume: bool = False
-    replay: str | None = None
-    report_to: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        """Raise :class:`UserError` for values that no type can refuse."""
+    def check(self) -> None:
         if self.model is not None and self.init is not None and self.model != self.init:
             raise UserError("model and init both say where to start from: give one of them")
-        counts = ("batch_size", "accumulate", "epochs", "steps", "log_every", "save_every", "eval_batch_size")
-        sides = ("max_size", "min_size")
         check_numbers(
             self,
-            positive=(*counts, *sides, *(name for name in SIZES if name not in DROPOUTS)),
-            not_negative=(
-                *("lr", "backbone_lr", "weight_decay", "clip", "warmup"),
-                *("eval_every", "workers", "seed", "keep"),
-            ),
-            shares=("crop", "flip", "drop_at", "colour_jitter", "max_bad_share", *DROPOUTS),
+            positive=("max_size", "min_size", "eval_batch_size"),
+            not_negative=("backbone_lr", "eval_every"),
+            shares=("crop", "flip", "colour_jitter", "ema"),
         )
-        if self.batch_size % self.accumulate:
-            raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         if self.image_size is not None and self.image_size < 32:
             raise UserError(f"image_size must be at least 32 pixels, is {self.image_size}")
         if self.min_size is not None and self.image_size is not None and self.min_size > self.image_size:
             raise UserError(f"min_size {self.min_size} is above image_size {self.image_size}")
 
-    def changes(self, before: dict[str, Any]) -> list[str]:
-        """Settings that differ from those a run began with and would change its updates, as ``name: old -> new``."""
-        return [
-            f"{name}: {before[name]} -> {value}"
-            for name, value in dataclasses.asdict(self).items()
-            if name not in MAY_CHANGE and name in before and before[name] != value
-        ]
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.val is None:
+            yield ("val_images", "eval_every", "eval_batch_size", "patience"), "there are no validation labels (val)"
+        if self.square:
+            yield ("max_size",), "images are squares of image_size"
+        if self.augment == "strong":
+            yield ("crop", "colour_jitter"), "augment is strong"
 
-    def sizes(self) -> dict[str, Any]:
-        """The detector's sizes and options that are given."""
-        return given(self, SIZES) | self.detector_options
-
-    def dropouts(self) -> dict[str, Any]:
-        """The dropout probabilities that are given."""
-        return given(self, DROPOUTS)
+    @property
+    def start(self) -> str | None:
+        return self.model or self.init
 
     def transform(self, size: InputSize) -> TransformConfig:
         """The augmentation for detectors of this input size."""
@@ -250,10 +169,6 @@ class FinetuneConfig:
         if self.min_size is not None and self.min_size > short:
             raise UserError(f"min_size {self.min_size} is above the image size of {short}")
         return InputSize(short, long, square)
-
-    def total_steps(self, images: int) -> int:
-        """Updates of the whole run on so many training images."""
-        return self.steps if self.steps is not None else max(1, round(self.epochs * images / self.batch_size))
 
     def evaluations(self, images: int) -> int:
         """How many there are, evenly over the run, the last at its end."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from siamese_detr.config import check_numbers
+from siamese_detr.config import Options, check_numbers
 
 if TYPE_CHECKING:  # loads PyTorch, for which --help need not wait
     import torch
@@ -22,7 +22,7 @@ GEOMETRY_RATE = 0.1
 
 
 @dataclass(kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Options):
     """AdamW and the learning rate's schedule.
 
     Args:
@@ -45,7 +45,13 @@ class OptimizerConfig:
 
     def check(self) -> None:
         """Raise :class:`UserError`, naming the setting, for numbers out of their range."""
-        check_numbers(self, positive=("lr",), not_negative=("weight_decay", "clip", "warmup"), shares=("drop_at",))
+        check_numbers(self, not_negative=("lr", "weight_decay", "clip", "warmup"), shares=("drop_at",))
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.schedule != "step":
+            yield ("drop_at",), f"schedule is {self.schedule}"
+        if self.schedule == "one-cycle":
+            yield ("warmup",), "one-cycle has a warm-up of its own"
 
 
 def decayed_names(model: nn.Module) -> set[str]:

@@ -19,7 +19,7 @@ from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.loading import load_detector
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import list_images
-from siamese_detr.pretext import build_pretext, find_pretext
+from siamese_detr.pretext import build_pretext
 from siamese_detr.pretext.base import Pretext, PretextOutput
 from siamese_detr.proposals.methods import find_method
 from siamese_detr.proposals.store import ProposalStore, Selection
@@ -31,10 +31,8 @@ from siamese_detr.runtime.signals import RunLock
 from siamese_detr.training.checks import check_batch_size, check_precision, check_trackers
 from siamese_detr.training.loop import Loop
 from siamese_detr.training.nonfinite import replay
-from siamese_detr.training.optimizer import OptimizerConfig, adamw
+from siamese_detr.training.optimizer import adamw
 from siamese_detr.training.pretrain_config import PretrainConfig
-from siamese_detr.training.run_config import RunConfig, part
-from siamese_detr.training.sizes import DROPOUTS, given
 from siamese_detr.training.source import Source, checksum, find_source
 from siamese_detr.training.task import Batches, Task, sizes_vary
 from siamese_detr.views.sampler import ViewBatchSampler
@@ -148,7 +146,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         batches = ViewBatchSampler(chosen, config.views(), batch_size, count, config.seed)
         task = PretextTask(pretext, config, source, dataset, batches)
         optimizer = adamw(pretext, config.lr, config.weight_decay, config.decay_all)
-        loop = Loop(task, part(RunConfig, config), optimizer, part(OptimizerConfig, config), team, steps)
+        loop = Loop(task, config, optimizer, config, team, steps)
         if config.replay is not None:
             diagnosis = replay(loop, Path(config.replay))
             print(diagnosis)
@@ -170,7 +168,7 @@ def build(config: PretrainConfig) -> Pretext:
     if config.init is None:
         detector = build_detector(config.detector, config.backbone, seed=config.seed, **config.sizes())
     else:
-        detector = load_detector(config.init, family=config.detector, **given(config, DROPOUTS))
+        detector = load_detector(config.init, **config.dropouts())
     config.check_queries(detector.num_queries)
     if config.checkpoint_activations:
         model = detector.model  # the newer name first: the older one warns where both exist
@@ -195,15 +193,14 @@ def complete_proposals(config: PretrainConfig, out: Path, begun: bool) -> None:
         return
     method: str = config.proposal_method
     seed = config.seed
-    if find_pretext(config.method).paper_proposals is None or config.box_source == "random":
-        # No box is used, so any will do.
+    if not config.uses_proposals:  # no box is used, so any will do
         method = there.method if there is not None else "random"
     if there is not None and there.method == method:
         seed = there.parameters.get("seed", seed)
-    from siamese_detr.proposals.propose import propose
+    from siamese_detr.proposals.propose import ProposeConfig, propose
 
     # Images that could not be read may have been repaired since; a run that has begun goes on with those it has.
-    propose(images=config.images, out=str(out / "proposals"), method=method, seed=seed, retry_failed=not begun)
+    propose(ProposeConfig(config.images, str(out / "proposals"), method, seed=seed, retry_failed=not begun))
 
 
 def open_proposals(config: PretrainConfig, out: Path, images: Path | None) -> ProposalStore:

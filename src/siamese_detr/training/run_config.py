@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from siamese_detr.config import check_numbers
+from siamese_detr.config import Options, check_numbers, effective
 from siamese_detr.errors import UserError
-
-Part = TypeVar("Part")
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(Options):
     """What every training run has in common.
 
+    MAY_CHANGE: what a resumed run may be given otherwise than before: it does not change what an update computes, but
+    ``steps`` and ``epochs`` what the learning rate's schedule has left.
+
     Args:
-        out: run directory.
         steps: updates (default: what EPOCHS amount to).
         epochs: passes over the images; ignored where STEPS is given.
         batch_size: images per update, over all processes.
         accumulate: parts (micro-batches) in which an update's images are processed, to save memory.
         precision: fp32, bf16 or fp16 (autocast).
         device: auto (the accelerator, if there is one) or cpu.
-        compile: use torch.compile.
         kernels: auto exchanges modules for faster ones that compute the same; off exchanges none; hub also lets
             Transformers load kernels from the Hugging Face hub (needs the package kernels).
         seed: of everything random.
-        ema: average the weights over updates with at most this decay, 0 to 1 (0: do not); the averages are what is
-            evaluated and saved.
         workers: data processes per training process (default: all cores but one, at most 8).
-        save_every: updates between checkpoints.
+        save_every: updates between checkpoints (default of finetune: about as often as the evaluations, at most 500).
         keep: newest checkpoints that remain (0: all).
         log_every: updates between logs.
         max_bad_share: largest share of unreadable images that the run tolerates, 0 to 1.
@@ -42,26 +39,36 @@ class RunConfig:
         report_to: further experiment trackers that Accelerate knows (wandb, mlflow, ...).
     """
 
-    out: str
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        (
+            *("out", "resume", "replay", "workers", "device", "progress", "report_to", "save_every", "keep"),
+            *("log_every", "steps", "epochs", "max_bad_share", "compile", "kernels"),
+        )
+    )
+
+    if TYPE_CHECKING:  # a verb's own field, because it is given by position
+        out: str
+    # Options of one verb, which the loop reads of every run.
+    compile = False
+    ema = 0.0
+
     steps: int | None = None
     epochs: float = 100
     batch_size: int = 32
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
-    compile: bool = False
     kernels: Literal["auto", "off", "hub"] = "auto"
     seed: int = 0
-    ema: float = 0.0
     workers: int | None = None
-    save_every: int | None = None
+    save_every: int | None = 1000
     keep: int = 2
     log_every: int = 10
     max_bad_share: float = 0.05
     progress: bool = True
     resume: bool = False
     replay: str | None = None
-    report_to: Sequence[str] = ()
+    report_to: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise :class:`UserError`, naming the setting, for values that no type can refuse."""
@@ -69,10 +76,22 @@ class RunConfig:
             self,
             positive=("steps", "epochs", "batch_size", "accumulate", "save_every", "log_every"),
             not_negative=("seed", "workers", "keep"),
-            shares=("max_bad_share", "ema"),
+            shares=("max_bad_share",),
         )
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.steps is not None:
+            yield ("epochs",), "steps says how long to train"
+
+    def changes(self, before: dict[str, Any]) -> list[str]:
+        """Settings that differ from those a run began with and would change its updates, as ``name: old -> new``."""
+        return [
+            f"{name}: {before[name]} -> {value}"
+            for name, value in effective(self).items()
+            if name not in self.MAY_CHANGE and name in before and before[name] != value
+        ]
 
     @property
     def checkpoints(self) -> Path:
@@ -87,9 +106,3 @@ class RunConfig:
     def total_steps(self, images: int) -> int:
         """Updates of the whole run on so many images."""
         return self.steps if self.steps is not None else max(1, round(self.epochs * images / self.batch_size))
-
-
-def part(kind: type[Part], config: Any) -> Part:
-    """The fields of the dataclass ``kind`` that a configuration has."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: getattr(config, name) for name in names if hasattr(config, name)})

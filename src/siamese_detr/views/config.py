@@ -1,36 +1,39 @@
-"""How views are made: one flat dataclass; its defaults are the paper's settings for ImageNet (section 4.1)."""
+"""How views are made; the defaults are the paper's settings for ImageNet (section 4.1)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from siamese_detr.config import Options
 from siamese_detr.errors import UserError
 
+ViewKind = Literal["two", "patches", "proposals"]
+"""Two views (Siamese), or one view with random patches (UP-DETR) or the best proposals (DETReg)."""
+OF_TWO_VIEWS = ("area_range", "aspect_range", "iou", "shrink", "diagonals", "min_area")
 
-@dataclass(frozen=True)
-class ViewConfig:
-    """Everything that decides what a sample looks like.
+
+@dataclass(kw_only=True)
+class ViewOptions(Options):
+    """The views of an image and their regions.
 
     Args:
-        views: "two" (Siamese), "patches" (UP-DETR: one view, random patches) or "proposals" (DETReg: one view, the best
-            proposals).
         short_sides: possible short sides of the resized image, pixels; one is drawn uniformly.
         max_size: largest long side of the resized image, pixels.
         view_size: None keeps aspect ratios (views are padded to the batch's largest); a number makes every view a
             square of this side.
         flip: mirror the image (all of its views alike) with probability 0.5.
-        area_range: smallest and largest area of the outer rectangle, fractions of the image's.
-        aspect_range: smallest and largest width / height of the outer rectangle.
+        area_range: smallest and largest area of the outer rectangle, fractions of the image's (two views).
+        aspect_range: smallest and largest width / height of the outer rectangle (two views).
         iou: IoU of the two views before they shrink.
         shrink: move the views' outer corners inwards at random.
         diagonals: place the views on either diagonal (the paper: always upper left and lower right).
-        num_regions: regions per view, including the intersection.
-        min_area: smallest area of a region, fraction of the intersection's.
-        selection: "top" (best scored, the paper) or "diverse" (without near-duplicates, drawn again each epoch with
-            their scores as weights).
-        duplicate_iou: for "diverse": regions with a larger IoU are near-duplicates.
-        box_source: "proposals" from the store, or "random" boxes.
+        min_area: smallest area of a region, fraction of the intersection's (two views).
+        selection: top (best scored, the paper) or diverse (without near-duplicates, drawn again each epoch with their
+            scores as weights); not of up-detr.
+        duplicate_iou: diverse: regions with a larger IoU are near-duplicates.
+        box_source: proposals from the store, or random boxes; up-detr's are always random patches.
         box_jitter: how far the edges of padding regions and query boxes move at most, fraction of width and height.
         brightness: strength of the brightness jitter, 0 to 1.
         contrast: strength of the contrast jitter, 0 to 1.
@@ -42,7 +45,6 @@ class ViewConfig:
         blur_sigma: smallest and largest standard deviation of the blur, pixels.
     """
 
-    views: Literal["two", "patches", "proposals"] = "two"
     short_sides: tuple[int, ...] = tuple(range(320, 481, 16))
     max_size: int = 600
     view_size: int | None = None
@@ -52,7 +54,6 @@ class ViewConfig:
     iou: float = 0.5
     shrink: bool = True
     diagonals: bool = False
-    num_regions: int = 10
     min_area: float = 0.05
     selection: Literal["top", "diverse"] = "top"
     duplicate_iou: float = 0.8
@@ -67,7 +68,7 @@ class ViewConfig:
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raise UserError, naming the setting, if no views can be made with it."""
 
         def require(condition: bool, name: str, remedy: str) -> None:
@@ -77,7 +78,6 @@ class ViewConfig:
         def ordered(pair: tuple[float, float], low: float, high: float) -> bool:
             return len(pair) == 2 and low <= pair[0] <= pair[1] <= high
 
-        require(self.views in ("two", "patches", "proposals"), "views", "use two, patches or proposals")
         require(
             len(self.short_sides) > 0 and min(self.short_sides) >= 1, "short_sides", "give sizes of at least 1 pixel"
         )
@@ -94,11 +94,8 @@ class ViewConfig:
             "give the smaller ratio first, then the larger, between 0.01 and 100",
         )
         require(0 < self.iou <= 1, "iou", "must be above 0, at most 1")
-        require(self.num_regions >= 1, "num_regions", "must be at least 1")
         require(0 < self.min_area < 1, "min_area", "must be a fraction between 0 and 1")
-        require(self.selection in ("top", "diverse"), "selection", "use top or diverse")
         require(0 < self.duplicate_iou <= 1, "duplicate_iou", "must be above 0, at most 1")
-        require(self.box_source in ("proposals", "random"), "box_source", "use proposals or random")
         require(
             0 <= self.box_jitter < 0.5, "box_jitter", "must be at least 0 and below 0.5, so that no box loses its area"
         )
@@ -112,6 +109,32 @@ class ViewConfig:
             "blur_sigma",
             "give the smaller sigma first, then the larger, between 0.001 and 10 pixels",
         )
+
+    def unread(self, views: ViewKind) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Options that have no effect on views of this kind, and why."""
+        if views != "two":
+            yield OF_TWO_VIEWS, "there is one view of an image, the whole of it"
+        if views == "patches":
+            yield ("selection", "duplicate_iou", "box_source"), "the regions are random patches"
+        elif self.selection != "diverse":
+            yield ("duplicate_iou",), f"selection is {self.selection}"
+
+
+@dataclass(kw_only=True)
+class ViewConfig(ViewOptions):
+    """Everything that decides what a sample looks like.
+
+    Args:
+        views: what it shows.
+        num_regions: regions per view, including the intersection.
+    """
+
+    views: ViewKind = "two"
+    num_regions: int = 10
+
+    def check(self) -> None:
+        if self.num_regions < 1:
+            raise UserError(f"num_regions must be at least 1, not {self.num_regions}")
 
     @property
     def num_views(self) -> int:
