@@ -56,7 +56,7 @@ def first_detector(case: str, options: dict[str, Any], folder: Path) -> Path:
         side = 2 * detector.square_side
         detector.save(folder / "start", shortest_edge=side)
         return folder / "start"
-    options = {**options, **SIZES, "backbone": runs.TINY["backbone"], "detector_options": own}
+    options = {**options, **SIZES, "detector": family, "backbone": runs.TINY["backbone"], "detector_options": own}
     return siamese_detr.pretrain(**options, steps=1, out=str(folder / "start")).detector
 
 
