@@ -349,7 +349,7 @@ def validate_value(key: str, value: Any, kind: Any, source: str) -> Any:
 def check_numbers(
     config: Any, *, positive: Sequence[str] = (), not_negative: Sequence[str] = (), shares: Sequence[str] = ()
 ) -> None:
-    """Raise :class:`UserError`, naming the setting, for numbers out of their range; fields that are None pass.
+    """Raise :class:`UserError`, naming the setting, for numbers out of their range; None and "auto" pass.
 
     Args:
         config: the object whose fields are looked at.
@@ -364,7 +364,7 @@ def check_numbers(
     ):
         for name in names:
             value = getattr(config, name)
-            if value is not None and not (fits(value) and value < math.inf):
+            if value not in (None, "auto") and not (fits(value) and value < math.inf):
                 raise UserError(f"{name} must be {wanted}, not {value}")
     if getattr(config, "seed", 0) >= 2**63:
         raise UserError(f"seed must be below 2**63, not {config.seed}")

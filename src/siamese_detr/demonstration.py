@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,10 @@ from siamese_detr.errors import UserError
 from siamese_detr.files import write_json
 from siamese_detr.images.listing import list_images
 from siamese_detr.images.scenes import make_scenes
+
+if TYPE_CHECKING:
+    from siamese_detr.evaluation.inference import ImageResult
+    from siamese_detr.images.labels import DetectionDataset
 
 
 @dataclass
@@ -37,8 +42,8 @@ class DemoConfig(Options):
     unlabelled: int = 240
     labelled: int = 60
     validation: int = 60
-    pretrain_steps: int = 500
-    finetune_epochs: int = 30
+    pretrain_steps: int = 250
+    finetune_epochs: int = 20
     seed: int = 0
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -62,6 +67,7 @@ def demo(config: DemoConfig) -> DemoResult:
     # Imported here so that --help does not wait for PyTorch to load.
     from siamese_detr import finetune, predict, pretrain, propose
     from siamese_detr.evaluation.coco import percent
+    from siamese_detr.images.labels import read_labels
 
     out = Path(config.out)
     if (out / "demo.json").exists() or (out / "pretrained").exists():
@@ -123,13 +129,12 @@ def demo(config: DemoConfig) -> DemoResult:
         metrics[name] = tuned.last  # the best evaluation would have been chosen on the same validation scenes
         done(f"finetune-{name}")
 
-    stage(6, "predict", "Pictures of the fine-tuned detector's predictions")
-    predict(
-        model=str(out / "finetuned-pretrained" / "last"),
-        images=str(out / "validation"),
-        out=str(out / "pictures"),
-        threshold=0.3,
-    )
+    stage(6, "predict", "Pictures of what both detectors find in the validation scenes")
+    found = {}
+    for name, title in (("scratch", "from scratch"), ("pretrained", "pre-trained")):
+        model, pictures = out / f"finetuned-{name}" / "last", out / f"pictures-{name}"
+        found[title] = predict(model=str(model), images=str(out / "validation"), out=str(pictures)).results
+    side_by_side(read_labels(val), found, out / "side-by-side.jpg")
     done("predict")
 
     result = DemoResult(str(out), metrics["scratch"], metrics["pretrained"], seconds)
@@ -141,7 +146,8 @@ def demo(config: DemoConfig) -> DemoResult:
         table.add_row(text, *(percent(metrics[name][key]) for key in ("AP", "AP50", "AP75")))
     console.print(table)
     text = f"""{sum(seconds.values()) / 60:.1f} minutes. Look at:
-  {out}/pictures/pictures          the validation scenes with predicted boxes
+  {out}/side-by-side.jpg           labels, from scratch, pre-trained: six validation scenes
+  {out}/pictures-pretrained        all validation scenes with predicted boxes
   {out}/pretrained/tensorboard     curves of all losses (tensorboard --logdir {out})
   {out}/finetuned-pretrained/last  an ordinary Hugging Face detector
 
@@ -151,3 +157,36 @@ Next, on your own photos and labels (COCO JSON, VOC or YOLO):
   siamese-detr predict --model runs/detector/best --images PHOTOS --out runs/pictures"""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return result
+
+
+def side_by_side(labels: DetectionDataset, found: Mapping[str, Sequence[ImageResult]], path: Path) -> None:
+    """Write one picture of the first images: a row each, first with the labels, then with what each detector found.
+
+    Args:
+        labels: of the images.
+        found: title of a column -> detections in all images.
+        path: of the JPEG.
+    """
+    from PIL import Image, ImageDraw
+
+    from siamese_detr.evaluation.draw import draw_detections, font
+    from siamese_detr.images.decode import read_image
+
+    columns = {title: {result.job.path: result for result in results} for title, results in found.items()}
+    pictures: list[list[Image.Image]] = []
+    for item in labels.images[:6]:
+        image, names = read_image(item.path), labels.class_names
+        row = [draw_detections(image, item.boxes, item.classes, None, names)]
+        for results in columns.values():
+            result = results[str(item.path)]
+            row.append(draw_detections(image, result.boxes, result.classes, result.scores, names))
+        pictures.append(row)
+    width, height = pictures[0][0].size
+    gap, head = 8, 40
+    sheet = Image.new("RGB", ((width + gap) * (1 + len(found)) - gap, head + (height + gap) * len(pictures)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(("labels", *columns)):
+        draw.text((column * (width + gap) + gap, gap), title, fill="black", font=font(24))
+        for number, row in enumerate(pictures):
+            sheet.paste(row[column], (column * (width + gap), head + number * (height + gap)))
+    sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(path, quality=90)

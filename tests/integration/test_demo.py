@@ -21,10 +21,13 @@ def test_everything_promised_is_there(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "in % (higher is better)" in said
     assert f"{100 * result.pretrained['AP']:.1f}" in said
-    for path in ("pictures/pictures", "pretrained/tensorboard", "finetuned-pretrained/last"):
+    for path in ("pictures-pretrained", "pretrained/tensorboard", "finetuned-pretrained/last"):
         assert f"{out}/{path}" in said
         assert any((out / path).iterdir())
-    assert len(list((out / "pictures" / "pictures").glob("*.jpg"))) == SMALL["validation"]
+    assert len(list((out / "pictures-pretrained" / "pictures").glob("*.jpg"))) == SMALL["validation"]
+    width, height = Image.open(out / "side-by-side.jpg").size
+    assert width > 900  # three columns
+    assert height > 3 * 200  # a row for each of the scenes
     for name, metrics in (("scratch", result.scratch), ("pretrained", result.pretrained)):
         history = [json.loads(line) for line in (out / f"finetuned-{name}" / "history.jsonl").read_text().splitlines()]
         assert metrics["AP"] == history[-1]["AP"]

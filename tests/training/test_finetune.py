@@ -382,6 +382,20 @@ def test_evaluations_are_even_and_end_with_the_run(images: int, epochs: float, e
     assert not is_due(steps, steps, 0)
 
 
+@pytest.mark.parametrize(
+    ("images", "options", "steps", "short"),
+    [
+        *((84, {"epochs": "auto"}, 825, False), (400, {"epochs": "auto"}, 1800, False), (4000, {}, 6000, False)),
+        *((84, {"epochs": 20}, 210, True), (84, {"epochs": 30}, 315, False), (84, {"steps": 100}, 100, True)),
+    ],
+)
+def test_the_budget_suits_the_number_of_images(images: int, options: dict, steps: int, short: bool) -> None:
+    config = FinetuneConfig("train.json", "run", batch_size=8, **options)
+    assert config.total_steps(images) == steps
+    assert config.budget(images).startswith(f"{steps} updates of 8 images")
+    assert ("that is short" in config.budget(images)) == short
+
+
 def test_every_update_is_in_the_log_and_in_an_evaluations_loss(labels, tmp_path):
     out = tmp_path / "run"
     finetune(train=labels, val=labels, out=str(out), steps=5, eval_every=1, **TINY, **{**QUICK, "log_every": 4})

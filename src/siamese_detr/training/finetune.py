@@ -97,6 +97,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             if config.fraction < 1:
                 write_json(out / "train.json", dataset.to_coco(original_ids=True))
         console.print(describe(origin, dataset, validation), markup=False)
+        console.print(config.budget(len(dataset)), markup=False)
         steps = config.total_steps(len(dataset))
         images = TrainingImages(dataset, config.transform(size), config.seed)
         task = DetectionTask(detector, config, steps, images, validation, size)

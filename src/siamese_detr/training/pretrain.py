@@ -147,6 +147,8 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         task = PretextTask(pretext, config, source, dataset, batches)
         optimizer = adamw(pretext, config.lr, config.weight_decay, config.decay_all)
         loop = Loop(task, config, optimizer, config, team, steps)
+        if team.main:
+            print(f"{len(rows)} images; {config.budget(len(rows))}", file=sys.stderr)
         if config.replay is not None:
             diagnosis = replay(loop, Path(config.replay))
             print(diagnosis)

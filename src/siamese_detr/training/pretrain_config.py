@@ -104,6 +104,10 @@ class PretrainConfig(  # type: ignore[misc]  # of the methods, only the chosen o
         """Regions per image."""
         return self.num_regions or find_pretext(self.method).paper_regions
 
+    def usual_epochs(self, images: int) -> float:
+        """As many as show 12,000 images (1,200 updates of 10), but at least 3."""
+        return max(3.0, 12_000 / images)
+
     def check_queries(self, queries: int) -> None:
         """Raise UserError if a detector of so many queries has fewer than there are regions."""
         if self.regions > queries:

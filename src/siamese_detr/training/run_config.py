@@ -20,7 +20,7 @@ class RunConfig(Options):
 
     Args:
         steps: updates (default: what EPOCHS amount to).
-        epochs: passes over the images; ignored where STEPS is given.
+        epochs: passes over the images, or auto: what so many images usually want (see :meth:`usual_epochs`).
         batch_size: images per update, over all processes.
         accumulate: parts (micro-batches) in which an update's images are processed, to save memory.
         precision: fp32, bf16 or fp16 (autocast).
@@ -53,7 +53,7 @@ class RunConfig(Options):
     ema = 0.0
 
     steps: int | None = None
-    epochs: float = 100
+    epochs: float | Literal["auto"] = 100
     batch_size: int = 32
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -103,6 +103,24 @@ class RunConfig(Options):
         """Where the images that could not be read are listed."""
         return Path(self.out) / "skipped.jsonl"
 
+    def usual_epochs(self, images: int) -> float:
+        """Passes over so many images after which more of them bring little."""
+        raise NotImplementedError
+
     def total_steps(self, images: int) -> int:
         """Updates of the whole run on so many images."""
-        return self.steps if self.steps is not None else max(1, round(self.epochs * images / self.batch_size))
+        if self.steps is not None:
+            return self.steps
+        return self._updates(self.usual_epochs(images) if self.epochs == "auto" else self.epochs, images)
+
+    def budget(self, images: int) -> str:
+        """For people: how long the run is, and a warning where that is far too short."""
+        steps, usual = self.total_steps(images), self._updates(self.usual_epochs(images), images)
+        epochs = steps * self.batch_size / images
+        text = f"{steps} updates of {self.batch_size} images ({epochs:.3g} epochs)"
+        if steps < usual / 3:
+            text += f"; that is short: {images} images usually want {usual} updates, which --epochs auto gives"
+        return text
+
+    def _updates(self, epochs: float, images: int) -> int:
+        return max(1, round(epochs * images / self.batch_size))
