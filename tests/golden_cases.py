@@ -30,8 +30,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from siamese_detr.interchange.names import table
-from siamese_detr.interchange.research import normalise
+from siamese_detr.detectors.research.checkpoint import normalise
+from siamese_detr.detectors.research.names import table
 from siamese_detr.pretext import SiameseConfig, UpDetrConfig, losses
 from siamese_detr.pretext.base import Pretext
 from siamese_detr.pretext.features import FrozenFeatures

@@ -190,7 +190,7 @@ def test_weights_of_another_detector_are_refused(saved):
     assert any("ref_point_head" in name for name in report.missing)
     (saved / "config.json").write_text((saved / "config.json").read_text().replace('"d_model": 32', '"d_model": 64'))
     for names in (None, ["x"]):
-        with pytest.raises(UserError, match=r"another shape than config\.json says"):
+        with pytest.raises(UserError, match=r"another shape than the detector's sizes say"):
             load_detector(saved, names)
 
 

@@ -61,13 +61,13 @@ def outputs(source):
         trained, evaluated = load_detector(source).eval(), Detector.load(source, "cpu")
     pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits, boxes = trained(pixels, torch.ones(1, 64, 96, dtype=torch.bool))
+        predicted = trained(pixels, torch.ones(1, 64, 96, dtype=torch.bool))
         stock = evaluated.model(pixels)
-    torch.testing.assert_close(stock.logits, logits[-1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(stock.pred_boxes, boxes[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stock.logits, predicted.logits[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stock.pred_boxes, predicted.boxes[-1], rtol=1e-4, atol=1e-5)
     assert trained.class_names == evaluated.class_names
     assert trained.input_size == {k: v for k, v in dict(evaluated.processor.size).items() if v is not None}
-    return logits, boxes
+    return predicted.logits, predicted.boxes
 
 
 def to_bin(folder):
@@ -203,7 +203,7 @@ def test_names_on_the_hub_come_from_the_cache(saved, tmp_path, form, monkeypatch
         UserError, match=r"^there is no folder someone/else, and the Hugging Face Hub .* HF_HUB_OFFLINE"
     ):
         load_detector("someone/else")
-    with pytest.raises(UserError, match="the folder does not exist"):
+    with pytest.raises(UserError, match="no such file or folder"):
         load_detector("/no/such/directory")
 
 
@@ -227,6 +227,29 @@ def test_only_what_is_needed_is_downloaded(saved, weights, monkeypatch):
     assert load_detector("someone/detector").class_names == CLASSES
     assert asked == ["someone/detector"] * (1 if weights == "model.safetensors" else 2)
     assert (saved.parent / "cache" / weights).exists()
+
+
+@pytest.mark.parametrize("case", ["deformable-detr-refined", "rt-detr", "rt-detr-v2", "d-fine"])
+def test_detectors_as_the_hub_has_them_take_other_classes(case, tmp_path):
+    """With class heads of their own in every layer, and an embedding of the classes for denoising."""
+    tiny = tiny_detector(case)
+    tiny.save(tmp_path / "hub")
+    config = tiny.config
+    if hasattr(config, "num_denoising"):
+        config.num_denoising = 100
+    state = type(tiny.model)(config).state_dict()
+    state = {name: v + 0.01 * torch.rand_like(v) if v.is_floating_point() else v for name, v in state.items()}
+    state |= {name: state.get(f"model.decoder.{name}", value) for name, value in state.items()}
+    state = {name: value.clone() for name, value in state.items()}
+    save_file(state, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(tmp_path / "hub")
+    detector = load_detector(tmp_path / "hub", ["one", "two"])
+    heads = {parameter for layer in detector.class_layers for parameter in layer.parameters()}
+    assert {len(parameter) for parameter in heads} <= {2, 3}  # with "no object" in the embedding
+    others = {name: v for name, v in detector.model.named_parameters(remove_duplicate=False) if v not in heads}
+    assert all(torch.equal(value, state[name]) for name, value in others.items())
+    detector.save(tmp_path / "again")
+    assert outputs(tmp_path / "again")[0].shape[-1] == 2
 
 
 class ToyAdapter(DetrAdapter):

@@ -15,7 +15,7 @@ from siamese_detr.detectors.build import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.draw import class_colour, draw_detections, label_place
 from siamese_detr.evaluation.evaluate import evaluate
-from siamese_detr.evaluation.inference import require_classes
+from siamese_detr.evaluation.inference import Detector
 from siamese_detr.evaluation.predict import predict
 from tiny_finetuning import learned, write_scenes
 
@@ -197,7 +197,7 @@ def test_a_detector_that_was_only_pretrained_has_no_classes_yet(tmp_path):
         predict(model=model, images=str(labels), out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     detector.save(tmp_path / "run" / "best", class_names=["object"], provenance={"finetuned": {"steps": 8}})
-    require_classes(model)
+    assert Detector.load(model, "cpu").class_names == ["object"]
 
 
 def test_drawing_leaves_the_inside_of_boxes_and_colours_classes():

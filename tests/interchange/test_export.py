@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from siamese_detr.detectors import build_detector, load_detector
+from siamese_detr.detectors import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
-from siamese_detr.interchange import load_research_checkpoint
 from siamese_detr.interchange.export import export
 from tiny_finetuning import TINY
 
@@ -59,19 +58,6 @@ def test_onnx_computes_the_same(model, tmp_path):
     assert logits.shape == (5, TINY["num_queries"], 2)
     assert boxes.shape == (5, TINY["num_queries"], 4)
     assert (result.path / "preprocessor_config.json").exists()
-
-
-def test_research_checkpoints_can_be_read_back(model, tmp_path):
-    result = export(model=model, out=str(tmp_path / "research"), format="research")
-    source, target = (
-        load_detector(model),
-        build_detector("conditional-detr", class_names=["cat", "dog"], seed=2, **TINY),
-    )
-    report = load_research_checkpoint(result.path / "checkpoint.pth", target)
-    assert report.missing == report.unused == ()
-    kept, heads = target.state_dict(), {id(value) for value in target.class_heads.state_dict(keep_vars=True).values()}
-    names = [name for name, value in target.state_dict(keep_vars=True).items() if id(value) not in heads]
-    assert all(torch.equal(kept[name], source.state_dict()[name]) for name in names)
 
 
 def test_mistakes(model, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from golden_cases import cases
-from siamese_detr.interchange.research import normalise
+from siamese_detr.detectors.research.checkpoint import normalise
 from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.pretext.siamese import SiamesePretext
 

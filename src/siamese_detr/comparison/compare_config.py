@@ -24,9 +24,9 @@ class CompareConfig(Options):
         val: labels to measure on.
         out: directory of the comparison; results already there are not computed again.
         inits: what to compare: scratch (everything random), backbone (pre-trained backbone, random Transformer: the
-            papers' "scratch"), siamese, up-detr or detreg (pre-trained here), PATH (a detector as it is, e.g. one
-            supervised on COCO), PATH+siamese (that detector after our pre-training); a method with options of pretrain
-            of its own, siamese:iou=0.3,num_regions=5; or a name defined in pretrain_at. Default: backbone siamese.
+            papers' "scratch"), siamese, up-detr or detreg (pre-trained here), PATH (any detector that finetune takes,
+            as it is), PATH+siamese (that detector after our pre-training); a method with options of pretrain of its
+            own, siamese:iou=0.3,num_regions=5; or a name defined in pretrain_at. Default: backbone siamese.
         fractions: parts of the training images, each above 0 to 1. Default: 0.01 0.1 1.
         seeds: of the part of the images, new weights and training; results are averaged over them. Default: 0 1.
         recipe: a whole comparison to start from: paper-table-1, paper-table-2, laptop, or a YAML file. Your options

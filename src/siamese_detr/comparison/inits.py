@@ -24,7 +24,7 @@ class Init:
 
     Args:
         name: as the user named it.
-        start: ``scratch`` (everything random), ``backbone`` (only the backbone pre-trained) or the path of a detector.
+        start: ``scratch`` (everything random), ``backbone`` (only the backbone pre-trained), or a stored detector.
         method: how it is pre-trained before fine-tuning; None: not at all.
         options: further options of this pre-training.
     """
@@ -50,8 +50,9 @@ def parse_init(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> Init:
     """The initialisation that ``name`` means.
 
     Args:
-        name: ``scratch``, ``backbone``, a method, ``PATH``, ``PATH+METHOD``, a method with options of its
-            pre-training (``siamese:discrimination=none,iou=0.3``), or a name that ``pretrain_at`` defines.
+        name: ``scratch``, ``backbone``, a method, a detector (``PATH`` or its name on the Hub), ``PATH+METHOD``, a
+            method with options of its pre-training (``siamese:discrimination=none,iou=0.3``), or a name that
+            ``pretrain_at`` defines.
         pretrain_at: options of pre-training by initialisation; an entry with a ``method`` defines a new one.
 
     Raises:
@@ -75,9 +76,10 @@ def parse_init(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> Init:
     path, plus, last = bare.rpartition("+")
     if plus and is_pretext(last):
         return Init(name, path, last, options)
-    if not Path(name).expanduser().exists():
+    if "/" not in name and not Path(name).expanduser().exists():
         raise UserError(
             f"initialisation {name!r} is unknown; use scratch, backbone, one of {', '.join(pretext_names())} (alone or "
-            "as in siamese:iou=0.3), a name defined in pretrain_at, or the path of a detector (alone or as PATH+METHOD)"
+            "as in siamese:iou=0.3), a name defined in pretrain_at, or a detector's path or name on the Hub (alone or "
+            "as PATH+METHOD)"
         )
     return Init(name, name, None, {})

@@ -36,11 +36,12 @@ def key_of(verb: str, options: Mapping[str, Any], **contents: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def detector_key(directory: str) -> str:
+def detector_key(source: str) -> str:
     """Hash of a detector's configuration and weights."""
-    path = find_detector(directory)
+    path = find_detector(source)
+    files = [path] if path.is_file() else [path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]
     digest = hashlib.sha256()
-    for file in sorted([path / "config.json", *path.glob("*.safetensors"), *path.glob("*.bin")]):
+    for file in sorted(files):
         with open(file, "rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

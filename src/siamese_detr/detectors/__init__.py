@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from siamese_detr.detectors.backbones import Backbone, resolve_backbone
     from siamese_detr.detectors.build import FAMILIES, build_detector, plan_detector
     from siamese_detr.detectors.loading import LoadReport, load_detector
+    from siamese_detr.detectors.research.checkpoint import save_research_checkpoint
 
 __all__ = [
     "FAMILIES",
@@ -23,6 +24,7 @@ __all__ = [
     "load_detector",
     "plan_detector",
     "resolve_backbone",
+    "save_research_checkpoint",
 ]
 
 _MODULES = {
@@ -33,6 +35,7 @@ _MODULES = {
     "load_detector": "loading",
     "plan_detector": "build",
     "resolve_backbone": "backbones",
+    "save_research_checkpoint": "research.checkpoint",
 }
 
 

@@ -22,7 +22,12 @@ from siamese_detr.detectors.functional import level_mask
 from siamese_detr.detectors.structures import Decoded, DetectorSize, Memory, Predictions, Targets
 from siamese_detr.errors import UserError
 
-__all__ = ["Decoded", "DetectorAdapter", "DetectorSize", "Memory"]
+__all__ = ["Decoded", "DetectorAdapter", "DetectorSize", "Memory", "only_pretrained"]
+
+
+def only_pretrained(provenance: dict[str, Any], class_names: list[str]) -> bool:
+    """Whether a detector of this origin has never been shown classes: its class head says nothing yet."""
+    return "method" in provenance and "finetuned" not in provenance and class_names == ["object"]
 
 
 class DetectorAdapter(nn.Module):

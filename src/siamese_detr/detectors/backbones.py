@@ -13,7 +13,7 @@ import difflib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, PretrainedConfig, TimmBackboneConfig
 
+from siamese_detr.detectors.configs import RESNETS
 from siamese_detr.detectors.weights import first_line, quiet, read_weights
 from siamese_detr.errors import UserError
 
@@ -32,12 +33,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT = "efficientnet-lite0"
 WEIGHT_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
-RESNETS: dict[tuple[int, ...], str] = {
-    (2, 2, 2, 2): "18",
-    (3, 4, 6, 3): "34 or 50",
-    (3, 4, 23, 3): "101",
-    (3, 8, 36, 3): "152",
-}
 
 
 @dataclass(frozen=True)
@@ -243,13 +238,17 @@ def _resnet_file(path: str) -> Backbone:
     prefix = min(stems, key=lambda stem: (bool(re.search(r"encoder_k|target|momentum|ema", stem)), len(stem)))
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     weights = {re.sub(r"\.shortcut\.", ".downsample.", key): value for key, value in weights.items()}
-    blocks = tuple(len({k.split(".")[1] for k in weights if k.startswith(f"layer{i}.")}) for i in range(1, 5))
-    kind = RESNETS.get(blocks)
-    if kind is None:
-        raise UserError(f"backbone {path}: a ResNet of {blocks} blocks; 18, 34, 50, 101 and 152 layers are known")
-    if kind == "34 or 50":
-        kind = "50" if "layer1.0.conv3.weight" in weights else "34"
-    return Backbone(path, f"resnet{kind}", weights=weights)
+    depth = resnet_depth(weights)
+    if depth is None:
+        raise UserError(f"backbone {path}: a ResNet of another depth than {', '.join(RESNETS)}; use one of these")
+    return Backbone(path, f"resnet{depth}", weights=weights)
+
+
+def resnet_depth(names: Collection[str]) -> str | None:
+    """The depth of the ResNet whose tensors have these names in torchvision; None: it is none of `RESNETS`."""
+    blocks = tuple(len({name.split(".")[1] for name in names if name.startswith(f"layer{i}.")}) for i in range(1, 5))
+    layer = "bottleneck" if "layer1.0.conv3.weight" in names else "basic"
+    return next((depth for depth, (kind, _, depths) in RESNETS.items() if (kind, depths) == (layer, blocks)), None)
 
 
 def _efficientnet_lite0() -> Backbone:

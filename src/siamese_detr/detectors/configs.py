@@ -155,7 +155,7 @@ def read_processor(directory: Path, config: PretrainedConfig, default: str | Non
         _check(processor)
     except Exception as error:  # Transformers raises anything here, depending on the value
         raise UserError(f"{file} has a value that is not valid: {first_line(error)}; correct or remove it") from None
-    if not file.is_file():
+    if directory.is_dir() and not file.is_file():
         size = {name: side for name, side in dict(processor.size).items() if side is not None}
         warnings.warn(f"{file} is missing: taking its model's defaults, size {size}", stacklevel=4)
     return processor

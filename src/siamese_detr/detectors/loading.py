@@ -1,22 +1,26 @@
-"""The one way to load a detector: from a run, a Hugging Face directory of any age, or by its name on the Hub."""
+"""The one way to load a detector: from a run, a Hugging Face directory of any age, its name on the Hub, or a checkpoint
+of the research codes."""
 
 from __future__ import annotations
 
 import pickle
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
+from torch import Tensor, nn
 from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, PretrainedConfig, PreTrainedModel
 
 from siamese_detr.detectors import initialise
-from siamese_detr.detectors.adapter import DetectorAdapter
+from siamese_detr.detectors.adapter import DetectorAdapter, only_pretrained
+from siamese_detr.detectors.backbones import WEIGHT_SUFFIXES
 from siamese_detr.detectors.build import FAMILIES, adapter_class, families
 from siamese_detr.detectors.configs import read_config, read_json, read_processor
+from siamese_detr.detectors.research.checkpoint import read_research_checkpoint
 from siamese_detr.detectors.weights import first_line, quiet
 from siamese_detr.errors import UserError
 
@@ -41,17 +45,28 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class StoredDetector:
-    """A detector on disk, its configuration read and repaired, its weights not loaded yet.
+    """A detector on disk, its configuration read and repaired, its model not built yet.
 
     Args:
-        path: its directory.
+        path: its directory, or the file of a research checkpoint.
         config: may be changed before the model is loaded.
         adapter: of its family; None for object detectors that can be run, but have no adapter.
+        provenance: what is recorded of its origin.
+        tensors: of a research checkpoint, under Transformers' names; None: they are in the directory.
+        unused: names of a research checkpoint's tensors that have no place in the model.
     """
 
     path: Path
     config: PretrainedConfig
     adapter: type[DetectorAdapter] | None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] | None = None
+    unused: tuple[str, ...] = ()
+
+    @property
+    def only_pretrained(self) -> bool:
+        """Whether it has no classes yet."""
+        return only_pretrained(self.provenance, list(self.config.id2label.values()))
 
     def load_model(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The model, in float32, and Transformers' account of what did not fit: sets of `missing_keys`,
@@ -63,8 +78,9 @@ class StoredDetector:
         try:
             with quiet():
                 model, info = self.model_class.from_pretrained(
-                    self.path,
+                    self.path if self.tensors is None else None,
                     config=self.config,
+                    state_dict=self.tensors,
                     local_files_only=True,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # the caller looks at them
@@ -123,11 +139,11 @@ class StoredDetector:
 
 
 def find_detector(source: str | Path) -> Path:
-    """The directory of a detector.
+    """The directory of a detector, or the file of a research checkpoint.
 
     Args:
-        source: the directory itself; a run, whose `best`, `last` (fine-tuning) or `detector` (pre-training) it is; or,
-            where there is no such folder, a name on the Hugging Face Hub ("facebook/detr-resnet-50"), which is
+        source: the directory or file itself; a run, whose `best`, `last` (fine-tuning) or `detector` (pre-training) it
+            is; or, where there is no such path, a name on the Hugging Face Hub ("facebook/detr-resnet-50"), which is
             downloaded once.
 
     Raises:
@@ -135,9 +151,13 @@ def find_detector(source: str | Path) -> Path:
     """
     path = Path(source).expanduser()
     if not path.exists():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-            raise UserError(f"there is no detector {path}: the folder does not exist")
+        if path.suffix in WEIGHT_SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+            raise UserError(f"there is no detector {path}: no such file or folder")
         path = _download(str(source))
+    if path.is_file():
+        if (path.parent / "config.json").is_file() and path.suffix in (".safetensors", ".bin", ".json"):
+            raise UserError(f"{path} is only one file of a detector; name the folder {path.parent}")
+        return path
     for candidate in (path / place for place in PLACES):
         if (candidate / "config.json").is_file():
             return candidate
@@ -165,14 +185,29 @@ def open_detector(source: str | Path) -> StoredDetector:
         UserError: no detector there, or of a model that detects no objects.
     """
     path = find_detector(source)
+    if path.is_file():
+        return _open_research_checkpoint(path)
     kind = str(read_json(path / "config.json").get("model_type")).replace("_", "-")
     if kind in FAMILIES or kind in families():
         adapter = adapter_class(kind)
-        return StoredDetector(path, read_config(path, adapter.model_class.config_class), adapter)
+        config = read_config(path, adapter.model_class.config_class)
+        return StoredDetector(path, config, adapter, _provenance(path, adapter.family))
     config = read_config(path)
     if type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
         raise UserError(f"{path} holds a {kind!r} model; known detectors: {', '.join(families())}")
     return StoredDetector(path, config, None)
+
+
+def _open_research_checkpoint(path: Path) -> StoredDetector:
+    checkpoint = read_research_checkpoint(path)
+    plan, config = checkpoint.plan, checkpoint.plan.config
+    if checkpoint.class_names is not None:
+        config.id2label = dict(enumerate(checkpoint.class_names))
+        config.label2id = {name: i for i, name in enumerate(checkpoint.class_names)}
+    provenance = {"family": plan.adapter.family, "backbone": plan.backbone.name, "from": str(path.absolute())}
+    if checkpoint.pretrained:
+        provenance["method"] = "that of the research checkpoint"
+    return StoredDetector(path, config, plan.adapter, provenance, checkpoint.tensors, checkpoint.unused)
 
 
 def load_detector(
@@ -207,28 +242,27 @@ def load_detector(
             raise UserError(f"a {adapter.family!r} detector has no option {name!r}")
         setattr(config, name, value)
     remake = class_names is not None and list(config.id2label.values()) != list(class_names)
-    if remake and class_names is not None:
-        config.id2label = dict(enumerate(class_names))
-        config.label2id = {name: i for i, name in enumerate(class_names)}
     model, info = stored.load_model()
+    if wrong := info["mismatched_keys"]:
+        raise UserError(
+            f"cannot load the weights in {path}: {min(wrong)[0]} has another shape than the detector's sizes say; "
+            "they belong to another model"
+        )
     processor = stored.load_processor()
     plain = not processor.do_normalize
     mean, std = ((0.0,) * 3, (1.0,) * 3) if plain else (processor.image_mean, processor.image_std)
-    detector = adapter(model, tuple(mean), tuple(std), _provenance(path, adapter.family))
+    detector = adapter(model, tuple(mean), tuple(std), stored.provenance)
     detector.input_size = {name: side for name, side in dict(processor.size).items() if side is not None}
-    heads = set()
-    if remake:
-        for layer in detector.class_layers:
-            initialise.class_head(layer, focal=adapter.class_loss != "softmax")
-            heads |= {id(parameter) for parameter in layer.parameters()}
-    remade = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in heads}
-    if wrong := [str(key) for key, *_ in info["mismatched_keys"] if key not in remade]:
-        raise UserError(
-            f"cannot load the weights in {path}: {wrong[0]} has another shape than config.json says; "
-            "they belong to another model"
-        )
+    remade = _remake_class_head(detector, class_names) if remake and class_names is not None else set()
     missing = tuple(sorted(set(info["missing_keys"]) - remade))
-    detector.load_report = LoadReport(missing, tuple(sorted(info["unexpected_keys"])), tuple(sorted(remade)))
+    unexpected = (*stored.unused, *sorted(info["unexpected_keys"]))
+    detector.load_report = LoadReport(missing, unexpected, tuple(sorted(remade)))
+    if stored.unused:
+        warnings.warn(
+            f"{path}: {len(stored.unused)} tensors have no place in a {adapter.family} detector and are left out, "
+            f"e.g. {', '.join(stored.unused[:3])}",
+            stacklevel=2,
+        )
     if missing:
         warnings.warn(
             f"{path}: {len(missing)} tensors were not in the file and are freshly initialised, "
@@ -236,6 +270,30 @@ def load_detector(
             stacklevel=2,
         )
     return detector.train()
+
+
+def _remake_class_head(detector: DetectorAdapter, class_names: list[str]) -> set[str]:
+    """Give a detector a new class head, for other classes; returns the names of its tensors.
+
+    Not before loading: for tensors of other shapes than in the file, `from_pretrained` fails where heads are tied.
+    """
+    more = len(class_names) - len(detector.class_names)
+    old = {tensor for layer in detector.class_layers for tensor in layer.parameters()}
+    new = {x: nn.Parameter(x.new_empty(len(x) + more, *x.shape[1:]), x.requires_grad) for x in old}
+    remade = {name for name, tensor in detector.model.named_parameters(remove_duplicate=False) if tensor in old}
+    for name in remade:  # tied ones stay tied
+        owner, _, kind = name.rpartition(".")
+        module = detector.model.get_submodule(owner)
+        setattr(module, kind, new[getattr(module, kind)])
+    for layer in detector.class_layers:
+        if isinstance(layer, nn.Embedding):
+            layer.num_embeddings, layer.padding_idx = len(layer.weight), len(class_names)
+        else:
+            layer.out_features = len(layer.weight)  # type: ignore[arg-type,assignment]
+        initialise.class_head(layer, focal=detector.class_loss != "softmax")
+    detector.name_classes(class_names)
+    vars(detector.config).pop("score_thresholds", None)  # of the old classes
+    return remade
 
 
 def _provenance(path: Path, family: str) -> dict[str, Any]:

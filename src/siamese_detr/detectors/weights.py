@@ -30,7 +30,13 @@ NESTS = ("state_dict", "model", "model_state_dict", "student", "teacher")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors file or of a PyTorch checkpoint, un-nested, names as in the file.
+    """The tensors of `read_checkpoint`."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a .safetensors file or of a PyTorch checkpoint, un-nested, names as in the file; and the options
+    (`args`) that many training codes store beside them.
 
     Args:
         path: the file. PyTorch checkpoints are read with `weights_only=True`.
@@ -54,6 +60,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"weights {path} cannot be read: {str(error).splitlines()[0]}; fetch the file again") from None
+    options = loaded.get("args") if isinstance(loaded, dict) else None
+    options = vars(options) if isinstance(options, argparse.Namespace) else options
     for _ in range(2):
         for nest in NESTS:
             if isinstance(loaded, dict) and isinstance(loaded.get(nest), dict):
@@ -62,7 +70,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
     if not tensors:
         raise UserError(f"weights {path}: no tensors in it; a state dict is wanted")
-    return tensors
+    return tensors, options if isinstance(options, dict) else {}
 
 
 def strip_prefixes(state: dict[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:

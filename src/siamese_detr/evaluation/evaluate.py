@@ -23,7 +23,6 @@ from siamese_detr.evaluation.inference import (
     Job,
     gather,
     gather_problems,
-    require_classes,
     run,
 )
 from siamese_detr.files import write_json
@@ -72,7 +71,6 @@ def evaluate(config: EvaluateConfig) -> CocoMetrics:
             raise UserError(f"cannot write {out}: {error.strerror}; choose another place") from error
         if out.is_dir():
             raise UserError(f"{out} is a folder; name the JSON file to write")
-    require_classes(config.model)
     detector = Detector.load(config.model, config.device)
     dataset = read_labels(config.labels, config.images, config.split, default_split="val")
     console = Console(stderr=True, soft_wrap=True, quiet=not main)

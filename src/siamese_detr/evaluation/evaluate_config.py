@@ -15,7 +15,7 @@ class EvaluateConfig(Options):
     """Measure a detector on labelled images: COCO AP, AP50, AP75, AP by size and AR, overall and per class.
 
     Args:
-        model: a detector's Hugging Face directory, also one that this package did not make, or a run directory.
+        model: a detector: a run, a Hugging Face directory, a name on the Hub, or a .pth of the papers' codes.
         labels: COCO JSON, VOC folder or YOLO data.yaml with the boxes to find.
         images: folder of the images, if it is not the usual one.
         split: of YOLO (default: val) and VOC labels.

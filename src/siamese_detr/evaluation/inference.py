@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from siamese_detr.detectors.loading import find_detector, open_detector
+from siamese_detr.detectors.loading import open_detector
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.coco import Detections
 from siamese_detr.images.decode import read_image
@@ -108,13 +108,20 @@ class Detector:
         return np.full(count, DEFAULT_THRESHOLD if wanted is None else wanted)
 
     @classmethod
-    def load(cls, source: str | Path, device: str = "auto") -> Detector:
-        """From a Hugging Face directory, the run directory that holds one, or a name on the Hub.
+    def load(cls, source: str | Path, device: str = "auto", *, without_classes: bool = False) -> Detector:
+        """From whatever :func:`find_detector` finds.
+
+        Args:
+            source: where it is.
+            device: where to put it, see :func:`choose_device`.
+            without_classes: also take a detector that has only been pre-trained: its class head says nothing.
 
         Raises:
-            UserError: no detector there, or damaged or unsafe (pickled) weights.
+            UserError: no detector there, none with classes, or damaged or unsafe (pickled) weights.
         """
         stored = open_detector(source)
+        if stored.only_pretrained and not without_classes:
+            raise UserError(f"{stored.path} has only been pre-trained and has no classes yet; fine-tune it first")
         model, info = stored.load_model()
         if lost := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
             raise UserError(
@@ -150,19 +157,6 @@ class Detector:
             boxes = result["boxes"].cpu().double().numpy().reshape(-1, 4)
             detections.append((result["labels"].cpu().numpy()[best], scores[best], boxes[best]))
         return detections
-
-
-def require_classes(source: str | Path) -> None:
-    """Raise UserError if the detector at ``source`` has only been pre-trained, so that its class head is untrained."""
-    path = find_detector(source)
-    try:
-        history = json.loads((path / "siamese_detr.json").read_text(encoding="utf-8"))
-        names = json.loads((path / "config.json").read_text(encoding="utf-8")).get("id2label", {})
-        untrained = "pretrained_steps" in history and "finetuned" not in history and [*names.values()] == ["object"]
-    except (OSError, ValueError, TypeError, AttributeError):  # not made here, or damaged: loading it will tell
-        return
-    if untrained:
-        raise UserError(f"{path} has only been pre-trained and has no classes yet; fine-tune it first")
 
 
 def choose_device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from rich.progress import track
 from siamese_detr.config import verb
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.draw import draw_detections
-from siamese_detr.evaluation.inference import Detector, ImageResult, Job, require_classes, run
+from siamese_detr.evaluation.inference import Detector, ImageResult, Job, run
 from siamese_detr.evaluation.predict_config import PredictConfig
 from siamese_detr.files import write_json, written_aside
 from siamese_detr.images.decode import read_image, read_size
@@ -52,7 +52,6 @@ def predict(config: PredictConfig) -> PredictResult:
     """
     images = image_list(config.images)
     out = Path(config.out)
-    require_classes(config.model)
     detector = Detector.load(config.model, config.device)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ class PredictConfig(Options):
     """Detect objects in images: JSON with the boxes, and pictures with them drawn.
 
     Args:
-        model: a detector's Hugging Face directory, also one that this package did not make, or a run directory.
+        model: a detector: a run, a Hugging Face directory, a name on the Hub, or a .pth of the papers' codes.
         images: an image, a folder (searched recursively), a list file (.txt) or a COCO JSON.
         out: folder for predictions.json, coco_results.json (whose ids of images and categories are those of
             predictions.json) and pictures/.

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from siamese_detr.config import verb
 from siamese_detr.detectors.loading import find_detector, load_detector
+from siamese_detr.detectors.research.checkpoint import save_research_checkpoint
 from siamese_detr.detectors.weights import write_model
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.files import TEMPORARY, clean
 from siamese_detr.interchange.export_config import ExportConfig
-from siamese_detr.interchange.research import save_research_checkpoint
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -56,7 +56,7 @@ def export(config: ExportConfig) -> ExportResult:
     source, out = find_detector(config.model), Path(config.out)
     if out.exists() and out.resolve() == source.resolve():
         raise UserError(f"{out} is the detector itself: choose another folder with --out")
-    detector = Detector.load(source, "cpu")
+    detector = Detector.load(source, "cpu", without_classes=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
         clean(out)
@@ -86,7 +86,9 @@ def export_directory(detector: Detector, folder: Path, config: ExportConfig) -> 
     before = outputs(detector.model, inputs)
     write_model(detector.model.to(PRECISIONS[config.precision]), folder)  # type: ignore[arg-type]
     detector.processor.save_pretrained(folder)
-    again = Detector.load(folder, "cpu")  # in float32 whatever is stored: the weights' rounding is what differs
+    again = Detector.load(
+        folder, "cpu", without_classes=True
+    )  # in float32 whatever is stored: the weights' rounding is what differs
     difference = largest_difference(before, outputs(again.model, inputs))
     if config.precision == "fp32" and difference > 1e-5:
         raise UserError(f"the exported detector differs from the original by {difference:.1e}; nothing was written")

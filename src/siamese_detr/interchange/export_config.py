@@ -14,10 +14,10 @@ class ExportConfig(Options):
     """Write a detector for use elsewhere, and check that it computes the same.
 
     Args:
-        model: a detector's Hugging Face directory, a run directory, or a name on the Hugging Face Hub.
+        model: a detector: a run, a Hugging Face directory, a name on the Hub, or a .pth of the papers' codes.
         out: folder to write: config.json, preprocessor_config.json and model.safetensors, model.onnx or checkpoint.pth.
         format: hf (a Hugging Face directory), onnx (needs the extra `onnx`), or research (a checkpoint for the papers'
-            codes of DETR, Conditional DETR and Deformable DETR, without the class head).
+            codes of DETR, Conditional DETR and Deformable DETR).
         precision: of the weights: fp32, fp16 or bf16; onnx and research: fp32 only.
         height: onnx: of the image in the graph; default: what the detector's image processor makes.
         width: onnx: likewise.

@@ -30,8 +30,9 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         out: run directory: best/ and last/ (Hugging Face detectors), metrics.json, history.jsonl, log.jsonl,
             tensorboard/.
         val: labels to evaluate on; without them only last/ is written.
-        model: where to start from: a pre-training run, or any Hugging Face detector of a known family; the class
-            head is re-made for the labels' classes, everything else kept. Without it the detector starts from scratch.
+        model: where to start from: a run, a Hugging Face directory of a known family, a name on the Hub, or a .pth of
+            the papers' codes; the class head is re-made for the labels' classes, everything else kept. Without it the
+            detector starts from scratch.
         init: another name for model.
         train_images: folder of the training images, where it is not the usual one.
         val_images: folder of the validation images, where it is not the usual one.

@@ -31,7 +31,7 @@ class PretrainConfig(  # type: ignore[misc]  # of the methods, only the chosen o
         proposals: proposal store; computed first into OUT/proposals if not given (random boxes where none are used).
         proposal_method: how: edge-boxes, selective-search, random, or one that a plug-in adds.
         method: siamese, up-detr, detreg, or one that a plug-in adds.
-        init: detector to start from, a Hugging Face directory: of any family, and of its own sizes.
+        init: detector to start from, any that finetune takes: of any family, and of its own sizes.
         num_regions: regions per image (default: the method's).
         crop_size: side of the regions' crops, pixels.
         feature_bank: compute the frozen features of this many view sets per image once, and train on those (0: fresh

@@ -51,19 +51,21 @@ def table(family: str, config: Any) -> list[Row]:
     return rows
 
 
-def resnet_name(name: str) -> str:
-    """torchvision's name of a ResNet tensor -> Transformers' `ResNetBackbone`'s."""
-    name = re.sub(r"^conv1\.", "embedder.embedder.convolution.", name)
-    name = re.sub(r"^bn1\.", "embedder.embedder.normalization.", name)
-    stage = re.match(r"^layer(\d)\.(\d+)\.(.*)$", name)
-    if stage is None:
-        return name
-    rest = (
-        stage[3].replace("downsample.0.", "shortcut.convolution.").replace("downsample.1.", "shortcut.normalization.")
-    )
-    rest = re.sub(r"^conv(\d)\.", lambda m: f"layer.{int(m[1]) - 1}.convolution.", rest)
-    rest = re.sub(r"^bn(\d)\.", lambda m: f"layer.{int(m[1]) - 1}.normalization.", rest)
-    return f"encoder.stages.{int(stage[1]) - 1}.layers.{stage[2]}.{rest}"
+def class_rows(family: str, config: Any) -> list[Row]:
+    """The rows of the class head."""
+    if family != "deformable-detr":
+        return [*_linear("class_embed", "class_labels_classifier")]
+    heads = config.decoder_layers if config.with_box_refine else 1
+    return [row for i in range(heads) for row in _linear(f"class_embed.{i}", f"class_embed.{i}")]
+
+
+def torchvision_name(name: str) -> str:
+    """Transformers' name of a tensor of a ResNet -> torchvision's."""
+    name = name.replace("embedder.embedder.convolution.", "conv1.").replace("embedder.embedder.normalization.", "bn1.")
+    name = re.sub(r"^encoder\.stages\.(\d)\.layers", lambda stage: f"layer{int(stage[1]) + 1}", name)
+    name = name.replace("shortcut.convolution.", "downsample.0.").replace("shortcut.normalization.", "downsample.1.")
+    name = re.sub(r"layer\.(\d)\.convolution\.", lambda layer: f"conv{int(layer[1]) + 1}.", name)
+    return re.sub(r"layer\.(\d)\.normalization\.", lambda layer: f"bn{int(layer[1]) + 1}.", name)
 
 
 def _linear(research: str, stock: str) -> Iterator[Row]:

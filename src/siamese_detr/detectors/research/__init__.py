@@ -1,0 +1,1 @@
+"""Checkpoints of the papers' codes: their names, reading and writing them."""
