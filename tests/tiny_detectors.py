@@ -53,8 +53,17 @@ def fitting_side(detector: DetectorAdapter) -> int:
     return -(-128 // (detector.square_side or 1)) * (detector.square_side or 1)
 
 
-def tiny_detector(case: str, *, classes: int = 3, dropout: float = 0.0, **changes: object) -> DetectorAdapter:
-    """A detector with 2 + 2 layers of width 32, its vectors moved off their initial constants."""
+def tiny_detector(
+    case: str, *, classes: int = 3, dropout: float = 0.0, reduced: bool = True, **changes: object
+) -> DetectorAdapter:
+    """A detector with 2 + 2 layers of width 32, its vectors moved off their initial constants.
+
+    Args:
+        case: of `CASES`.
+        classes, dropout: of the detector.
+        reduced: as pre-training has it, without queries that only fine-tuning trains.
+        changes: to its sizes and options.
+    """
     family, options = CASES[case]
     sizes: dict[str, object] = dict(
         num_queries=QUERIES,
@@ -70,6 +79,8 @@ def tiny_detector(case: str, *, classes: int = 3, dropout: float = 0.0, **change
         seed=0,
     )
     detector = build_detector(family, tiny_backbone(family), **{**sizes, **options, **changes})
+    if reduced:
+        detector.reduce()
     random = torch.Generator().manual_seed(1)
     constants = {id(parameter) for parameter in detector.constants()}
     for name, parameter in detector.named_parameters():

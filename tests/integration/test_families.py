@@ -105,9 +105,11 @@ def test_the_whole_job(case: str, labels: Path, store: str, tmp_path: Path) -> N
     untouched = weights(siamese_detr.finetune(**{**tune, **still, "out": str(tmp_path / "still")}).out / "last")
     heads = set(load_detector(whole.detector, list(CLASSES)).load_report.remade)
     assert heads
-    kept = {name for name in after if name in untouched and torch.equal(after[name], untouched[name])}
+    # Further groups of queries follow the first.
+    first = {name: untouched[name].flatten()[: after[name].numel()] for name in after if name in untouched}
+    kept = {name for name in first if torch.equal(after[name].flatten(), first[name])}
     assert after.keys() - kept - averages <= heads  # averages of batch norms follow the pictures at any rate
-    assert untouched.keys() == after.keys()
+    assert untouched.keys() >= after.keys()
     tuned = siamese_detr.finetune(**tune, steps=2, out=str(tmp_path / "tuned"))
     siamese_detr.finetune(**tune, steps=1, out=str(tmp_path / "tuned-part"))
     siamese_detr.finetune(**tune, steps=2, out=str(tmp_path / "tuned-part"), resume=True)

@@ -291,6 +291,9 @@ class DetectorAdapter(nn.Module):
         """Modules besides the class head to which pre-training gives no gradient."""
         return []
 
+    def reduce(self) -> None:
+        """Drop queries that only fine-tuning trains; `complete` adds them again. No prediction changes."""
+
     def complete(self) -> list[str]:
         """Add what fine-tuning trains and a stored detector may lack, since no prediction needs it.
 
@@ -327,7 +330,8 @@ class DetectorAdapter(nn.Module):
         memory = self.encode(self.features(pixel_values, pixel_mask), pixel_mask)
         decoded = self.decode(memory, None, **({"targets": targets} if self.denoises else {}))
         logits = self.classify(decoded.states) if decoded.logits is None else decoded.logits
-        return Predictions(logits, decoded.boxes, decoded.edges, denoising=decoded.denoising)
+        groups = decoded.boxes.shape[2] // self.num_queries
+        return Predictions(logits, decoded.boxes, decoded.edges, groups, decoded.denoising)
 
     def classify(self, states: Tensor) -> Tensor:
         """Class logits (layers, B, Q, labels) of the decoder states (layers, B, Q, D)."""

@@ -5,12 +5,13 @@ The region feature is added to the learned content. Which tokens the queries sta
 score tokens with, and what is learned there, is as for RT-DETR (see `rt_detr`). Behind the frozen ViT the projector,
 the box proposals and the decoder are pre-trained.
 
-Both train 13 groups of queries and use the first alone afterwards. Here that first group is all there is: a
-checkpoint's other groups are dropped on loading, which leaves its predictions as they are.
+Both are trained on labels with 13 groups of queries, each matched by itself, and predict with the first alone (Group
+DETR, Chen et al., 2023). Pre-training has the first group only; fine-tuning makes the others from it.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +46,7 @@ class LwDetrAdapter(DetectorAdapter):
     config_class: ClassVar[type[PretrainedConfig]] = LwDetrConfig
     backbone_type: ClassVar[str] = "lw_detr_vit"
     processor_class = "DeformableDetrImageProcessor"
+    class_loss = "iou-bce"
     selects_queries = True
     masks_queries = False
     defaults: ClassVar[dict[str, Any]] = {
@@ -54,10 +56,6 @@ class LwDetrAdapter(DetectorAdapter):
         "attention_dropout": 0.0,
         "activation_dropout": 0.0,
     }
-
-    def __init__(self, model: PreTrainedModel, *arguments: Any, **keywords: Any) -> None:
-        keep_first_group(model)
-        super().__init__(model, *arguments, **keywords)
 
     @classmethod
     def backbone_config(cls, backbone: Backbone, strides: list[int], dilation: bool) -> PretrainedConfig:
@@ -81,7 +79,6 @@ class LwDetrAdapter(DetectorAdapter):
             decoder_self_attention_heads=size.heads,
             decoder_cross_attention_heads=2 * size.heads,
             decoder_n_points=points,
-            group_detr=1,
             dropout=size.dropout,
             attention_dropout=size.attention_dropout,
             activation_dropout=size.activation_dropout,
@@ -105,7 +102,12 @@ class LwDetrAdapter(DetectorAdapter):
 
     @property
     def class_heads(self) -> nn.ModuleList:
-        return nn.ModuleList([self.model.model.enc_out_class_embed[0], self.model.class_embed])
+        return nn.ModuleList([*self.model.model.enc_out_class_embed, self.model.class_embed])
+
+    def classify(self, states: Tensor) -> Tensor:
+        groups = zip(self.model.model.enc_out_class_embed, states[0].split(self.num_queries, 1), strict=False)
+        first = torch.cat([head(tokens) for head, tokens in groups], 1)
+        return torch.cat((first[None], self.model.class_embed(states[1:])))
 
     @property
     def num_layers(self) -> int:
@@ -124,7 +126,7 @@ class LwDetrAdapter(DetectorAdapter):
         for module in (detr.enc_output, detr.enc_output_norm, detr.query_feat):
             initialise.reset(module)
         nn.init.zeros_(detr.reference_point_embed.weight)
-        for head in (detr.enc_out_bbox_embed[0], self.model.bbox_embed):
+        for head in (*detr.enc_out_bbox_embed, self.model.bbox_embed):
             initialise.box_head(head)
         for head in self.class_heads:
             initialise.class_head(head)
@@ -159,18 +161,16 @@ class LwDetrAdapter(DetectorAdapter):
         if query_mask is not None:
             raise ValueError(f"{self.family} takes no query_mask")
         detr = self.model.model
+        groups = self.config.group_detr if self.training else 1
+        if region_queries is not None and groups > 1:
+            raise ValueError("region queries are for one group of queries: reduce the detector first")
         tokens, grid, outside = detr.gen_encoder_output_proposals(memory.tokens, ~memory.mask, memory.shapes)
-        tokens = detr.enc_output_norm[0](detr.enc_output[0](tokens))
-        if region_queries is None:
-            scores = detr.enc_out_class_embed[0](tokens).masked_fill(outside, float("-inf"))
-            chosen = scores.max(-1).values.topk(self.num_queries, dim=1).indices
-        else:
-            chosen = spread_tokens(self.num_queries, memory.shapes, memory.extra["valid_ratios"][:, 0])
-        token = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
-        proposed = refine(grid.gather(1, chosen[..., None].expand(-1, -1, 4)), detr.enc_out_bbox_embed[0](token))
-        anchors = refine(proposed.detach(), detr.reference_point_embed.weight)
+        proposals = [self.propose(group, memory, tokens, grid, outside, region_queries) for group in range(groups)]
+        token, proposed = (torch.cat(parts, 1) for parts in zip(*proposals, strict=True))
+        queries = groups * self.num_queries
+        anchors = refine(proposed.detach(), detr.reference_point_embed.weight[:queries])
         out = detr.decoder(
-            inputs_embeds=self.add_regions(detr.query_feat.weight, region_queries, len(tokens)),
+            inputs_embeds=self.add_regions(detr.query_feat.weight[:queries], region_queries, len(tokens)),
             reference_points=anchors,
             encoder_hidden_states=memory.tokens,
             encoder_attention_mask=memory.mask,
@@ -179,6 +179,50 @@ class LwDetrAdapter(DetectorAdapter):
         states = out.intermediate_hidden_states
         boxes = torch.stack([refine(anchors, self.model.bbox_embed(state)) for state in states])
         return Decoded(torch.cat((token[None], states)), torch.cat((proposed[None], boxes)))
+
+    def propose(
+        self, group: int, memory: Memory, tokens: Tensor, grid: Tensor, outside: Tensor, region_queries: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens (B, Q, D) that the queries of a group start from, and the boxes (B, Q, 4) predicted there."""
+        detr = self.model.model
+        tokens = detr.enc_output_norm[group](detr.enc_output[group](tokens))
+        if region_queries is None:
+            scores = detr.enc_out_class_embed[group](tokens).masked_fill(outside, float("-inf"))
+            chosen = scores.max(-1).values.topk(self.num_queries, dim=1).indices
+        else:
+            chosen = spread_tokens(self.num_queries, memory.shapes, memory.extra["valid_ratios"][:, 0])
+        token = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+        return token, refine(grid.gather(1, chosen[..., None].expand(-1, -1, 4)), detr.enc_out_bbox_embed[group](token))
+
+    def reduce(self) -> None:
+        if self.config.group_detr > 1:
+            self.regroup(1)
+
+    def complete(self) -> list[str]:
+        if self.config.group_detr > 1:
+            return []
+        before = set(self.model.state_dict())
+        self.regroup(self.config_class().group_detr)
+        for head in self.model.model.enc_out_class_embed[1:]:
+            initialise.class_head(head)
+        return [name for name in self.model.state_dict() if name not in before]
+
+    def regroup(self, groups: int) -> None:
+        """Keep the first group of queries alone, and make the others from it.
+
+        Equal groups would learn the same. So each takes its queries in another order, which gives them other tokens to
+        start from.
+        """
+        detr, count = self.model.model, self.num_queries
+        self.config.group_detr = detr.group_detr = groups
+        for name in ("enc_output", "enc_output_norm", "enc_out_bbox_embed", "enc_out_class_embed"):
+            first = getattr(detr, name)[0]
+            setattr(detr, name, nn.ModuleList([first, *(copy.deepcopy(first) for _ in range(groups - 1))]))
+        for name in ("reference_point_embed", "query_feat"):
+            first = getattr(detr, name).weight.detach()[:count]
+            weight = torch.cat([first.roll(group, 0) for group in range(groups)])
+            setattr(detr, name, nn.Embedding.from_pretrained(weight, freeze=False))
+        self.set_trainable(backbone=False, class_head=False)
 
 
 class RfDetrAdapter(LwDetrAdapter):
@@ -206,16 +250,3 @@ class RfDetrAdapter(LwDetrAdapter):
 
     def project(self, maps: list[Tensor]) -> list[Tensor]:
         return [self.model.model.backbone.projector(maps)]
-
-
-def keep_first_group(model: Any) -> None:
-    """Reduce a model in place to its first group of queries."""
-    config, detr = model.config, model.model
-    if config.group_detr == 1:
-        return
-    config.group_detr = detr.group_detr = 1
-    for name in ("enc_output", "enc_output_norm", "enc_out_bbox_embed", "enc_out_class_embed"):
-        setattr(detr, name, getattr(detr, name)[:1])
-    for name in ("reference_point_embed", "query_feat"):
-        weight = getattr(detr, name).weight.detach()[: config.num_queries].clone()
-        setattr(detr, name, nn.Embedding.from_pretrained(weight, freeze=False))
