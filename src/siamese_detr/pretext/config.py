@@ -12,7 +12,9 @@ from siamese_detr.errors import UserError
 
 @dataclass(kw_only=True)
 class PretextConfig(Options):
-    """The losses that all methods share. A subclass adds a method's own options and the facts about it.
+    """The losses that all methods share.
+
+    A subclass adds a method's own options and the facts about it.
 
     Facts (class variables, not options):
         task: ``module:Class`` of the :class:`.base.Pretext` it configures, which is imported when a run begins.
