@@ -1,4 +1,4 @@
-"""The data path: CPU time per sample, ours against plain per-crop augmentation with Pillow; padding waste.
+"""The data path: CPU time per sample, ours against plain per-crop augmentation with Pillow.
 
     python benchmarks/data_path.py [--images DIR] [--count 48] [--rounds 7] [--out benchmarks/results]
 
@@ -29,10 +29,9 @@ from siamese_detr.images import list_images, read_size
 from siamese_detr.images.decode import read_image
 from siamese_detr.proposals.shard import StoredImage
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig, collate
-from siamese_detr.views.augment import prepare
+from siamese_detr.views.batch import prepare
 from siamese_detr.views.photometric import CONTRAST, GRAY, HUE, ORDER, ORDERS, SATURATION, SIGMA
-from siamese_detr.views.plan import SamplePlan, plan_sample, view_sizes
-from siamese_detr.views.sampler import padding_waste
+from siamese_detr.views.plan import SamplePlan, plan_sample
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 16
@@ -182,24 +181,6 @@ def compare(store: Rows, config: ViewConfig, rounds: int) -> dict:
     }
 
 
-def waste(store: Rows, config: ViewConfig) -> dict[str, dict[str, float]]:
-    """Share of padded pixels, our batches against random ones."""
-    result = {}
-    for size in (2, 4, 8, 16, 32):
-        if len(store) < 2 * size:
-            continue
-        batches = list(ViewBatchSampler(store, config, size, 2048 // size, 0))
-        keys = np.array([key for batch in batches for key in batch])
-        sizes = view_sizes(config, store.sizes(keys[:, 1]), 0, keys[:, 0], keys[:, 1])
-        order = np.arange(len(sizes))
-        shuffled = np.random.default_rng(0).permutation(order)
-        result[str(size)] = {
-            "grouped": padding_waste(sizes, list(order.reshape(-1, size))),
-            "random": padding_waste(sizes, list(shuffled.reshape(-1, size))),
-        }
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", help="folder of photos; made from shipped photographs if not given")
@@ -221,14 +202,12 @@ def main() -> None:
             "images": len(paths),
             **compare(store, config, options.rounds),
         }
-        summary["padding waste"] = waste(store, config)
     console, table = Console(), Table("", "median", "min", "max", title="CPU ms per sample; ratios plain / ours")
     for part in ("ms_per_sample", "ratios"):
         for name, values in summary[part].items():
             table.add_row(name, *(f"{values[key]:.2f}" for key in ("median", "min", "max")))
     console.print(table)
     console.print("mean difference of the two paths' outputs:", summary["mean difference, normalised units"])
-    console.print("padding waste by batch size:", summary["padding waste"])
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "data_path.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -36,7 +36,7 @@ from siamese_detr.training.pretrain import build
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.source import Source, find_source
 from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig, collate
-from siamese_detr.views.augment import prepare
+from siamese_detr.views.batch import prepare
 
 FACTORS = (1, 4, 16)
 
@@ -132,7 +132,7 @@ def feature_bank(folder: Path, photos: int) -> dict[str, Any]:
     entries = 2 * len(rows)
     return {
         "entries": entries,
-        "kilobytes per entry": bank.dataset.layout.entry_bytes / 1e3,  # type: ignore[attr-defined]
+        "kilobytes per entry": bank.dataset.kinds["entries"].itemsize / 1e3,  # type: ignore[attr-defined]
         "fill, ms per entry": 1e3 * filled / entries,
         "read back, ms per entry": 1e3 * read_bank / entries,
         "fresh, ms per entry": 1e3 * read_fresh / entries,

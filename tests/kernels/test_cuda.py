@@ -28,7 +28,8 @@ from siamese_detr.kernels.frozen import FrozenBackbone, is_norm, run
 from siamese_detr.kernels.fused import CudnnConv2d
 from siamese_detr.pretext import build_pretext
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
-from siamese_detr.views import TwoViewDataset, augment, collate
+from siamese_detr.views import TwoViewDataset, collate
+from siamese_detr.views.batch import prepare
 from tiny_detectors import gradients_in_half_precision_are_numbers
 from tiny_finetuning import QUICK, write_scenes
 from tiny_finetuning import TINY as SMALL_DETECTOR
@@ -137,7 +138,7 @@ def test_augmentation_is_that_of_a_cpu(photos: Path) -> None:
     batch = collate([dataset[0, n] for n in range(6)])
     moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    here, there = augment.prepare(batch, mean, std, 64), augment.prepare(moved, mean, std, 64)
+    here, there = prepare(batch, mean, std, 64), prepare(moved, mean, std, 64)
     assert_close(there.pixel_values.cpu(), here.pixel_values, rtol=0, atol=1e-4)
     assert here.crops is not None
     assert there.crops is not None

@@ -12,7 +12,7 @@ from pretext_cases import CHANNELS, randomise, small_detector
 from siamese_detr.pretext import SiameseConfig
 from siamese_detr.pretext.siamese import SiamesePretext
 from siamese_detr.views import TwoViewDataset, ViewInputs, collate
-from siamese_detr.views.augment import prepare
+from siamese_detr.views.batch import prepare
 from view_cases import SMALL, photo_store
 
 

@@ -519,8 +519,8 @@ def test_a_bank_that_lost_files_is_refused(base: dict[str, Any], tmp_path: Path)
     options = {**base, "feature_bank": 1, "bank_dir": str(tmp_path / "banks"), "steps": 1}
     pretrain(**{**options, "out": str(tmp_path / "one")})
     (bank,) = (tmp_path / "banks").iterdir()
-    (bank / "maps0").write_bytes((bank / "maps0").read_bytes()[:100])
-    with pytest.raises(UserError, match=r"bank .* is damaged \(maps0 has 100 bytes.*remove that directory"):
+    (bank / "entries").write_bytes((bank / "entries").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"bank .* is damaged \(entries has 100 bytes.*remove that directory"):
         pretrain(**{**options, "out": str(tmp_path / "two")})
 
 
@@ -735,10 +735,10 @@ def test_a_feature_bank_gives_the_losses_of_fresh_views(
     (bank,) = (tmp_path / "banks").iterdir()
     half_done = np.fromfile(bank / "state", np.uint8)
     assert 0 < half_done.sum() < 20
-    before = (bank / "maps0").read_bytes()
+    before = (bank / "entries").read_bytes()
     pretrain(**{**banked, "resume": True})
     assert np.fromfile(bank / "state", np.uint8).tolist() == [1] * 20
-    assert (bank / "maps0").read_bytes() == before  # what had been written is what is written again
+    assert (bank / "entries").read_bytes() == before  # what had been written is what is written again
     fresh, stored = logged(tmp_path / "fresh"), logged(tmp_path / "banked")
     for one, two in zip(fresh[:5], stored[:5], strict=True):  # 20 samples: two epochs
         for name in ("loss", "loss_box", "loss_giou", "loss_class", "loss_region"):

@@ -12,7 +12,8 @@ from PIL import Image
 from torchvision.ops import roi_align
 
 from conftest import textured
-from siamese_detr.views import TwoViewDataset, ViewConfig, augment, collate
+from siamese_detr.views import TwoViewDataset, ViewConfig, collate
+from siamese_detr.views.batch import prepare
 from siamese_detr.views.photometric import ORDERS, augment_picture, blur_radius
 from siamese_detr.views.plan import draw_photometric, plan_sample
 from siamese_detr.views.resample import Pyramid, resize
@@ -115,7 +116,7 @@ def batch(photos):
 
 
 def test_prepared_views_are_augmented_normalised_and_zero_under_padding(batch):
-    inputs = augment.prepare(batch, MEAN, STD, crop_size=32)
+    inputs = prepare(batch, MEAN, STD, crop_size=32)
     count, (height, width) = len(batch["images"]), batch["images"].shape[-2:]
     assert inputs.pixel_values.shape == (2 * count, 3, height, width)
     assert inputs.crops.shape == (2 * count * SMALL.num_regions, 3, 32, 32)
@@ -130,7 +131,7 @@ def test_prepared_views_are_augmented_normalised_and_zero_under_padding(batch):
             assert inputs.pixel_mask[i, :h, :w].all()
             assert (inputs.pixel_values[i, :, h:] == 0).all()
             assert (inputs.pixel_values[i, :, :, w:] == 0).all()
-            parameters = batch["photometric"][b, v, 0].numpy()
+            parameters = batch["photometric"][b, v, 0]
             image = plain(batch["images"][b, v, :, :h, :w].float() / 255, parameters)
             expected = reference.normalize(image, list(MEAN), list(STD))
             difference = (inputs.pixel_values[i, :, :h, :w] - expected).abs()
@@ -139,22 +140,22 @@ def test_prepared_views_are_augmented_normalised_and_zero_under_padding(batch):
 
 
 def test_what_lies_under_the_padding_changes_nothing(batch):
-    expected = augment.prepare(batch, MEAN, STD, crop_size=32)
+    expected = prepare(batch, MEAN, STD, crop_size=32)
     images = batch["images"].clone()
     for b in range(images.shape[0]):
         height, width = batch["sizes"][b, 0].tolist()
         images[b, :, :, height:] = 255
         images[b, :, :, :, width:] = 200
     assert not torch.equal(images, batch["images"])
-    changed = augment.prepare({**batch, "images": images}, MEAN, STD, crop_size=32)
+    changed = prepare({**batch, "images": images}, MEAN, STD, crop_size=32)
     assert torch.equal(changed.pixel_values, expected.pixel_values)
     assert torch.equal(changed.crops, expected.crops)
 
 
 def test_crops_are_those_pillow_cuts(batch):
-    still = np.zeros_like(batch["photometric_host"])
+    still = np.zeros_like(batch["photometric"])
     still[...] = row()[0]
-    inputs = augment.prepare({**batch, "photometric_host": still}, (0, 0, 0), (1, 1, 1), crop_size=32)
+    inputs = prepare({**batch, "photometric": still}, (0, 0, 0), (1, 1, 1), crop_size=32)
     crops = inputs.crops.unflatten(0, inputs.boxes.shape[:3])
     for v in range(2):
         for b in range(crops.shape[1]):
@@ -167,27 +168,21 @@ def test_crops_are_those_pillow_cuts(batch):
 
 
 def test_crops_get_their_own_augmentation(batch):
-    mixed = augment.prepare(batch, MEAN, STD, crop_size=32).crops
-    still = np.zeros_like(batch["photometric_host"])
+    mixed = prepare(batch, MEAN, STD, crop_size=32).crops
+    still = np.zeros_like(batch["photometric"])
     still[...] = row()[0]
-    raw = augment.prepare({**batch, "photometric_host": still}, (0, 0, 0), (1, 1, 1), crop_size=32).crops
-    parameters = batch["photometric"].transpose(0, 1)[:, :, 1:].flatten(0, 2).numpy()
+    raw = prepare({**batch, "photometric": still}, (0, 0, 0), (1, 1, 1), crop_size=32).crops
+    parameters = batch["photometric"].swapaxes(0, 1)[:, :, 1:].reshape(len(raw), -1)
     for crop, source, values in zip(mixed, raw, parameters, strict=True):
         expected = reference.normalize(plain(source, values), list(MEAN), list(STD))
         assert (crop - expected).abs().mean() < 1e-3
 
 
 def test_without_crops_and_without_images(batch):
-    assert augment.prepare(batch, MEAN, STD, crop_size=None).crops is None
+    assert prepare(batch, MEAN, STD, crop_size=None).crops is None
     empty = collate([])
-    inputs = augment.prepare(empty, MEAN, STD)
+    inputs = prepare(empty, MEAN, STD)
     assert len(inputs.pixel_values) == len(inputs.crops) == 0
-
-
-def test_prepare_takes_parameters_from_the_tensor_if_the_host_copy_is_missing(batch):
-    expected = augment.prepare(batch, MEAN, STD, crop_size=16)
-    bare = {key: value for key, value in batch.items() if key != "photometric_host"}
-    assert torch.equal(augment.prepare(bare, MEAN, STD, crop_size=16).crops, expected.crops)
 
 
 def test_one_view_of_the_older_methods():
@@ -198,7 +193,7 @@ def test_one_view_of_the_older_methods():
         image = np.asarray(textured(1, 160, 120))
         plan = plan_sample(config, stored("-", 160, 120), 0, 0, 0)
         batch = collate([ViewSample(cut_views(image, (160, 120), plan), plan, 0)])
-        inputs = augment.prepare(batch, MEAN, STD)
+        inputs = prepare(batch, MEAN, STD)
         assert inputs.boxes.shape == (1, 1, config.num_regions, 4)
         pixels = torch.from_numpy(cut_views(image, (160, 120), plan)[0]).permute(2, 0, 1) / 255
         plain = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

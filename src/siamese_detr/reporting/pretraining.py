@@ -28,7 +28,7 @@ from siamese_detr.runtime import checkpoint as checkpoints
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.pretrain import build
 from siamese_detr.training.pretrain_config import PretrainConfig
-from siamese_detr.views.augment import prepare
+from siamese_detr.views.batch import prepare
 from siamese_detr.views.two_views import TwoViewDataset, ViewSample, collate
 
 SHOWN_PROPOSALS = 15

@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from siamese_detr.views.batch import PHOTOMETRIC, ViewBatch, ViewInputs
+    from siamese_detr.views.batch import ViewBatch, ViewInputs
     from siamese_detr.views.config import ViewConfig
     from siamese_detr.views.sampler import ViewBatchSampler
     from siamese_detr.views.two_views import TwoViewDataset, collate
 
-__all__ = ["PHOTOMETRIC", "TwoViewDataset", "ViewBatch", "ViewBatchSampler", "ViewConfig", "ViewInputs", "collate"]
+__all__ = ["TwoViewDataset", "ViewBatch", "ViewBatchSampler", "ViewConfig", "ViewInputs", "collate"]
 
 _MODULES = {
     "ViewConfig": "config",

@@ -1,17 +1,15 @@
-"""The batches between views and pretext task: uint8 views from the data workers, and the detector's inputs."""
+"""The batches between views and pretext task: uint8 views from the data workers, and what the detector sees of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
 import torch
 
-PHOTOMETRIC = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma")
-"""Columns of ``ViewBatch["photometric"]``. Factors are 1 and hue is 0 where the colour jitter is not applied; ``order``
-is the index of the permutation of the first four, -1 where none is applied; ``gray`` is 0 or 1; ``sigma`` is the
-blur's standard deviation in pixels, 0 for none."""
+from siamese_detr.views.photometric import augment, cut
 
 
 class ViewBatch(TypedDict):
@@ -22,8 +20,8 @@ class ViewBatch(TypedDict):
         sizes: int64 (B, V, 2), valid (height, width).
         boxes: float32 (B, V, P, 4), xyxy pixels of the view; row p is the same region in every view. Loss targets.
         query_boxes: float32 (B, V, P, 4), the same with jittered edges; only for RoIAlign of the queries.
-        photometric: float32 (B, V, 1 + P, K), columns :data:`PHOTOMETRIC`; row 0 for the view, row 1 + p for crop p.
-        photometric_host: the same as a NumPy array. It stays on the host when the tensors move to the device, so that
+        photometric: float32 (B, V, 1 + P, K), columns :data:`.photometric.PHOTOMETRIC`; row 0 for the view,
+            row 1 + p for crop p. A NumPy array: it stays on the host when the tensors move to the device, so that
             preparing the augmentation does not wait for the device.
         padded: int64 (B,), number of padding regions, always the last ones: jittered copies of the others, or boxes
             without area (no targets) for DETReg.
@@ -35,8 +33,7 @@ class ViewBatch(TypedDict):
     sizes: torch.Tensor
     boxes: torch.Tensor
     query_boxes: torch.Tensor
-    photometric: torch.Tensor
-    photometric_host: np.ndarray
+    photometric: np.ndarray
     padded: torch.Tensor
     index: torch.Tensor
     skipped: list[tuple[str, str]]
@@ -61,6 +58,38 @@ class ViewInputs:
     boxes: torch.Tensor
     query_boxes: torch.Tensor
     crops: torch.Tensor | None
+
+
+@torch.no_grad()
+def prepare(batch: ViewBatch, mean: Sequence[float], std: Sequence[float], crop_size: int | None = 128) -> ViewInputs:
+    """Augment and normalise a batch and cut its crops, on the device the batch is on.
+
+    Crops are cut from the views before the augmentation, and each then gets its own (paper, section 3.1). What lies
+    under the padding of a batch changes nothing.
+
+    Args:
+        batch: what :func:`siamese_detr.views.two_views.collate` gives, moved to the device.
+        mean, std: of the backbone's normalisation, three each, for pixels in [0, 1].
+        crop_size: side of the square crops, pixels; None or 0: no crops.
+    """
+    images = batch["images"].transpose(0, 1)  # (V, B, 3, H, W): view-major
+    sizes = batch["sizes"].transpose(0, 1).flatten(0, 1)
+    boxes = batch["boxes"].transpose(0, 1)
+    parameters = torch.from_numpy(np.ascontiguousarray(batch["photometric"].swapaxes(0, 1)))  # (V, B, 1 + P, K)
+    normal = (list(map(float, mean)), list(map(float, std)))
+    flat, crops = images.flatten(0, 1), None
+    if crop_size:
+        crops = cut(flat, sizes, boxes.flatten(0, 1), crop_size)
+        whole = sizes.new_full((len(crops), 2), crop_size)
+        crops = augment(crops, parameters[:, :, 1:].flatten(0, 2), whole, *normal)
+    return ViewInputs(
+        pixel_values=augment(flat, parameters[:, :, 0].flatten(0, 1), sizes, *normal),
+        pixel_mask=valid_mask(sizes, *images.shape[-2:]),
+        sizes=sizes,
+        boxes=boxes,
+        query_boxes=batch["query_boxes"].transpose(0, 1),
+        crops=crops,
+    )
 
 
 def valid_mask(sizes: torch.Tensor, height: int, width: int) -> torch.Tensor:

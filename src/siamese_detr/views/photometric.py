@@ -24,11 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siamese_detr.views.batch import PHOTOMETRIC
 from siamese_detr.views.resample import Pyramid, one_thread
 
 Floats = NDArray[np.float32]
 
+PHOTOMETRIC = ("brightness", "contrast", "saturation", "hue", "order", "gray", "sigma")
+"""Columns of the parameters of a picture. Factors are 1 and hue is 0 where the colour jitter is not applied; ``order``
+is the index of the permutation of the first four, -1 where none is applied; ``gray`` is 0 or 1; ``sigma`` is the
+blur's standard deviation in pixels, 0 for none."""
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA = range(len(PHOTOMETRIC))
 ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))))
 """(24, 4): the operation at each of the four slots, for each value of ``order``."""
@@ -42,7 +45,7 @@ def augment(pixels: Tensor, parameters: Tensor, sizes: Tensor, mean: Sequence[fl
 
     Args:
         pixels: uint8 (n, 3, H, W), of any strides; what is outside the valid area is not read.
-        parameters: float32 (n, K) on the host, columns :data:`~siamese_detr.views.batch.PHOTOMETRIC`.
+        parameters: float32 (n, K) on the host, columns :data:`PHOTOMETRIC`.
         sizes: int64 (n, 2) valid (height, width), on the pixels' device.
         mean, std: of the normalisation, three each, for pixels in [0, 1].
 
@@ -93,7 +96,7 @@ def augment_picture(pixels: Floats, parameters: Floats) -> Floats:
 
     Args:
         pixels: (H, W, 3) in [0, 1], contiguous; may be overwritten.
-        parameters: (K,), columns :data:`~siamese_detr.views.batch.PHOTOMETRIC`.
+        parameters: (K,), columns :data:`PHOTOMETRIC`.
     """
     order = int(parameters[ORDER])
     for operation in ORDERS[order].tolist() if order >= 0 else ():

@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from siamese_detr.proposals.shard import StoredImage
 from siamese_detr.randomness import rng
 from siamese_detr.views import geometry, regions
-from siamese_detr.views.batch import PHOTOMETRIC
 from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.geometry import Array
+from siamese_detr.views.photometric import PHOTOMETRIC
 
 UNCHANGED = np.array([1, 1, 1, 0, -1, 0, 0], np.float32)
 """Photometric parameters that change nothing."""
@@ -37,7 +37,7 @@ class SamplePlan:
         size: (height, width) of every view.
         boxes: float32 (V, P, 4), xyxy pixels of the view.
         query_boxes: float32 (V, P, 4), with jittered edges.
-        photometric: float32 (V, 1 + P, K), columns :data:`~siamese_detr.views.batch.PHOTOMETRIC`.
+        photometric: float32 (V, 1 + P, K), columns :data:`~siamese_detr.views.photometric.PHOTOMETRIC`.
         padded: number of padding regions (the last ones); those of DETReg have no area.
     """
 

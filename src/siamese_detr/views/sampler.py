@@ -118,9 +118,3 @@ def group_by_size(sizes: NDArray[np.int64], batch_size: int) -> list[NDArray[np.
         return divide(ordered[:half]) + divide(ordered[half:])
 
     return divide(np.arange(len(sizes)))
-
-
-def padding_waste(sizes: NDArray[np.int64], groups: list[NDArray[np.int64]]) -> float:
-    """Fraction of padding among the pixels of padded batches; ``groups`` index the (height, width) in ``sizes``."""
-    padded = sum(len(group) * int(sizes[group].max(0).prod()) for group in groups)
-    return 1 - int(sizes.prod(1).sum()) / padded

@@ -1,7 +1,7 @@
 """Samples and batches: decode a file once, cut its views from the decoded image, and collate views into batches.
 
 This is all that data workers do. Crops, photometric augmentation and normalisation follow on the device
-(:mod:`siamese_detr.views.augment`).
+(:mod:`siamese_detr.views.batch`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from siamese_detr.images.decode import decoded_scale, read_image, reduction
 from siamese_detr.proposals.shard import StoredImage
 from siamese_detr.views.batch import ViewBatch
 from siamese_detr.views.config import ViewConfig
+from siamese_detr.views.photometric import PHOTOMETRIC
 from siamese_detr.views.plan import SamplePlan, plan_sample
 from siamese_detr.views.resample import one_thread, resize
 
@@ -119,14 +120,12 @@ def collate(samples: Sequence[ViewSample]) -> ViewBatch:
     images = np.zeros((num_views, len(good), height, width, 3), np.uint8)
     for b, (views, plan) in enumerate(good):
         images[:, b, : plan.size[0], : plan.size[1]] = views
-    photometric = _stack([plan.photometric for _, plan in good], (0, num_views, 1, 7))
     return ViewBatch(
         images=torch.from_numpy(images).permute(1, 0, 4, 2, 3),
         sizes=torch.tensor([[plan.size] * num_views for _, plan in good], dtype=torch.int64).reshape(-1, num_views, 2),
         boxes=torch.from_numpy(_stack([plan.boxes for _, plan in good], (0, num_views, 0, 4))),
         query_boxes=torch.from_numpy(_stack([plan.query_boxes for _, plan in good], (0, num_views, 0, 4))),
-        photometric=torch.from_numpy(photometric),
-        photometric_host=photometric.copy(),
+        photometric=_stack([plan.photometric for _, plan in good], (0, num_views, 1, len(PHOTOMETRIC))),
         padded=torch.tensor([plan.padded for _, plan in good], dtype=torch.int64),
         index=torch.tensor([s.index for s in samples if s.images is not None], dtype=torch.int64),
         skipped=[s.failure for s in samples if s.failure is not None],
