@@ -15,7 +15,7 @@ from siamese_detr.config import Options, verb, write_config
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json
 from siamese_detr.images.listing import list_images
-from siamese_detr.images.scenes import make_scenes
+from siamese_detr.scenes import make_scenes
 
 if TYPE_CHECKING:
     from siamese_detr.evaluation.inference import ImageResult

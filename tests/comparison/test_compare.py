@@ -22,7 +22,7 @@ from siamese_detr.comparison.schedule import Job
 from siamese_detr.detectors import build_detector
 from siamese_detr.detectors.structures import OF_NEW
 from siamese_detr.errors import UserError
-from siamese_detr.images.scenes import make_scenes
+from siamese_detr.scenes import make_scenes
 
 # Writes what fine-tuning writes: AP is 0.1 from scratch, 0.3 from a model, plus a hundredth of the seed.
 STAND_IN = """

@@ -10,7 +10,7 @@ from PIL import Image
 
 from siamese_detr import demo
 from siamese_detr.errors import UserError
-from siamese_detr.images.scenes import OBJECTS
+from siamese_detr.scenes import OBJECTS
 
 SMALL = dict(unlabelled=4, labelled=4, validation=3, pretrain_steps=2, finetune_epochs=1)
 

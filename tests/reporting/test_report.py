@@ -17,11 +17,11 @@ import siamese_detr
 from headless_browser import Browser, find_browser
 from siamese_detr.comparison.summary import CellResult, Curve, to_json
 from siamese_detr.errors import UserError
-from siamese_detr.images.scenes import make_scenes
 from siamese_detr.reporting.charts import line_chart
 from siamese_detr.reporting.comparison import meaning
 from siamese_detr.reporting.page import Grid, Page, Section, Table, render
 from siamese_detr.reporting.pictures import Album, Box
+from siamese_detr.scenes import make_scenes
 
 TINY = {"num_queries": 10, "hidden_size": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 2, "ffn_size": 16}
 LONG = "siamese:discrimination=none,short_sides=[80,96]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from siamese_detr.files import write_json
 from siamese_detr.images.duplicates import Fingerprint, equal_groups, fingerprints, similar_groups
 from siamese_detr.images.labels import DetectionDataset, find_labels, read_labels
 from siamese_detr.images.listing import existing, list_images
-from siamese_detr.images.problems import ACTIONS, MAX_EXAMPLES
+from siamese_detr.images.problems import ACTIONS, MAX_EXAMPLES, Problem
 from siamese_detr.runtime.cores import usable_cores
 
 
@@ -66,25 +66,6 @@ class CheckConfig(Options):
 
 
 @dataclass
-class Finding:
-    """One kind of problem.
-
-    Args:
-        where: ``data``, ``val`` or ``data and val``.
-        kind: what is wrong.
-        count: how many.
-        action: what a run would do about it.
-        examples: the first few.
-    """
-
-    where: str
-    kind: str
-    count: int
-    action: str
-    examples: list[str] = field(default_factory=list)
-
-
-@dataclass
 class ClassCount:
     """Boxes of one class (crowds not counted) and images that show it."""
 
@@ -109,7 +90,7 @@ class CheckReport:
     images: dict[str, int] = field(default_factory=dict)
     readable: dict[str, int] = field(default_factory=dict)
     classes: list[ClassCount] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Problem] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -196,8 +177,7 @@ def _read(
         # A folder of pictures may hold other .json or .yaml files besides.
         _note(report, part, "no usable labels in the folder", "checked as images without labels", [str(error)])
     if dataset is not None:
-        for problem in dataset.problems:
-            report.findings.append(Finding(part, problem.kind, problem.count, problem.action, problem.examples))
+        report.findings += [replace(problem, where=part) for problem in dataset.problems]
         empty = [str(image.path) for image in dataset.images if not len(image.boxes)]
         _note(report, part, "image without objects", "used as background, where nothing is to be found", empty)
         return dataset, [str(image.path) for image in dataset.images]
@@ -221,12 +201,10 @@ def _decode(
         size = f"{item.width}x{item.height}"
         if min(item.width, item.height) < config.min_side:
             tiny.append(f"{item.path}: {size}")
-        if dataset is not None and (item.width, item.height) != (
-            dataset.images[index].width,
-            dataset.images[index].height,
-        ):
-            labelled = dataset.images[index]
-            other.append(f"{item.path}: {size}, labels say {labelled.width}x{labelled.height}")
+        if dataset is not None:
+            said = f"{dataset.images[index].width}x{dataset.images[index].height}"
+            if said != size:
+                other.append(f"{item.path}: {size}, labels say {said}")
     report.images[part], report.readable[part] = len(paths), len(prints)
     action = "skipped, counted and listed in the run's directory; the run stops if they are too many"
     _note(report, part, "unreadable image", action, errors)
@@ -289,9 +267,8 @@ def _note(
 ) -> None:
     found = list(examples)
     if found:
-        report.findings.append(
-            Finding(where, kind, len(found) if count is None else count, action, found[:MAX_EXAMPLES])
-        )
+        total = len(found) if count is None else count
+        report.findings.append(Problem(kind, action, total, found[:MAX_EXAMPLES], where))
 
 
 def _plain(text: str) -> str:

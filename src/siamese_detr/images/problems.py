@@ -50,19 +50,18 @@ class Problem:
     """Faults of one kind.
 
     Args:
-        kind: a key of `ACTIONS`.
+        kind: what is wrong.
+        action: what reading did, or what a run would do, about them.
         count: how many.
         examples: the first few, each naming what is affected.
+        where: the part of the data that has them, where there are several (``data``, ``val``, ``data and val``).
     """
 
     kind: str
+    action: str
     count: int = 0
     examples: list[str] = field(default_factory=list)
-
-    @property
-    def action(self) -> str:
-        """What reading did about them."""
-        return ACTIONS[self.kind]
+    where: str = ""
 
     def __str__(self) -> str:
         """One line: two examples show what is meant, and ``check`` shows more."""
@@ -78,7 +77,7 @@ class Problems:
 
     def add(self, kind: str, example: str) -> None:
         """Count one fault."""
-        problem = self._by_kind.setdefault(kind, Problem(kind))
+        problem = self._by_kind.setdefault(kind, Problem(kind, ACTIONS[kind]))
         problem.count += 1
         if len(problem.examples) < MAX_EXAMPLES:
             problem.examples.append(example if len(example) <= 200 else example[:200] + "...")
