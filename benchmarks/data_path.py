@@ -28,10 +28,12 @@ from rich.table import Table
 from siamese_detr.images import list_images, read_size
 from siamese_detr.images.decode import read_image
 from siamese_detr.proposals.shard import StoredImage
-from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig, collate
 from siamese_detr.views.batch import prepare
+from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.photometric import CONTRAST, GRAY, HUE, ORDER, ORDERS, SATURATION, SIGMA
 from siamese_detr.views.plan import SamplePlan, plan_sample
+from siamese_detr.views.sampler import ViewBatchSampler
+from siamese_detr.views.two_views import TwoViewDataset, collate
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 16

@@ -26,17 +26,18 @@ from accelerate import PartialState
 
 from data_path import shipped_photos
 from siamese_detr.images import list_images
-from siamese_detr.proposals import ProposalStore
 from siamese_detr.proposals.propose import propose
 from siamese_detr.proposals.shard import StoredImage, StoreSettings
-from siamese_detr.proposals.store import Selection
+from siamese_detr.proposals.store import ProposalStore, Selection
 from siamese_detr.proposals.writer import writing
 from siamese_detr.runtime.processes import Team
 from siamese_detr.training.pretrain import build
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.source import Source, find_source
-from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig, collate
 from siamese_detr.views.batch import prepare
+from siamese_detr.views.config import ViewConfig
+from siamese_detr.views.sampler import ViewBatchSampler
+from siamese_detr.views.two_views import TwoViewDataset, collate
 
 FACTORS = (1, 4, 16)
 

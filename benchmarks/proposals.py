@@ -31,12 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from siamese_detr.images import read_labels
-from siamese_detr.proposals import ProposalStore
 from siamese_detr.proposals.methods import EdgeBoxes
 from siamese_detr.proposals.propose import compute_in_order
 from siamese_detr.proposals.shard import StoredImage, StoreSettings
+from siamese_detr.proposals.store import ProposalStore
 from siamese_detr.proposals.worker import compute
 from siamese_detr.proposals.writer import writing
+from siamese_detr.views.geometry import ious
 
 BUDGETS = (30, 100, 512)
 console = Console()
@@ -64,15 +65,6 @@ def plain_edge_boxes(path: Path) -> np.ndarray:
     return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
 
 
-def overlaps(objects: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """IoU float64 (objects, found)."""
-    low = np.maximum(objects[:, None, :2], found[None, :, :2])
-    high = np.minimum(objects[:, None, 2:], found[None, :, 2:])
-    shared = np.clip(high - low, 0, None).prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (objects, found)]
-    return shared / (areas[0][:, None] + areas[1][None] - shared)
-
-
 @dataclass
 class Measured:
     """Per image: CPU seconds, and each object's best IoU within each budget of boxes."""
@@ -81,7 +73,7 @@ class Measured:
     best: list[np.ndarray] = field(default_factory=list)
 
     def add(self, seconds: float, objects: np.ndarray, boxes: np.ndarray) -> None:
-        iou = overlaps(objects, boxes.astype(np.float64))
+        iou = np.stack([ious(boxes, box) for box in objects])
         self.seconds.append(seconds)
         self.best.append(np.stack([iou[:, :budget].max(1, initial=0) for budget in BUDGETS], 1))
 

@@ -1,4 +1,4 @@
-"""Label files of the other forms, written from a data set."""
+"""Label files of the other forms, written from a data set, and comparing what is read of them."""
 
 from __future__ import annotations
 
@@ -48,3 +48,17 @@ def write_yolo(root: Path, dataset: DetectionDataset, names: object = None) -> P
     path = root / "data.yaml"
     path.write_text(json.dumps({"names": names or dataset.class_names, "train": "images/train", "val": "images/val"}))
     return path
+
+
+def kinds(dataset: DetectionDataset) -> dict[str, int]:
+    """How many faults of each kind were found."""
+    return {problem.kind: problem.count for problem in dataset.problems}
+
+
+def assert_same_labels(a: DetectionDataset, b: DetectionDataset, tolerance: float = 0) -> None:
+    assert a.class_names == b.class_names
+    assert [i.path.name for i in a.images] == [i.path.name for i in b.images]
+    for one, other in zip(a.images, b.images, strict=True):
+        assert (one.width, one.height) == (other.width, other.height)
+        np.testing.assert_allclose(one.boxes, other.boxes, atol=tolerance)
+        np.testing.assert_array_equal(one.classes, other.classes)

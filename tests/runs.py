@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import time
@@ -145,6 +146,23 @@ def team(
     env = (env or {}) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     env["LOCAL_WORLD_SIZE"] = str(processes)
     return [Run(options, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, verb=verb) for rank in range(processes)]
+
+
+def saved(out: Path, step: int) -> dict[str, Any]:
+    """The weights in a run's checkpoint of a step."""
+    from safetensors.torch import load_file
+
+    return load_file(out / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+
+
+def with_photos(base: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A copy of a run's photos with proposals of its own, which a test may damage, and the options of a run on it."""
+    from siamese_detr.proposals.propose import propose
+
+    photos, store = folder / "photos", str(folder / "store")
+    shutil.copytree(base["images"], photos)
+    propose(images=str(photos), out=store, method="random", workers=1)
+    return photos, {**base, "images": str(photos), "proposals": store}
 
 
 def logged(out: Path) -> list[dict[str, Any]]:

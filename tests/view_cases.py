@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from siamese_detr.proposals.shard import StoredImage
-from siamese_detr.views import ViewConfig
+from siamese_detr.views.config import ViewConfig
 
 SMALL = ViewConfig(short_sides=(96, 112, 128), max_size=160, num_regions=6)
 

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line each, naming the file and the remedy."""
+"""Errors that the user can fix: one line each, naming the file and the remedy."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def too_many_unreadable(found: int, seen: int, listed: Path, max_bad_share: floa
     """What a run ends with that could not read ``found`` of ``seen`` images, which the file ``listed`` names."""
     return UserError(
         f"{found} of {seen} images cannot be read (listed in {listed}), more than max_bad_share {max_bad_share}: is "
-        "the disk still mounted? Else mend them, or raise it, and use --resume"
+        "the disk still mounted? Else fix them, or raise it, and use --resume"
     )

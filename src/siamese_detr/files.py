@@ -26,10 +26,31 @@ def clean(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Force a file's or a folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; renamed first, so that a kill meanwhile leaves no half of it under its name."""
+    doomed = folder.with_name(f"{DISCARDED}{folder.name}-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, durable: bool = False) -> Iterator[Path]:
     """Context that yields where to write a file, of the same suffix, and at its end renames that to ``path``: what a
     reader finds, or a kill or a full disk leaves, is the old or the new one.
+
+    Args:
+        path: the file.
+        durable: also after a power cut, for which its content is forced to the disk before it is renamed.
 
     Raises:
         OSError: it cannot be written; the old one is untouched.
@@ -37,6 +58,8 @@ def written_aside(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         yield temporary
+        if durable:
+            flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -66,7 +66,7 @@ def mutate(content: bytes, random: np.random.Generator) -> bytes:
     data = bytearray(content)
     for _ in range(int(random.integers(1, 4))):
         at = int(random.integers(0, max(len(data), 1)))
-        # Headers are where the interesting lies are told.
+        # Headers are where the interesting damage is.
         at = at % 64 if random.random() < 0.4 else at
         length = int(random.integers(1, 32))
         match int(random.integers(0, 6)):

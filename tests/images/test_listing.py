@@ -95,8 +95,8 @@ def test_folders_without_permission_are_reported() -> None:
                     (folder / closed).chmod(0o700)
         # What is not searched has a line here; what is listed and cannot be read, reading reports.
         assert listed.paths == ["a.jpg", "link.jpg", "names/c.jpg"]
-        told = {problem.removeprefix(f"cannot list {folder}/photos/") for problem in listed.problems}
-        assert told == {
+        reported = {problem.removeprefix(f"cannot list {folder}/photos/") for problem in listed.problems}
+        assert reported == {
             "closed/: Permission denied",
             "link: Permission denied",
             "loop: Too many levels of symbolic links",

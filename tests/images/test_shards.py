@@ -11,6 +11,8 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from runs import TINY, logged
@@ -65,7 +67,7 @@ def test_members_are_listed_and_read_as_files(folder: Path, cache: Path) -> None
     assert list(list_images(folder / "list.txt").paths) == list(images.paths[2:5])
 
 
-def test_a_rewritten_shard_is_listed_anew(folder: Path) -> None:
+def test_a_rewritten_shard_is_listed_again(folder: Path) -> None:
     before = list_images(folder)
     write_tar(folder / "a.tar", {"new.png": jpeg(1)})
     after = list_images(folder)
@@ -79,6 +81,8 @@ def test_the_same_views_as_from_files(folder: Path, tmp_path: Path) -> None:
     """Proposals and a run of pre-training from shards, stopped and continued, equal those from loose files."""
     from siamese_detr.training.pretrain import pretrain
 
+    rows = [{"bytes": jpeg(n), "path": f"{n}.jpg"} for n in (9, 10)]
+    pq.write_table(pa.table({"image": rows}), folder / "d.parquet")
     loose = tmp_path / "loose"
     loose.mkdir()
     images = list_images(folder)
@@ -89,8 +93,8 @@ def test_the_same_views_as_from_files(folder: Path, tmp_path: Path) -> None:
     for source, store in ((folder, "a"), (loose, "b")):
         propose(images=str(source), out=str(tmp_path / store), method="edge-boxes", workers=1, max_boxes=20)
     one, other = ProposalStore.open(tmp_path / "a"), ProposalStore.open(tmp_path / "b")
-    assert len(one) == len(other) == 9
-    for n in range(9):
+    assert len(one) == len(other) == 11
+    for n in range(11):
         assert np.array_equal(one.row(n).boxes, other.row(n).boxes)
     options = TINY | {"steps": 4, "schedule": "constant"}
     pretrain(**options | {"images": str(loose), "proposals": str(tmp_path / "b"), "out": str(tmp_path / "whole")})
@@ -100,7 +104,7 @@ def test_the_same_views_as_from_files(folder: Path, tmp_path: Path) -> None:
     assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
 
 
-def test_a_damaged_shard_is_told_of(folder: Path) -> None:
+def test_a_damaged_shard_is_reported(folder: Path) -> None:
     whole = (folder / "a.tar").read_bytes()
     images = list_images(folder)
     (folder / "a.tar").write_bytes(whole[: len(whole) // 2])

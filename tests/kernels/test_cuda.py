@@ -28,8 +28,8 @@ from siamese_detr.kernels.frozen import FrozenBackbone, is_norm, run
 from siamese_detr.kernels.fused import CudnnConv2d
 from siamese_detr.pretext import build_pretext
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
-from siamese_detr.views import TwoViewDataset, collate
 from siamese_detr.views.batch import prepare
+from siamese_detr.views.two_views import TwoViewDataset, collate
 from tiny_detectors import gradients_in_half_precision_are_numbers
 from tiny_finetuning import QUICK, write_scenes
 from tiny_finetuning import TINY as SMALL_DETECTOR

@@ -19,7 +19,8 @@ from conftest import textured
 from siamese_detr.detection.matching import assign
 from siamese_detr.kernels import gpu_assign, gpu_photometric, gpu_sampling, gpu_stem
 from siamese_detr.kernels.fused import Blocks
-from siamese_detr.views import ViewConfig, photometric
+from siamese_detr.views import photometric
+from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.plan import draw_photometric
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

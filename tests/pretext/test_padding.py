@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pretext_cases import CHANNELS, randomise, small_detector
 from siamese_detr.pretext import SiameseConfig
 from siamese_detr.pretext.siamese import SiamesePretext
-from siamese_detr.views import TwoViewDataset, ViewInputs, collate
-from siamese_detr.views.batch import prepare
+from siamese_detr.views.batch import ViewInputs, prepare
+from siamese_detr.views.two_views import TwoViewDataset, collate
 from view_cases import SMALL, photo_store
 
 

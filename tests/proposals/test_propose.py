@@ -16,9 +16,9 @@ from PIL import Image
 
 from siamese_detr import plugins
 from siamese_detr.errors import UserError
-from siamese_detr.proposals import ProposalStore
 from siamese_detr.proposals.methods import Method
 from siamese_detr.proposals.propose import propose
+from siamese_detr.proposals.store import ProposalStore
 
 
 def make_images(folder: Path, numbers: range) -> list[str]:
@@ -130,8 +130,8 @@ def test_bad_files_among_good_ones_are_listed_and_not_tried_again(tmp_path: Path
     again = propose(images=str(folder), out=str(tmp_path / "store"), workers=1)
     assert (again.computed, again.kept, len(again.failures)) == (0, 9, 4)
     (folder / names[1]).write_bytes(whole)
-    mended = propose(images=str(folder), out=str(tmp_path / "store"), workers=1, retry_failed=True)
-    assert (mended.computed, len(mended.failures)) == (1, 3)
+    repaired = propose(images=str(folder), out=str(tmp_path / "store"), workers=1, retry_failed=True)
+    assert (repaired.computed, len(repaired.failures)) == (1, 3)
 
 
 def test_nothing_readable_is_refused(tmp_path: Path) -> None:
@@ -176,27 +176,38 @@ def test_a_damaged_shard_is_computed_again(tmp_path: Path) -> None:
     assert sorted(contents(tmp_path / "store")) == whole
 
 
+def started(script: Path, images: Path, store: Path, **options: object) -> subprocess.Popen[str]:
+    """A process that proposes with two workers. Its script has no ``__main__`` guard: a plain one must do, too."""
+    script.write_text(
+        "from siamese_detr.errors import UserError\n"
+        "from siamese_detr.proposals.propose import propose\n"
+        "try:\n"
+        f"    propose(images={str(images)!r}, out={str(store)!r}, workers=2, shard_size=8, **{options!r})\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script)]
+    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, env=environment, text=True)
+
+
+def until_shards(process: subprocess.Popen[str], store: Path, count: int) -> None:
+    """Return once the store has so many shards, or its process has ended."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and len(list(store.glob("shard-*.arrow"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def test_killed_at_any_moment_and_continued(tmp_path: Path) -> None:
     """kill -9 of the whole process, workers included, again and again; the result is that of one quiet run."""
     images, store = tmp_path / "images", tmp_path / "store"
     make_images(images, range(120))
-    # No __main__ guard on purpose: a plain script must do.
-    code = (
-        "from siamese_detr.proposals.propose import propose\n"
-        f"propose(images={str(images)!r}, out={str(store)!r}, workers=2, shard_size=8)\n"
-    )
-    script = tmp_path / "run.py"
-    script.write_text(code)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     counts = []
     for more in (1, 4):
-        process = subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL)
-        wanted = len(list(store.glob("shard-*.arrow"))) + more
-        deadline = time.monotonic() + 300
-        while process.poll() is None and len(list(store.glob("shard-*.arrow"))) < wanted:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+        process = started(tmp_path / "run.py", images, store)
+        until_shards(process, store, len(list(store.glob("shard-*.arrow"))) + more)
+        process.kill()
         process.wait()
         counts.append(len(ProposalStore.open(store)))
     assert 0 < counts[0] <= counts[1]
@@ -208,52 +219,22 @@ def test_killed_at_any_moment_and_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the worker processes in /proc")
-def test_a_killed_worker_ends_the_run_with_a_message(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["a worker", "the run"])
+def test_no_process_outlives_a_killed_one(tmp_path: Path, killed: str) -> None:
+    """A worker's death ends the run with a message; the run's death ends the workers."""
     images, store = tmp_path / "images", tmp_path / "store"
     make_images(images, range(400))
-    code = (
-        "from siamese_detr.errors import UserError\n"
-        "from siamese_detr.proposals.propose import propose\n"
-        "try:\n"
-        f"    propose(images={str(images)!r}, out={str(store)!r}, workers=2, shard_size=8, method='selective-search')\n"
-        "except UserError as error:\n"
-        "    print(error)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 300
-        while process.poll() is None and not list(store.glob("shard-*.arrow")):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        for child in children(process.pid):
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(child, signal.SIGKILL)
-                break
-        message, _ = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert message.startswith("a worker process died")
-    assert "run the same command again" in message
+    process = started(tmp_path / "run.py", images, store, method="selective-search")
+    until_shards(process, store, 1)
+    workers = [child for child in children(process.pid) if b"spawn_main" in command_of(child)]
+    assert len(workers) == 2
+    os.kill(workers[0] if killed == "a worker" else process.pid, signal.SIGKILL)
+    message, _ = process.communicate(timeout=300)
+    if killed == "a worker":
+        assert message.startswith("a worker process died")
+        assert "run the same command again" in message
     assert len(ProposalStore.open(store)) >= 8
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the worker processes in /proc")
-def test_workers_do_not_outlive_a_killed_run(tmp_path: Path) -> None:
-    images, store = tmp_path / "images", tmp_path / "store"
-    make_images(images, range(400))
-    code = (
-        "from siamese_detr.proposals.propose import propose\n"
-        f"propose(images={str(images)!r}, out={str(store)!r}, workers=2, shard_size=8, method='selective-search')\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while process.poll() is None and not list(store.glob("shard-*.arrow")):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    workers = children(process.pid)
-    assert len(workers) >= 2
-    process.kill()
-    process.wait()
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{worker}").exists() and not zombie(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -261,6 +242,10 @@ def test_workers_do_not_outlive_a_killed_run(tmp_path: Path) -> None:
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def command_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def zombie(pid: int) -> bool:

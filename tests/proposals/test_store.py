@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 
 from siamese_detr.errors import ImageError, UserError
-from siamese_detr.proposals import ProposalStore
 from siamese_detr.proposals.shard import StoredImage, StoreSettings
+from siamese_detr.proposals.store import ProposalStore
 from siamese_detr.proposals.writer import writing
 
 SETTINGS = StoreSettings("edge-boxes", {"max_boxes": 512}, "/pictures")

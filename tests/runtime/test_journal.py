@@ -57,16 +57,16 @@ def test_what_a_kill_leaves_of_a_rewound_log_is_cleaned_away(tmp_path: Path, mon
     assert len(list(killed.iterdir())) == 1
 
 
-def test_the_death_of_tensorboards_thread_is_not_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_death_of_tensorboards_thread_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while the board is made: what it died of is raised."""
-    told: list[threading.ExceptHookArgs] = []
-    monkeypatch.setattr(threading, "excepthook", told.append)
+    reported: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", reported.append)
     with largest_file(5), pytest.raises(OSError, match="large"):
         Journal(tmp_path)
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("tensorboard."):
             thread.join(10)
-    assert told == []
+    assert reported == []
 
 
 def test_sessions_survive_a_torn_line(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from PIL import Image
 from torchvision.ops import roi_align
 
 from conftest import textured
-from siamese_detr.views import TwoViewDataset, ViewConfig, collate
 from siamese_detr.views.batch import prepare
+from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.photometric import ORDERS, augment_picture, blur_radius
 from siamese_detr.views.plan import draw_photometric, plan_sample
 from siamese_detr.views.resample import Pyramid, resize
-from siamese_detr.views.two_views import ViewSample, cut_views
+from siamese_detr.views.two_views import TwoViewDataset, ViewSample, collate, cut_views
 from view_cases import SMALL, photo_store, stored
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 from conftest import textured
 from siamese_detr.errors import UserError
 from siamese_detr.proposals.shard import StoredImage
-from siamese_detr.views import TwoViewDataset, ViewBatchSampler, ViewConfig, collate, geometry
+from siamese_detr.views import geometry
+from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.plan import plan_sample, uniforms, view_sizes
-from siamese_detr.views.sampler import group_by_size
-from siamese_detr.views.two_views import cut_views
+from siamese_detr.views.sampler import ViewBatchSampler, group_by_size
+from siamese_detr.views.two_views import TwoViewDataset, collate, cut_views
 from view_cases import SMALL, MemoryStore, SizesOnly, photo_store, stored
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,8 +31,8 @@ from siamese_detr.config import (
     write_config,
 )
 from siamese_detr.files import write_text
+from siamese_detr.runtime.lock import Locked, locked
 from siamese_detr.runtime.rundir import record_session
-from siamese_detr.runtime.signals import RunLock, wait_unlocked
 
 DEFAULTS: dict[str, Any] = {"inits": ("backbone", "siamese"), "fractions": (0.01, 0.1, 1.0), "seeds": (0, 1)}
 """What is compared if neither the user nor the recipe says."""
@@ -76,7 +77,7 @@ def compare(config: CompareConfig) -> CompareResult:
         console.print("\n".join(lines), markup=False, highlight=False)
         return CompareResult(plan.out, read_cells(plan))
     plan.out.mkdir(parents=True, exist_ok=True)
-    with RunLock(plan.out):
+    with locked(plan.out):
         write_config(config, plan.out / "config.yaml")
         record_session(plan.out)
         cells = run_missing(plan, missing, console)
@@ -135,7 +136,9 @@ def run_missing(plan: Plan, missing: Sequence[Task], console: Console) -> list[C
     slots = device_slots(plan.config.parallel)
     console.print(f"{len(missing)} of {len(plan.tasks)} runs to do, {len(slots)} at a time", highlight=False)
     for task in missing:
-        wait_unlocked(task.run, LAST_STEP)
+        if (task.run / ".lock").exists():  # a killed comparison's run may still be saving its last step
+            with contextlib.suppress(Locked), locked(task.run, LAST_STEP):
+                pass
     tasks = {task.name: task for task in missing}
 
     def report(job: Job, ended: Ended) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from siamese_detr.errors import UserError
-from siamese_detr.images.listing import image_root, is_name, read_json
-from siamese_detr.images.problems import LabelTables, Problems, number
+from siamese_detr.images.listing import image_root, is_name, json_table, read_json
+from siamese_detr.images.problems import LabelTables, Problems, number, size
 
 
 def read_coco(path: Path, images: str | None, problems: Problems) -> tuple[Path, LabelTables]:
@@ -18,7 +18,7 @@ def read_coco(path: Path, images: str | None, problems: Problems) -> tuple[Path,
         UserError: the file is not a COCO JSON, has no categories, or its images are nowhere to be found.
     """
     content = read_json(path)
-    tables = {key: _table(path, content, key) for key in ("images", "annotations", "categories")}
+    tables = {key: json_table(path, content, key) for key in ("images", "annotations", "categories")}
     names, class_index = _categories(path, tables["categories"], problems)
     entries = _unique_images(tables["images"], problems)
     if not entries:
@@ -32,21 +32,12 @@ def read_coco(path: Path, images: str | None, problems: Problems) -> tuple[Path,
     result = LabelTables(
         paths=[os.path.normpath(os.path.join(root, entry["file_name"])) for entry in entries],
         ids=ids,
-        sizes=[_size(entry) for entry in entries],
+        sizes=[size(entry.get("width"), entry.get("height")) for entry in entries],
         class_names=names,
         category_ids=list(class_index),
     )
     _add_boxes(result, tables["annotations"], {key: i for i, key in enumerate(keys)}, class_index, problems)
     return root, result
-
-
-def _table(path: Path, content: Any, key: str) -> list:
-    table = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(table, list):
-        raise UserError(
-            f"{path} has no list {key!r} at its top level: a COCO JSON has 'images', 'annotations', 'categories'"
-        )
-    return table
 
 
 def _categories(path: Path, table: list, problems: Problems) -> tuple[list[str], dict[int, int]]:
@@ -87,11 +78,6 @@ def _unique_images(table: list, problems: Problems) -> list[dict]:
             if first["file_name"] != entry["file_name"]:
                 ambiguous.add(entry["id"])
     return [entry for key, entry in by_id.items() if key not in ambiguous]
-
-
-def _size(entry: dict) -> tuple[int, int]:
-    width, height = entry.get("width"), entry.get("height")
-    return (int(width), int(height)) if number(width) and number(height) and min(width, height) >= 1 else (0, 0)
 
 
 def _add_boxes(

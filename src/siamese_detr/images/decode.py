@@ -128,7 +128,7 @@ def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, i
 def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
     """The image and its file, header read and size accepted; every failure inside the block becomes `ImageError`."""
     try:
-        with _stream(path) as stream:
+        with open_image(path) as stream:
             image = _read_header(path, stream)
             width, height = image.size
             if width * height > max_pixels:
@@ -146,15 +146,20 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple[ImageFile.Image
         raise ImageError(path, "it is a folder") from None
     except MemoryError:
         raise ImageError(path, "not enough memory to decode it") from None
-    # Deliberately broad: decoders answer hostile bytes with errors of any kind (struct.error, SyntaxError,
+    # Deliberately broad: for hostile bytes, decoders raise errors of any kind (struct.error, SyntaxError,
     # ZeroDivisionError...).
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(path, f"damaged or unreadable ({' '.join(reason.split())[:200]})") from error
 
 
-def _stream(path: str | Path) -> BinaryIO:
-    """The bytes of an image: of a file, of a shard's member, or from behind a URL."""
+def open_image(path: str | Path) -> BinaryIO:
+    """The bytes of an image: of a file, of a shard's member, or from behind a URL.
+
+    Raises:
+        ImageError: not a regular file, empty, or not to be had.
+        OSError: it cannot be opened.
+    """
     text = os.fspath(path)
     if not is_plain_file(text):
         content = read_bytes(text)

@@ -15,8 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
 from siamese_detr.errors import ImageError, UserError
-from siamese_detr.images.decode import read_image, read_size
-from siamese_detr.images.shards import is_plain_file, read_bytes
+from siamese_detr.images.decode import open_image, read_image, read_size
 
 MIN_CORRELATION = 0.985
 """Of the thumbnails of pictures that count as the same. 548 VOC photos that were saved again at two thirds of their
@@ -51,11 +50,8 @@ def fingerprint(path: str) -> Fingerprint | ImageError:
     try:
         width, height = read_size(path)
         grey = Image.fromarray(read_image(path, min_side=4 * _THUMB)).convert("L")
-        if is_plain_file(path):
-            with open(path, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").digest()
-        else:
-            digest = hashlib.sha256(read_bytes(path)).digest()
+        with open_image(path) as stream:
+            digest = hashlib.file_digest(stream, "sha256").digest()  # type: ignore[arg-type]
     except ImageError as error:
         return error
     except OSError as error:

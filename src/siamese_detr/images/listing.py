@@ -66,7 +66,7 @@ def list_images(source: str | Path, images: str | Path | None = None) -> ImageLi
     if url is not None and url.startswith("file:///"):  # of what fsspec may not list it says nothing
         return list_images(url.removeprefix("file://"), images)
     if url is not None:
-        paths, problems = list_url(url, _is_image)
+        paths, problems = list_url(url, is_image)
         if not paths:
             raise UserError(f"no image behind {url}" + (f": {problems[0]}" if problems else ""))
         return ImageList(Path(url.rpartition("/")[0] if url.lower().endswith(SUFFIXES) else url), paths, problems)
@@ -82,7 +82,9 @@ def list_images(source: str | Path, images: str | Path | None = None) -> ImageLi
     if path.suffix.lower() in _LIST_SUFFIXES:
         return _read_list(path)
     if path.suffix.lower() == ".json":
-        names = [entry.get("file_name") for entry in _image_table(path, read_json(path)) if isinstance(entry, dict)]
+        names = [
+            entry.get("file_name") for entry in json_table(path, read_json(path), "images") if isinstance(entry, dict)
+        ]
         usable = sorted({name for name in names if is_name(name)})
         if not usable:
             raise UserError(f"{path}: no image in it has a 'file_name'; is it a COCO JSON?")
@@ -120,6 +122,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
+def json_table(path: Path, content: Any, key: str) -> list:
+    """A list at the top level of a COCO JSON; `UserError` if it is not there."""
+    table = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(table, list):
+        raise UserError(
+            f"{path} has no list {key!r} at its top level: a COCO JSON has 'images', 'annotations', 'categories'"
+        )
+    return table
+
+
 def image_root(json_path: Path, names: Sequence[str], images: str | Path | None) -> Path:
     """The folder that a COCO JSON's ``file_name`` entries start from: the one below which most of a sample exist."""
     sample = names[:: max(1, len(names) // 50)][:100]
@@ -145,13 +157,6 @@ def image_root(json_path: Path, names: Sequence[str], images: str | Path | None)
 def is_name(value: object) -> TypeGuard[str]:
     """Whether a value from a file can be a file's name."""
     return isinstance(value, str) and bool(value.strip()) and "\0" not in value and _is_unicode(value)
-
-
-def _image_table(path: Path, content: Any) -> list:
-    table = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(table, list):
-        raise UserError(f"{path} has no list 'images' at its top level: is it a COCO JSON?")
-    return table
 
 
 def _scan(root: Path) -> ImageList:
@@ -204,7 +209,7 @@ def _entries(folder: str, problems: list[str]) -> list[str]:
             name = entry.name
             if name[0] == ".":
                 continue
-            wanted = _is_image(name) or name.endswith((*SUFFIXES, *COMPRESSED))
+            wanted = is_image(name) or name.endswith((*SUFFIXES, *COMPRESSED))
             try:
                 is_folder = entry.is_dir()
             except OSError as error:  # a link to itself, or to where one may not look: its neighbours are well
@@ -218,13 +223,14 @@ def _entries(folder: str, problems: list[str]) -> list[str]:
     return found
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a name ends like an image's."""
     return "." in name and name.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def _look_into(root: str, shard: str, problems: list[str]) -> list[str]:
     """The images in a shard, as paths relative to ``root``; what is wrong with it is added to ``problems``."""
-    members, found = list_shard(os.path.join(root, shard), _is_image)
+    members, found = list_shard(os.path.join(root, shard), is_image)
     problems += found
     return sorted(str(replace(member, shard=shard)) for member in members)
 

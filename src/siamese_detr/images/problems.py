@@ -270,3 +270,8 @@ def _header_sizes(paths: Sequence[str]) -> Iterable[tuple[int, int] | ImageError
 def number(value: Any) -> TypeGuard[int | float]:
     """Whether a value from a file is a finite number of sensible magnitude (not a bool, not a string)."""
     return type(value) in (int, float) and -1e9 < value < 1e9
+
+
+def size(width: Any, height: Any) -> tuple[int, int]:
+    """An image's size as a file gives it; (0, 0) unless both are numbers of 1 or more: some tools write zeros."""
+    return (int(width), int(height)) if number(width) and number(height) and min(width, height) >= 1 else (0, 0)

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from siamese_detr.errors import ImageError, UserError
+from siamese_detr.files import write_text
 from siamese_detr.images import parquet
 
 SUFFIX = ".tar"
@@ -296,15 +297,13 @@ def _cached(key: str, read: Callable[[], Index]) -> Index:
     if not problems:  # a damaged shard is looked at, and complained of, each time
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f"{file.name}.{os.getpid()}")
             text = "".join(f"\n{offset} {size} {name}" for offset, size, name in rows_read)
-            temporary.write_text(f"{len(rows_read)} {key}{text}", encoding="utf-8")
-            os.replace(temporary, file)
+            write_text(file, f"{len(rows_read)} {key}{text}")
     return rows_read, problems
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What is the matter: fsspec says that there is no such file of a server that does not answer, too."""
+    """The cause: fsspec raises FileNotFoundError also for a server that does not respond."""
     cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
     return error if cause is None or getattr(cause, "status", None) == 404 else cause
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from siamese_detr.errors import UserError
-from siamese_detr.images.listing import EXTENSIONS, existing
-from siamese_detr.images.problems import LabelTables, Problems, number
+from siamese_detr.images.listing import existing, is_image
+from siamese_detr.images.problems import LabelTables, Problems, number, size
 
 _MAX_BYTES = 50_000_000
 
@@ -53,7 +53,9 @@ def read_voc(path: Path, images: str | None, split: str | None, problems: Proble
         problems.add("unreadable label file", f"{stem}.xml: no such file")
     root = _image_folder(path, images)
     try:
-        files = {name.rpartition(".")[0]: name for name in sorted(os.listdir(root)) if _is_image(name)}
+        files = {
+            name.rpartition(".")[0]: name for name in sorted(os.listdir(root)) if name[0] != "." and is_image(name)
+        }
     except OSError as error:
         raise UserError(f"cannot list {root}: {error.strerror}") from None
 
@@ -75,7 +77,7 @@ def read_voc(path: Path, images: str | None, split: str | None, problems: Proble
         file = given if given and os.path.exists(root / given) else files.get(stem, given or f"{stem}.jpg")
         tables.paths.append(str(root / file))
         tables.ids.append(number_)
-        tables.sizes.append(_size(annotation))
+        tables.sizes.append(size(*(_float(annotation.findtext(f"size/{side}")) for side in ("width", "height"))))
         for entry in objects:
             name, box = _name(entry), _box(entry)
             if not name or box is None:
@@ -128,18 +130,8 @@ def _image_folder(path: Path, images: str | None) -> Path:
     raise UserError(f"{path} has no folder JPEGImages: name the folder with the pictures with 'images'")
 
 
-def _is_image(name: str) -> bool:
-    return name[0] != "." and name.rpartition(".")[2].lower() in EXTENSIONS
-
-
 def _name(entry: ElementTree.Element) -> str:
     return entry.findtext("name", "").strip()
-
-
-def _size(annotation: ElementTree.Element) -> tuple[int, int]:
-    """(0, 0) unless both are given as positive numbers; some tools write zeros."""
-    width, height = (_float(annotation.findtext(f"size/{side}")) for side in ("width", "height"))
-    return (int(width), int(height)) if number(width) and number(height) and min(width, height) >= 1 else (0, 0)
 
 
 def _box(entry: ElementTree.Element) -> tuple[float, float, float, float] | None:

@@ -13,7 +13,7 @@ from siamese_detr.errors import ImageError, UserError
 from siamese_detr.files import clean
 from siamese_detr.proposals.shard import DamagedShard, Shard, StoredImage, StoreSettings, write_shard
 from siamese_detr.proposals.store import ProposalStore, shard_files
-from siamese_detr.runtime.signals import RunLock
+from siamese_detr.runtime.lock import locked
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def writing(
         UserError: other settings in the directory, another process at work, or the directory cannot be written.
     """
     directory = Path(directory).absolute()
-    with RunLock(directory):
+    with locked(directory):
         writer = StoreWriter(directory, settings, shard_size, flush_seconds, retry_failed)
         try:
             yield writer

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siamese_detr.errors import UserError
-from siamese_detr.files import DISCARDED, TEMPORARY
+from siamese_detr.files import TEMPORARY, discard, flush
 
 FORMAT = 1
 """Raised when what a checkpoint's files hold changes such that older ones cannot be continued. (The first releases
@@ -86,8 +86,8 @@ def save_checkpoint(
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"cannot write checkpoint {target}: {error}; earlier checkpoints are intact: make room (or lower `keep`) "
-            "and continue with --resume"
+            f"cannot write checkpoint {target}: {error}; earlier checkpoints are intact: free disk space (or lower "
+            "`keep`) and continue with --resume"
         ) from error
     prune(folder, step, keep)
     return target
@@ -141,10 +141,10 @@ def verify(checkpoint: Path) -> None:
 
 
 def latest_valid(folder: Path, report: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint of ``folder`` that verifies; each damaged one passed over is told to ``report``.
+    """The newest checkpoint of ``folder`` that verifies; each damaged one passed over goes to ``report``.
 
     Returns None where there is no checkpoint at all. Raises :class:`UserError` where there are some, all damaged
-    (silently beginning anew would throw the run away), or one of another format.
+    (silently starting over would throw the run away), or one of another format.
     """
     checkpoints = list_checkpoints(folder)
     for checkpoint in reversed(checkpoints):
@@ -156,7 +156,7 @@ def latest_valid(folder: Path, report: Callable[[str], None] = print) -> Path | 
         except UserError as error:
             report(f"{error}; trying the one before")
     if checkpoints:
-        raise UserError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; start anew in another directory")
+        raise UserError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; start again in another directory")
     return None
 
 
@@ -182,28 +182,9 @@ def understood(checkpoint: Path) -> Iterator[None]:
         raise OtherFormat(checkpoint, f"{type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
 
 
-def discard(checkpoint: Path) -> None:
-    """Remove a checkpoint; renamed first, so that a kill meanwhile leaves no half of it behind under its name."""
-    doomed = checkpoint.with_name(f"{DISCARDED}{checkpoint.name}-{os.getpid()}")
-    try:
-        os.replace(checkpoint, doomed)
-    except OSError:
-        return
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
 def fingerprint(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def flush(path: Path) -> None:
-    """Force a file's or directory's content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def unshared(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ class WindowMeans:
         return total
 
     def drain(self) -> dict[str, float]:
-        """Means over the window, which then starts anew."""
+        """Means over the window, which then starts again."""
         means = {name: value / max(self.count, 1) for name, value in self.read().items()}
         self.sums, self.count = {}, 0
         return means
@@ -116,10 +116,8 @@ class JsonLines:
         """Drop the records after ``step`` (a resumed run writes them again), and those not to ``keep``; the others."""
         kept = [record for record in self.read() if record.get("step", step + 1) <= step and keep(record)]
         if self.path.exists():
-            with written_aside(self.path) as aside, open(aside, "w", encoding="utf-8") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in kept))
-                file.flush()
-                os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
+            with written_aside(self.path, durable=True) as aside:
+                aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         return kept
 
 

@@ -20,8 +20,8 @@ from siamese_detr.runtime.cores import usable_cores
 from siamese_detr.runtime.signals import ignore_signals
 from siamese_detr.runtime.streams import reader_gone
 
-DEATH_HEARD = 1.0
-"""Seconds within which the main process hears of the death of a data process whose connection broke off."""
+DEATH_REPORTED = 1.0
+"""Seconds within which PyTorch reports the death of a data process whose connection broke off."""
 
 
 class Team:
@@ -51,9 +51,9 @@ class Team:
         """Which statements are true in all processes."""
         if self.size == 1:
             return list(here)
-        answers = torch.tensor(here, dtype=torch.int32)
-        dist.all_reduce(answers, dist.ReduceOp.MIN, self._hosts)
-        return [bool(answer) for answer in answers.tolist()]
+        statements = torch.tensor(here, dtype=torch.int32)
+        dist.all_reduce(statements, dist.ReduceOp.MIN, self._hosts)
+        return [bool(statement) for statement in statements.tolist()]
 
     def any(self, here: bool) -> bool:
         """Whether a statement is true in some process."""
@@ -109,7 +109,7 @@ def lost_process_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # NCCL's errors have a type; gloo's are told by the source file they name.
+        # NCCL's errors have a type; gloo's name one of its source files.
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         reason = str(error).splitlines()[0].rpartition("] ")[2].split(" This is ")[0]
@@ -124,7 +124,7 @@ def machine_explained(then: str) -> Iterator[None]:
     """Turn what machines do to long runs into one line each.
 
     Args:
-        then: what to do when that is mended.
+        then: what to do when that is fixed.
 
     Raises:
         UserError: memory ended, a data process was killed, nothing could be compiled, or the operating system refused.
@@ -145,9 +145,9 @@ def machine_explained(then: str) -> Iterator[None]:
                 f"out of memory: raise accumulate, lower batch_size, workers or the images' size, and {then}"
             ) from error
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            said = " ".join(str(error).strip().split("\n\n")[0].split())[:300]
+            reason_given = " ".join(str(error).strip().split("\n\n")[0].split())[:300]
             raise UserError(
-                f"torch.compile failed ({said}): give it what it misses or leave out compile, and {then}"
+                f"torch.compile failed ({reason_given}): give it what it misses or leave out compile, and {then}"
             ) from error
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
@@ -156,7 +156,7 @@ def machine_explained(then: str) -> Iterator[None]:
             # PyTorch raises what the signal of its death says wherever the main process then is: better here than in
             # the middle of cleaning up.
             try:
-                time.sleep(DEATH_HEARD)
+                time.sleep(DEATH_REPORTED)
             except RuntimeError as death:
                 reason = death
         raise UserError(

@@ -1,24 +1,15 @@
-"""Pre-emption and exclusion: stop cleanly when asked to, and never run twice in one directory."""
+"""Pre-emption: stop cleanly when asked to."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
-
-from siamese_detr.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one directory are not detected there
-    fcntl = None  # type: ignore[assignment]
 
 EXIT_PREEMPTED = 75
 """Exit code (EX_TEMPFAIL) of a run that saved itself on SIGTERM or SIGUSR1: start it again with ``--resume``."""
@@ -112,59 +103,3 @@ def _end_with_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Locked(UserError):
-    """Another process holds the directory."""
-
-
-def wait_unlocked(directory: Path, patience: float) -> None:
-    """Until no process holds ``directory``, at most ``patience`` seconds."""
-    deadline, lock = time.monotonic() + patience, RunLock(directory)
-    while lock.path.exists():
-        try:
-            with lock:
-                return
-        except Locked:
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.1)
-
-
-class RunLock:
-    """Context that holds a directory for one process; :class:`Locked` if another has it.
-
-    A POSIX record lock: the kernel frees it when the process ends, however it ends, and children do not inherit it.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / ".lock"
-
-    def __enter__(self) -> RunLock:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"cannot write into {self.path.parent}: {error.strerror}") from error
-        if fcntl is None:
-            return self
-        try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                os.close(self._descriptor)
-                raise UserError(
-                    f"{self.path} cannot be locked ({error.strerror}): the file system must support POSIX locks, or "
-                    "two runs could write into one directory; choose a place on another"
-                ) from error
-            holder = os.read(self._descriptor, 64).decode(errors="replace").strip()
-            os.close(self._descriptor)
-            raise Locked(
-                f"another run ({holder or 'unknown'}) is writing into {self.path.parent}: wait for it, or use another"
-            ) from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        return self
-
-    def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
-        os.close(self._descriptor)

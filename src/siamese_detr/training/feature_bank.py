@@ -116,7 +116,7 @@ class FeatureBank(Dataset[dict[str, Any]]):
         """Reserve the files, if they are not there.
 
         Raises:
-            UserError: the disk has no room for them, or files of a bank were lost or cut: as zeros, new ones would
+            UserError: too little free disk space, or files of a bank were lost or cut: as zeros, new ones would
                 count as features.
         """
         try:

@@ -23,9 +23,9 @@ from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
 from siamese_detr.runtime.journal import JsonLines
+from siamese_detr.runtime.lock import locked
 from siamese_detr.runtime.processes import Team, lost_process_explained, meet
 from siamese_detr.runtime.rundir import begin, check_place, check_session
-from siamese_detr.runtime.signals import RunLock
 from siamese_detr.training.checks import check_precision, check_trackers
 from siamese_detr.training.detection_task import DetectionTask, best_of
 from siamese_detr.training.finetune_config import FinetuneConfig
@@ -88,7 +88,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     with lost_process_explained(), contextlib.ExitStack() as stack:
         if team.main and config.replay is None:
             check_place(out)
-            stack.enter_context(RunLock(out))
+            stack.enter_context(locked(out))
             begin(out, config)
             labels = {"training labels": dataset_key(dataset)}
             labels["validation labels"] = dataset_key(validation) if validation is not None else ""

@@ -20,8 +20,8 @@ from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json
 from siamese_detr.runtime.checkpoint import PREFIX, verify
+from siamese_detr.runtime.lock import Locked, locked
 from siamese_detr.runtime.processes import Team
-from siamese_detr.runtime.signals import Locked, RunLock
 from siamese_detr.training.run_config import RunConfig
 from siamese_detr.training.state import RunState
 from siamese_detr.training.task import Task, skip
@@ -69,7 +69,7 @@ def keep_for_replay(
         "samples": list(samples),
     }
     try:
-        with RunLock(out / "nonfinite"):  # several processes may have met it
+        with locked(out / "nonfinite"):  # several processes may have met it
             state.write(out / "nonfinite", state.means.state(local=True))
             write_json(out / "nonfinite.json", document)
     except Locked:

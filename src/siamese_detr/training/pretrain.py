@@ -25,9 +25,9 @@ from siamese_detr.proposals.methods import find_method
 from siamese_detr.proposals.store import ProposalStore, Selection
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime.journal import JsonLines
+from siamese_detr.runtime.lock import locked
 from siamese_detr.runtime.processes import Team, lost_process_explained, meet
 from siamese_detr.runtime.rundir import begin, check_place, check_session, sessions
-from siamese_detr.runtime.signals import RunLock
 from siamese_detr.training.checks import check_batch_size, check_precision, check_trackers
 from siamese_detr.training.loop import Loop
 from siamese_detr.training.nonfinite import replay
@@ -117,7 +117,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     check_precision(config.precision, config.device, team.main)
     find_method(config.proposal_method)
     images = list_images(config.images)
-    if team.main and config.proposals is not None:  # else propose tells of them
+    if team.main and config.proposals is not None:  # else propose reports them
         for problem in images.problems[:3]:
             print(f"left out: {problem}", file=sys.stderr)
     seed_torch(config.seed)
@@ -128,7 +128,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     with lost_process_explained(), contextlib.ExitStack() as stack:
         if team.main and config.replay is None:
             check_place(out)
-            stack.enter_context(RunLock(out))
+            stack.enter_context(locked(out))
             begin(out, config)
         begun = bool(sessions(out))
         if team.main:
