@@ -24,10 +24,12 @@ from siamese_detr.evaluation.evaluate import class_map, evaluate_detector
 from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD, Detector
 from siamese_detr.files import write_json, write_text
 from siamese_detr.images.labels import DetectionDataset
+from siamese_detr.images.listing import ImageList
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.labelled_dataset import EpochBatches, InputSize, TrainingImages, collate, prepare
 from siamese_detr.training.loop import Loop
+from siamese_detr.training.self_training import MixedBatches, MixedImages, Teacher, collate_mixed
 from siamese_detr.training.task import Task
 
 
@@ -44,6 +46,7 @@ class DetectionTask(Task):
         images: augmented training images.
         validation: labelled images to evaluate on; None: there is no evaluation, and only ``last`` is written.
         input_size: of evaluation, stored with the detector.
+        unlabelled: further images, from which the detector learns by self-training.
     """
 
     verb = "finetune"
@@ -56,10 +59,18 @@ class DetectionTask(Task):
         images: TrainingImages,
         validation: DetectionDataset | None,
         input_size: InputSize,
+        unlabelled: ImageList | None = None,
     ) -> None:
         micro, count = config.batch_size // config.accumulate, steps * config.accumulate
         batches = EpochBatches(len(images), micro, count, config.seed)
-        super().__init__(detector, images, batches, collate, epoch_size=len(images))
+        self.teacher: Teacher | None = None
+        if unlabelled is None:
+            super().__init__(detector, images, batches, collate, epoch_size=len(images))
+        else:
+            stored = getattr(detector.config, "score_thresholds", None)
+            self.teacher = Teacher(detector, steps, config.burn_in, config.pseudo_threshold, stored)
+            mixed = MixedBatches(batches, EpochBatches(len(unlabelled), micro, count, config.seed))
+            super().__init__(detector, MixedImages(images, unlabelled), mixed, collate_mixed, epoch_size=len(images))
         self.detector, self.config, self.steps, self.images = detector, config, steps, images
         self.validation, self.input_size = validation, input_size
         self.evaluations = config.evaluations(len(images)) if validation is not None else 0
@@ -68,16 +79,33 @@ class DetectionTask(Task):
         self.processor = detector.image_processor(**dataclasses.asdict(input_size))
         self.out = Path(config.out)
         self.history = JsonLines(self.out / "history.jsonl")
+        self._records: list[dict[str, Any]] | None = None
 
     def step(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Tensor]]:
         pixel_values, pixel_mask = prepare(batch, self.detector.image_mean, self.detector.image_std)
+        targets, terms = Targets(batch["classes"], batch["boxes"]), {}
+        unlabelled = batch.get("unlabelled")
+        if self.teacher is not None and unlabelled is not None and len(unlabelled["images"]):
+            thresholds = self.teacher.thresholds(self.records)
+            if thresholds is not None:
+                with self.averaged():
+                    parts = self.teacher.join(pixel_values, pixel_mask, targets, unlabelled, thresholds)
+                pixel_values, pixel_mask, targets = parts
+                found = targets.classes[len(batch["images"]) :] >= 0
+                terms["pseudo_boxes"] = found.float().sum(1).mean()
         if len(self.square_sides) > 1:  # a batch is of one size, so that nothing is padded
             side = self.square_sides[int(torch.randint(len(self.square_sides), ()))]
             pixel_values = F.interpolate(pixel_values, (side, side), mode="bilinear", antialias=True)
             pixel_mask = pixel_mask.new_ones(len(pixel_mask), side, side)
-        targets = Targets(batch["classes"], batch["boxes"])
         output = self.criterion(model(pixel_values, pixel_mask, targets), targets)
-        return output.loss, output.terms
+        return output.loss, {**output.terms, **terms}
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The evaluations so far, in every process (a resumed run reads them where the main process wrote them)."""
+        if self._records is None:
+            self._records = self.history.read()
+        return self._records
 
     def stopped_early(self, step: int) -> bool:
         patience = self.config.patience
@@ -110,14 +138,14 @@ class DetectionTask(Task):
         Raises:
             Preempted: asked to stop; the run is saved, and evaluates again when it is continued.
         """
-        with self.averaged(loop):
+        with self.averaged():
             self._evaluate(loop)
 
     @contextlib.contextmanager
-    def averaged(self, loop: Loop) -> Iterator[None]:
-        """While this lasts, the detector is the one that is evaluated and saved: that of the averaged weights."""
-        averages = loop.state.averages
-        with averages.applied() if averages is not None else contextlib.nullcontext():
+    def averaged(self) -> Iterator[None]:
+        """While this lasts, the detector has the averaged weights, which are what is evaluated and saved, and what
+        teaches."""
+        with self.averages.applied() if self.averages is not None else contextlib.nullcontext():
             yield
 
     def _evaluate(self, loop: Loop) -> None:
@@ -132,14 +160,16 @@ class DetectionTask(Task):
             each_batch=loop.stop_between_steps,
         )
         self.detector.train()
+        record: dict[str, Any] = {"step": step, "epoch": step * self.config.batch_size / self.epoch_size}
+        record |= evaluation.metrics.to_dict() | {"thresholds": self.thresholds(evaluation.metrics)}
+        earlier = [record for record in self.records if record["step"] < step]
+        self._records = [*earlier, record]
         if not loop.team.main:
             return
         overall = evaluation.metrics.overall()
-        before = [record["AP"] or 0.0 for record in self.history.rewind(step - 1)]
-        record: dict[str, Any] = {"step": step, "epoch": step * self.config.batch_size / self.epoch_size}
-        record |= {"train_loss": self.mean_loss(step), **evaluation.metrics.to_dict()}
-        record["thresholds"] = self.thresholds(evaluation.metrics)
-        self.history.append([record])
+        before = [record["AP"] or 0.0 for record in earlier]
+        self.history.rewind(step - 1)
+        self.history.append([record | {"train_loss": self.mean_loss(step)}])
         loop.track({f"validation/{name}": value for name, value in overall.items() if value is not None})
         best = (overall["AP"] or 0.0) > max(before, default=-1.0)
         if best:
@@ -149,6 +179,8 @@ class DetectionTask(Task):
                 f"update {step} of {self.steps}: AP {percent(overall['AP'])}  AP50 {percent(overall['AP50'])}"
                 + "  (best so far)" * best
             )
+        if self.teacher is not None:
+            self.teacher.report(earlier, self.records)
         self.note_unreadable(evaluation.skipped)
         records = self.history.read()
         write_json(self.out / "metrics.json", {"best": best_of(records), "last": records[-1]})

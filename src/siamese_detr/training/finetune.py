@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from siamese_detr.errors import UserError
 from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
+from siamese_detr.images.listing import list_images
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.runtime.lock import locked
 from siamese_detr.runtime.processes import Team, lost_process_explained, meet
@@ -79,6 +81,9 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         for problem in read.problems if read is not None else ():
             console.print(f"{source}: {problem}", markup=False, highlight=False)
     dataset = dataset.take(config.fraction, config.seed)
+    unlabelled = list_images(config.unlabelled) if config.unlabelled is not None else None
+    for problem in unlabelled.problems[:3] if unlabelled is not None else ():
+        console.print(f"left out: {problem}", markup=False, highlight=False)
     if validation is not None:
         class_map(dataset.class_names, validation.class_names)  # fails now, not after hours of training
     detector, origin = starting_detector(config, dataset.class_names)
@@ -92,6 +97,9 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             begin(out, config)
             labels = {"training labels": dataset_key(dataset)}
             labels["validation labels"] = dataset_key(validation) if validation is not None else ""
+            if unlabelled is not None:
+                paths = "\n".join(unlabelled.paths).encode(errors="surrogateescape")
+                labels["unlabelled images"] = hashlib.sha256(paths).hexdigest()
             check_session(out, {"images": len(dataset), **labels, "starting detector": starting_key(detector, origin)})
             write_json(out / "start.json", origin)
             if config.fraction < 1:
@@ -100,7 +108,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         console.print(config.budget(len(dataset)), markup=False)
         steps = config.total_steps(len(dataset))
         images = TrainingImages(dataset, config.transform(size), config.seed)
-        task = DetectionTask(detector, config, steps, images, validation, size)
+        task = DetectionTask(detector, config, steps, images, validation, size, unlabelled)
         rates = {"backbone": detector.backbone, "backbone_lr": config.backbone_lr}
         optimizer = adamw(detector, config.lr, config.weight_decay, config.decay_all, **rates)
         often = min(math.ceil(steps / max(task.evaluations, 1)), 500)
@@ -111,7 +119,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             return FinetuneResult(out, replay=diagnosis)
         loop.run()
         if team.main:
-            with task.averaged(loop):
+            with task.averaged():
                 task.save("last", loop.state.step)
     result = read_result(out)
     if result.history:
@@ -152,6 +160,8 @@ def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[D
         detector = load_detector(path, class_names, **config.dropouts())
         added = detector.complete()
     report = detector.load_report
+    if report.remade and hasattr(detector.config, "score_thresholds"):  # of other classes
+        del detector.config.score_thresholds
     tensors = len(detector.model.state_dict())
     made = {"class_head": list(report.remade), "missing": [*report.missing, *added], "ignored": list(report.unexpected)}
     return detector, {"from": str(path), "kept": tensors - len(made["class_head"]) - len(made["missing"]), **made}

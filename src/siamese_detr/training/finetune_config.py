@@ -36,6 +36,12 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         init: another name for model.
         train_images: folder of the training images, where it is not the usual one.
         val_images: folder of the validation images, where it is not the usual one.
+        unlabelled: further images without labels (a folder, a list file, a COCO JSON, shards) for self-training: what the
+            averaged detector finds in them becomes their labels. Needs VAL and EMA.
+        burn_in: share of the run before self-training begins, at the next evaluation (0: at once, for a MODEL that was
+            fine-tuned before).
+        pseudo_threshold: score from which what was found becomes a label; default: for each class, that of highest F1 on
+            the validation images.
         fraction: part of the training images to use, above 0 to 1; reproducible, and with every class in it.
         patience: stop after so many evaluations without a higher AP (0: never).
         ema: average the weights over updates with at most this decay, 0 to 1 (0: do not); the averages are what is
@@ -72,6 +78,9 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
     init: str | None = None
     train_images: str | None = None
     val_images: str | None = None
+    unlabelled: str | None = None
+    burn_in: float = 0.5
+    pseudo_threshold: float | None = None
     fraction: float = 1.0
     epochs: float | Literal["auto"] = "auto"
     batch_size: int = 16
@@ -99,8 +108,12 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
             self,
             positive=("max_size", "min_size", "eval_batch_size"),
             not_negative=("backbone_lr", "eval_every"),
-            shares=("crop", "flip", "colour_jitter", "ema"),
+            shares=("burn_in", "pseudo_threshold", "crop", "flip", "colour_jitter", "ema"),
         )
+        if self.unlabelled is not None and (self.val is None or not self.ema):
+            raise UserError(
+                "self-training on unlabelled images needs validation labels (val) and averaged weights (ema)"
+            )
         if self.image_size is not None and self.image_size < 32:
             raise UserError(f"image_size must be at least 32 pixels, is {self.image_size}")
         if self.min_size is not None and self.image_size is not None and self.min_size > self.image_size:
@@ -109,6 +122,8 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.val is None:
             yield ("val_images", "eval_every", "eval_batch_size", "patience"), "there are no validation labels (val)"
+        if self.unlabelled is None:
+            yield ("burn_in", "pseudo_threshold"), "there are no unlabelled images"
         if self.square:
             yield ("max_size",), "images are squares of image_size"
         if self.augment == "strong":

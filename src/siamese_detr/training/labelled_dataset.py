@@ -191,6 +191,12 @@ class LabelledSample:
     problem: tuple[str, str] | None = None
 
 
+def unreadable(error: ImageError, index: int) -> LabelledSample:
+    """In place of an image that cannot be read."""
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.ones(3, np.float32)
+    return LabelledSample(None, *nothing, index, (error.path, error.reason))
+
+
 class TrainingImages(Dataset):
     """Augmented samples by ``(epoch, index)``: a pure function of the seed and these two, whoever asks, in whatever
     order."""
@@ -208,7 +214,10 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> LabelledSample:
         epoch, index = key
-        item: LabelledImage = self.dataset.images[index]
+        return self.sample(self.dataset.images[index], epoch, index)
+
+    def sample(self, item: LabelledImage, epoch: int, index: int) -> LabelledSample:
+        """The image, of number ``index``, as it is augmented in an epoch."""
         random = rng(self.seed, AUGMENT, epoch, index)
         wanted = ~np.asarray(item.crowd, bool)
         try:
@@ -219,18 +228,11 @@ class TrainingImages(Dataset):
             # Decode no larger than the cut needs: its rectangle must still hold at least the output's pixels.
             x1, y1, x2, y2 = cut.rectangle
             image = self._read(item, max(cut.size[1] / (x2 - x1), cut.size[0] / (y2 - y1)))
-            boxes, classes = cut_boxes(item.boxes[wanted], item.classes[wanted], cut)
-            pixels = cut_image(image, cut, (item.width, item.height))
-            return LabelledSample(pixels, boxes, classes, jitter.astype(np.float32), index)
         except ImageError as error:
-            return LabelledSample(
-                None,
-                np.zeros((0, 4), np.float32),
-                np.zeros(0, np.int64),
-                np.ones(3, np.float32),
-                index,
-                (error.path, error.reason),
-            )
+            return unreadable(error, index)
+        boxes, classes = cut_boxes(item.boxes[wanted], item.classes[wanted], cut)
+        pixels = cut_image(image, cut, (item.width, item.height))
+        return LabelledSample(pixels, boxes, classes, jitter.astype(np.float32), index)
 
     def _read(self, item: LabelledImage, scale: float) -> np.ndarray:
         return read_image(item.path, min_side=math.ceil(min(scale, 1) * min(item.width, item.height)))

@@ -105,8 +105,8 @@ class Loop:
         self.optimizer: Any = self.accelerator.prepare(optimizer)  # lowers the loss scale where fp16 overflows
         factor = lr_factor(schedule.schedule, steps, schedule.drop_at, schedule.warmup)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        averages = Averages(task.model, config.ema) if config.ema else None
-        self.state = RunState(task.model, optimizer, self.scheduler, self.accelerator.scaler, averages)
+        task.averages = Averages(task.model, config.ema) if config.ema else None
+        self.state = RunState(task.model, optimizer, self.scheduler, self.accelerator.scaler, task.averages)
         self.unreadable = UnreadableImages(config, task.epoch_size)
         self.stop = StopRequest()
         self.journal: Journal | None = None

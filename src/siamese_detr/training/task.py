@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
     from siamese_detr.training.loop import Loop
+    from siamese_detr.training.state import Averages
 
 
 class Batches(Protocol):
@@ -38,6 +39,8 @@ class Task:
 
     verb: str
     """The command whose run this is."""
+    averages: Averages | None = None
+    """Of the model's weights, if the run averages them; set by the loop."""
 
     def __init__(
         self,
