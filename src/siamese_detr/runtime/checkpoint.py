@@ -221,7 +221,8 @@ def unpack_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
 ) -> None:
     """Restore what :func:`pack_optimizer` gave. Raises :class:`UserError` where the parameter groups differ."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
     groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     if groups != [group["params"] for group in document["param_groups"]]:
         raise UserError("the checkpoint's optimizer is of other parameters: --resume must continue the same run")
@@ -230,6 +231,9 @@ def unpack_optimizer(
     for entries in (tensors, document["scalars"]):
         for entry, value in entries.items():
             name, _, key = entry.rpartition(":")
+            if isinstance(value, Tensor) and value.shape == parameters[name].shape:
+                # In the parameter's memory format, channels last for some: fused optimisers ask for the same.
+                value = torch.empty_like(parameters[name], dtype=value.dtype, device=value.device).copy_(value)
             state.setdefault(index[name], {})[key] = value
     position = 0
     param_groups = []

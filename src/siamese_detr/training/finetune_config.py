@@ -36,12 +36,12 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         init: another name for model.
         train_images: folder of the training images, where it is not the usual one.
         val_images: folder of the validation images, where it is not the usual one.
-        unlabelled: further images without labels (a folder, a list file, a COCO JSON, shards) for self-training: what the
-            averaged detector finds in them becomes their labels. Needs VAL and EMA.
+        unlabelled: further images (folder, list, COCO JSON or shards) for self-training: what the averaged detector
+            finds in them becomes their labels. Needs VAL and EMA.
         burn_in: share of the run before self-training begins, at the next evaluation (0: at once, for a MODEL that was
             fine-tuned before).
-        pseudo_threshold: score from which what was found becomes a label; default: for each class, that of highest F1 on
-            the validation images.
+        pseudo_threshold: score from which what was found becomes a label; default: for each class, that of highest F1
+            on the validation images.
         fraction: part of the training images to use, above 0 to 1; reproducible, and with every class in it.
         patience: stop after so many evaluations without a higher AP (0: never).
         ema: average the weights over updates with at most this decay, 0 to 1 (0: do not); the averages are what is

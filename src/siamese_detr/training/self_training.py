@@ -183,8 +183,8 @@ class Teacher:
             )
         elif old is not None and new is None:
             print(
-                f"the averaged detector's AP fell below {100 * GUARD:.0f} % of its best: self-training ends, and training "
-                "goes on with the labelled images alone",
+                f"the averaged detector's AP fell below {100 * GUARD:.0f} % of its best: self-training ends, and "
+                "training goes on with the labelled images alone",
                 file=sys.stderr,
             )
 
