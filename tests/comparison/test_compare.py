@@ -341,7 +341,7 @@ def test_a_detector_of_another_family_may_be_among_them(options: dict[str, Any],
 
 
 def test_a_recipe_is_changed_from_the_shell(options: dict[str, Any]) -> None:
-    arguments = ["compare", options["images"], options["train"], options["val"], options["out"], "--recipe", "laptop"]
+    arguments = ["compare", options["images"], options["train"], options["val"], options["out"], "--recipe", "laptop-methods"]
     arguments += ["--inits", "siamese", "--fractions", "1", "--seeds", "0"]
     arguments += ["--pretrain", "detector", "rt-detr", "detector_options", "{}"]
     assert cli.main(arguments) == 0
@@ -355,7 +355,7 @@ def test_a_recipe_is_changed_from_the_shell(options: dict[str, Any]) -> None:
 
 
 def test_the_users_options_override_a_recipe(options: dict[str, Any]) -> None:
-    given = {**options, "recipe": "laptop", "inits": ("siamese",), "fractions": (1.0,)}
+    given = {**options, "recipe": "laptop-methods", "inits": ("siamese",), "fractions": (1.0,)}
     config = apply_recipe(CompareConfig(**given, finetune_at={"1": {"epochs": 7}}))
     assert config.finetune_at == {"1": {"epochs": 7}}
     assert config.pretrain_at == {}  # the recipe's are for other initialisations
