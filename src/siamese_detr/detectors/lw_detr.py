@@ -234,6 +234,9 @@ class RfDetrAdapter(LwDetrAdapter):
     backbone_type = "rf_detr_dinov2"
     processor_class = "RfDetrImageProcessor"
 
+    def constants(self) -> list[nn.Parameter]:
+        return [self.backbone.embeddings.mask_token]  # DINOv2 masks patches only while it is pre-trained
+
     @property
     def block(self) -> int:
         config = self.config.backbone_config
