@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, fields, replace
 import cv2
 import pyarrow as pa
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from siamese_detr.config import Options, check_numbers, verb, write_config
 from siamese_detr.errors import ImageError, UserError
@@ -29,6 +28,7 @@ from siamese_detr.proposals.store import ProposalStore, part_name
 from siamese_detr.proposals.worker import begin, compute
 from siamese_detr.proposals.writer import StoreWriter, writing
 from siamese_detr.runtime.cores import usable_cores
+from siamese_detr.runtime.progress import ProgressBar
 
 FAILURES = "failures.txt"
 Value = int | float | bool | str | None
@@ -128,7 +128,7 @@ def propose(config: ProposeConfig) -> ProposeReport:
             ) from error
         paths = pa.array(store.relative_paths(images), pa.large_string())
         todo = paths.filter(pa.array((store.find(paths) < 0) & ~store.failed(paths)))
-        computed, centred = _compute_all(config, store.settings.image_root, method, todo, writer, console)
+        computed, centred = _compute_all(config, store.settings.image_root, method, todo, writer)
     store = ProposalStore.open(config.out)
     asked = paths.filter(pa.array(store.failed(paths))).to_pylist()
     failures = {path: store.failures[path] for path in asked}
@@ -159,24 +159,21 @@ def _part(config: ProposeConfig, text: str, images: ImageList) -> tuple[ProposeC
 
 
 def _compute_all(
-    config: ProposeConfig, root: str, method: Method, todo: pa.Array, writer: StoreWriter, console: Console
+    config: ProposeConfig, root: str, method: Method, todo: pa.Array, writer: StoreWriter
 ) -> tuple[int, int]:
     """Compute and store the boxes of images; how many got boxes, and how many of these the centred one."""
+    if not len(todo):
+        return 0, 0
     workers = min(config.workers or usable_cores(), -(-len(todo) // _CHUNK))
-    computed = centred = failed = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    columns += (TextColumn("{task.fields[failed]}"), TimeElapsedColumn(), TimeRemainingColumn())  # type: ignore[assignment]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        title = f"{config.method}, {workers} process{'es' * (workers > 1)}"
-        task = progress.add_task(title, total=len(todo), failed="")
-        for result in compute_in_order(root, method, todo, workers):
+    computed = centred = 0
+    title = f"{config.method}, {workers} process{'es' * (workers > 1)}"
+    with ProgressBar(title, len(todo), unit="image") as progress:
+        for done, result in enumerate(compute_in_order(root, method, todo, workers), 1):
             writer.add(result)
-            if isinstance(result, ImageError):
-                failed += 1
-            else:
+            if isinstance(result, StoredImage):
                 computed += 1
                 centred += not result.scores.any()
-            progress.update(task, advance=1, failed=f"{failed} unreadable" if failed else "")
+            progress.step(done)
     return computed, centred
 
 

@@ -42,12 +42,13 @@ _SCHEMA = pa.schema(
 
 
 class DamagedShard(UserError):
-    """The file is not the shard that was written."""
+    """The file is not the shard that was written; ``reason`` says how one knows."""
 
     def __init__(self, file: Path, reason: str) -> None:
         super().__init__(
             f"{file}: damaged ({reason}); run the same propose command again, it drops and recomputes this shard"
         )
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class StoreWriter:
                 images = shard.images()
             except DamagedShard as error:
                 file.unlink()
-                self.dropped.append(str(error))
+                self.dropped.append(f"{file}: damaged ({error.reason}); dropped, its images are computed again")
                 continue
             if retry_failed and shard.failures:
                 self._write(file, shard.settings, images, {})

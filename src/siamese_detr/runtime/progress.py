@@ -20,15 +20,16 @@ class ProgressBar(Progress):
         title: what is being done.
         total: updates in all.
         done: updates done already.
+        unit: what is counted, if it is not updates.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "update") -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         super().__init__(*columns, *times, console=console, disable=not console.is_terminal)
         self.run = self.add_task(title, total=total, completed=done, loss="")
-        self._title, self._total, self._first = title, total, done
+        self._title, self._total, self._first, self._unit = title, total, done, unit
         self._began = self._last = time.monotonic()
 
     def step(self, done: int, loss: float | None = None) -> None:
@@ -40,7 +41,8 @@ class ProgressBar(Progress):
             self._last = now
             left = duration((now - self._began) / max(new, 1) * (self._total - done))
             loss_text = self.tasks[0].fields["loss"]
-            self.say(f"{self._title}: update {done} of {self._total}{', ' * bool(loss_text)}{loss_text}, {left} left")
+            shown = f"{self._unit} {done} of {self._total}{', ' * bool(loss_text)}{loss_text}"
+            self.say(f"{self._title}: {shown}, {left} left")
 
     def say(self, text: str) -> None:
         """Write a line, above the bar if there is one."""
