@@ -341,7 +341,8 @@ def test_a_detector_of_another_family_may_be_among_them(options: dict[str, Any],
 
 
 def test_a_recipe_is_changed_from_the_shell(options: dict[str, Any]) -> None:
-    arguments = ["compare", options["images"], options["train"], options["val"], options["out"], "--recipe", "laptop-methods"]
+    given = [options[name] for name in ("images", "train", "val", "out")]
+    arguments = ["compare", *given, "--recipe", "laptop-methods"]
     arguments += ["--inits", "siamese", "--fractions", "1", "--seeds", "0"]
     arguments += ["--pretrain", "detector", "rt-detr", "detector_options", "{}"]
     assert cli.main(arguments) == 0
