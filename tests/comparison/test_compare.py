@@ -95,7 +95,7 @@ def test_table_plots_and_everything_needed_to_repeat_a_cell(options: dict[str, A
     assert len(ran(options)) == 2 + 2 * 2 * 2
     out = Path(options["out"])
     assert "| siamese | **30.5 ± 0.7** | **30.5 ± 0.7** |" in (out / "table.md").read_text()
-    assert {"table.csv", "results.json", "ap-against-labels.png", "convergence-0.5.svg"} <= {
+    assert {"table.md", "results.json", "ap-against-labels.png", "convergence-0.5.svg"} <= {
         p.name for p in out.iterdir()
     }
     cell = next(c for c in result.cells if (c.init, c.fraction, c.seed) == ("siamese", 0.5, 1))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from siamese_detr.comparison.summary import (
     entries,
     label_curves,
     summary_table,
-    to_csv,
     to_json,
     to_markdown,
 )
@@ -39,11 +36,9 @@ def test_markdown_tells_best_missing_and_failed() -> None:
     assert summary_table(CELLS).headers == ["10 % (40 images)", "100 % (40 images)"]
 
 
-def test_csv_and_json_hold_every_number() -> None:
-    rows = list(csv.DictReader(io.StringIO(to_csv(CELLS))))
-    assert {"init": "backbone", "fraction": "0.1", "metric": "AP", "seeds": "2"}.items() <= rows[0].items()
-    assert float(rows[0]["mean"]) == pytest.approx(0.12)
+def test_json_holds_every_number() -> None:
     document = json.loads(json.dumps(to_json(CELLS)))
+    assert document["entries"][0]["mean"] == pytest.approx(0.12)
     assert len(document["cells"]) == len(CELLS)
     assert document["cells"][4]["reason"] == "exit code 2: disk | full"
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.markup import escape
-from rich.table import Table
 
 from siamese_detr.comparison.compare_config import CompareConfig
 from siamese_detr.comparison.describe import describe
 from siamese_detr.comparison.plan import Plan, Task, as_number, with_methods
 from siamese_detr.comparison.results import METRIC, conclude, finished, read_cell, write_plots, write_tables
 from siamese_detr.comparison.schedule import Ended, Job, device_slots, run_jobs
-from siamese_detr.comparison.summary import CellResult, summary_table, to_markdown
+from siamese_detr.comparison.summary import CellResult, to_markdown
 from siamese_detr.config import (
     default_of,
     is_required,
@@ -45,7 +45,7 @@ class CompareResult:
     """The results of a comparison.
 
     Args:
-        out: its directory: table.md, table.csv, results.json, plots, and every run.
+        out: its directory: table.md, results.json, plots, and every run.
         cells: one per initialisation, label fraction and seed; metrics are in [0, 1].
     """
 
@@ -81,10 +81,7 @@ def compare(config: CompareConfig) -> CompareResult:
         write_config(config, plan.out / "config.yaml")
         record_session(plan.out)
         cells = run_missing(plan, missing, console)
-    console.print(terminal_table(cells))
-    for cell in cells:
-        if cell.status != "done":
-            console.print(f"{cell.name}: {cell.status} ({cell.reason})", markup=False, style="red", highlight=False)
+    console.print(Markdown(to_markdown(cells, METRIC)))
     console.print(f"table, plots and all runs in {plan.out}", markup=False, highlight=False)
     return CompareResult(plan.out, cells)
 
@@ -172,15 +169,3 @@ def job_of(task: Task, missing: Mapping[str, Task]) -> Job:
     command = (sys.executable, "-m", "siamese_detr.cli", task.verb, "--config", str(file))
     needs = tuple(name for name in task.needs if name in missing)  # the others are done
     return Job(task.name, command, task.folder / f"run-{task.key}.txt", needs)
-
-
-def terminal_table(cells: Sequence[CellResult]) -> Table:
-    text = summary_table(cells, METRIC)
-    table = Table(caption=f"{METRIC} in percent, mean ± standard deviation over seeds, by share of the labels")
-    table.add_column("initialisation")
-    for header in text.headers:
-        table.add_column(header, justify="right")
-    for number, (init, row) in enumerate(zip(text.inits, text.rows, strict=True)):
-        marked = (f"[bold]{v}[/]" if best == number else v for v, best in zip(row, text.best, strict=True))
-        table.add_row(escape(init), *marked)
-    return table

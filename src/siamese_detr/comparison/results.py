@@ -12,7 +12,7 @@ from typing import Any
 from siamese_detr.comparison import plots
 from siamese_detr.comparison.plan import Task
 from siamese_detr.comparison.schedule import Ended
-from siamese_detr.comparison.summary import CellResult, to_csv, to_json, to_markdown
+from siamese_detr.comparison.summary import CellResult, to_json, to_markdown
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json, write_text
 from siamese_detr.runtime.journal import JsonLines
@@ -103,9 +103,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tables(out: Path, cells: Sequence[CellResult]) -> None:
-    """Write table.md, table.csv and results.json of what is done so far."""
+    """Write table.md and results.json of what is done so far."""
     write_text(out / "table.md", to_markdown(cells, METRIC))
-    write_text(out / "table.csv", to_csv(cells))
     write_json(out / "results.json", to_json(cells, METRIC))
 
 

@@ -1,10 +1,8 @@
-"""The cells of a comparison gathered: mean and standard deviation over seeds, as Markdown, CSV and JSON."""
+"""The cells of a comparison gathered: mean and standard deviation over seeds, as Markdown and JSON."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -145,22 +143,6 @@ def to_markdown(results: Sequence[CellResult], metric: str = "AP") -> str:
 
 def escape(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*").replace("`", "'")
-
-
-def to_csv(results: Sequence[CellResult]) -> str:
-    """One row per initialisation, fraction and metric: mean and standard deviation as fractions of 1."""
-    names = list(dict.fromkeys(name for result in results for name in result.metrics))
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["init", "fraction", "images", "metric", "mean", "std", "seeds"])
-    for name in names:
-        for e in entries(results, name):
-            writer.writerow([e.init, f"{e.fraction:g}", blank(e.images), name, blank(e.mean), blank(e.std), e.count])
-    return out.getvalue()
-
-
-def blank(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
 
 
 def to_json(results: Sequence[CellResult], metric: str = "AP") -> dict[str, Any]:

@@ -210,9 +210,7 @@ def _open_research_checkpoint(path: Path) -> StoredDetector:
     return StoredDetector(path, config, plan.adapter, provenance, checkpoint.tensors, checkpoint.unused)
 
 
-def load_detector(
-    source: str | Path, class_names: list[str] | None = None, *, family: str | None = None, **overrides: Any
-) -> DetectorAdapter:
+def load_detector(source: str | Path, class_names: list[str] | None = None, **overrides: Any) -> DetectorAdapter:
     """A detector of a known family behind its adapter, with a frozen backbone.
 
     What could not be loaded is in the adapter's `load_report`.
@@ -220,11 +218,10 @@ def load_detector(
     Args:
         source: see `find_detector`.
         class_names: if given and other than those stored, the class head is re-made for them; all else is kept.
-        family: refuse any other family.
         **overrides: values of the configuration to change (`dropout=0.0`).
 
     Raises:
-        UserError: no detector there, a family without adapter, another family, damaged or unsafe weights.
+        UserError: no detector there, a family without adapter, damaged or unsafe weights.
     """
     stored = open_detector(source)
     path, config, adapter = stored.path, stored.config, stored.adapter
@@ -233,8 +230,6 @@ def load_detector(
             f"{path} holds a {config.model_type!r} model, which cannot be trained here; "
             f"known detectors: {', '.join(families())}"
         )
-    if family is not None and adapter.family != family:
-        raise UserError(f"{path} holds a {adapter.family!r} detector, not {family!r}; name that detector instead")
     if getattr(config, "auxiliary_loss", False):
         config.auxiliary_loss = False  # Transformers' auxiliary loss changes what the decoder computes.
     for name, value in overrides.items():

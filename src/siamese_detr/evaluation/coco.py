@@ -50,10 +50,6 @@ class Detections:
         rows = np.asarray(rows, np.float64).reshape(-1, 7)
         return cls(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2], rows[:, 3:])
 
-    def rows(self) -> np.ndarray:
-        """(N, 7) float64, the inverse of :meth:`from_rows`."""
-        return np.column_stack([self.images, self.classes, self.scores, self.boxes]).astype(np.float64)
-
     def sorted(self) -> Detections:
         """By image, then best score first: the same order however the images were shared among processes."""
         order = np.lexsort((self.boxes[:, 0], self.classes, -self.scores, self.images))
@@ -61,7 +57,8 @@ class Detections:
 
     @classmethod
     def concatenate(cls, parts: list[Detections]) -> Detections:
-        return cls.from_rows(np.concatenate([np.zeros((0, 7)), *(part.rows() for part in parts)]))
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in [cls.empty(), *parts]]) for name in names))
 
     def to_coco(self, category_ids: list[int]) -> list[dict[str, Any]]:
         """COCO's results format: ``image_id, category_id, bbox (x, y, w, h), score``."""

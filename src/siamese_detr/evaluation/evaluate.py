@@ -22,7 +22,6 @@ from siamese_detr.evaluation.inference import (
     ImageResult,
     Job,
     gather,
-    gather_problems,
     run,
 )
 from siamese_detr.files import write_json
@@ -130,8 +129,7 @@ def evaluate_detector(
             skipped.append((result.job.path, result.problem))
         else:
             parts.append(result.detections(classes))
-    detections = gather(Detections.concatenate(parts), detector.device)
-    skipped = gather_problems(skipped, detector.device)
+    detections, skipped = Detections.concatenate(gather(parts)).sorted(), sorted(gather(skipped))
     if len(skipped) == len(jobs):
         raise UserError(f"none of the {len(skipped)} images can be read, e.g. {skipped[0][0]}: {skipped[0][1]}")
     return Evaluation(coco_metrics(dataset.to_coco(), detections), detections, skipped)

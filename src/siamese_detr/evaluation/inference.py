@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -258,30 +257,11 @@ def run(
                     yield ImageResult(jobs[index], image_size, classes, scores, boxes)
 
 
-def gather(detections: Detections, device: torch.device) -> Detections:
-    """The detections of all processes, in the same order in each; with one process, only sorted."""
-    return Detections.from_rows(gather_rows(detections.rows(), device)).sorted()
-
-
-def gather_problems(problems: Sequence[tuple[str, str]], device: torch.device) -> list[tuple[str, str]]:
-    """The (path, reason) pairs of all processes, sorted."""
-    lines = "".join(json.dumps(pair) + "\n" for pair in problems).encode()
-    gathered = gather_rows(np.frombuffer(lines, np.uint8), device).tobytes()
-    return sorted((path, reason) for path, reason in map(json.loads, gathered.splitlines()))
-
-
-def gather_rows(rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """The rows (N, ...) of all processes, one process after another; with one process, its own."""
+def gather(mine: list[Any]) -> list[Any]:
+    """The items of all processes, one process after another; with one process, its own."""
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return rows
-    place = device if distributed.get_backend() == "nccl" else torch.device("cpu")
-    mine = torch.from_numpy(rows.copy()).to(place)
-    lengths = torch.zeros(distributed.get_world_size(), dtype=torch.int64, device=place)
-    lengths[distributed.get_rank()] = len(mine)
-    distributed.all_reduce(lengths)
-    padded = mine.new_zeros((int(lengths.max()), *mine.shape[1:]))
-    padded[: len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in lengths]
-    distributed.all_gather(parts, padded)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)]).cpu().numpy()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return mine
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, mine)
+    return list(itertools.chain.from_iterable(parts))
