@@ -145,14 +145,14 @@ def document(function: Callable, config_class: type) -> str:
         "config: path of a YAML file with values for these arguments.",
         f"recipe: values that those of ``config`` and the arguments override: {names}or the path of a YAML file.",
     ]
-    own = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    own = {field.name for field in dataclasses.fields(config_class)}
     lines = [f"    {line}" for line in sources if line.partition(":")[0] not in own]
     return "\n".join([f"{about}\n\nArgs:\n{arguments}", *lines]) + raises + errors
 
 
 def explained(config_class: type) -> dict[str, tuple[type, str]]:
     """Field -> the class that documents it, and its text there; the fields of the verb itself first."""
-    texts = {}
+    texts: dict[str, tuple[type, str]] = {}
     for kind in config_class.__mro__:
         arguments = inspect.cleandoc(vars(kind).get("__doc__") or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
         for entry in re.split(r"\n(?=    \w)", arguments):
@@ -163,7 +163,7 @@ def explained(config_class: type) -> dict[str, tuple[type, str]]:
 
 def ordered(config_class: type) -> list[dataclasses.Field]:
     """The fields of a configuration: those that may be given by position first, then by name only."""
-    return sorted(dataclasses.fields(config_class), key=lambda field: field.kw_only)  # type: ignore[arg-type]
+    return sorted(dataclasses.fields(config_class), key=lambda field: bool(field.kw_only))
 
 
 def is_required(field: dataclasses.Field) -> bool:
@@ -373,7 +373,7 @@ def check_numbers(
 def plain(value: Any) -> Any:
     """A configuration, or a value in one, as YAML holds it."""
     if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in ordered(type(value))}  # type: ignore[arg-type]
+        return {field.name: plain(getattr(value, field.name)) for field in ordered(type(value))}
     if isinstance(value, Mapping):
         return {key: plain(content) for key, content in value.items()}
     return [plain(content) for content in value] if isinstance(value, (tuple, list)) else value

@@ -111,6 +111,7 @@ class Plan:
         """Read the labels and, if there is any pre-training, the list of images."""
         config = self.config
         training = read_labels(self.finetune.train, self.finetune.train_images)
+        assert self.finetune.val is not None  # compare needs it
         validation = read_labels(self.finetune.val, self.finetune.val_images, default_split="val")
         class_map(training.class_names, validation.class_names)  # raises if there is no class in common
         self.labels_key = dataset_key(training, validation)
@@ -167,7 +168,7 @@ class Plan:
         base = plain(self.finetune)
         fixed: dict[str, Any] = {"fraction": fraction, "seed": seed, "out": "-", "model": None, "init": None}
         fixed |= {"train": base["train"], "val": base["val"]}
-        start_key, needs = "", ()
+        start_key, needs = "", tuple[str, ...]()
         if init.method is not None:
             pretrained = self.add_pretraining(init, seed)
             fixed["model"], start_key, needs = str(pretrained.run), pretrained.key, (pretrained.name,)

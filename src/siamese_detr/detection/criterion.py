@@ -8,7 +8,6 @@ queries learn class and box, the others learn "no object". How the class is lear
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,9 +17,7 @@ from transformers.loss.loss_d_fine import bbox2distance
 
 from siamese_detr.detection.boxes import box_corners, full_precision, generalized_iou, iou
 from siamese_detr.detection.matching import assign, box_distance
-from siamese_detr.detectors.structures import Predictions, Targets
-
-Kind = Literal["softmax", "focal", "varifocal", "iou-bce", "matching-aware"]
+from siamese_detr.detectors.structures import ClassLoss, Predictions, Targets
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class CriterionConfig:
         local_weight, distillation_weight: of the losses of edge distributions (D-FINE).
     """
 
-    kind: Kind
+    kind: ClassLoss
     class_weight: float = 1.0
     box_weight: float = 5.0
     giou_weight: float = 2.0
@@ -52,7 +49,7 @@ class CriterionConfig:
     distillation_weight: float = 1.5
 
     @classmethod
-    def of(cls, kind: Kind) -> CriterionConfig:
+    def of(cls, kind: ClassLoss) -> CriterionConfig:
         """The values of the papers that use this class loss."""
         return {
             "softmax": cls("softmax", class_cost=1.0),

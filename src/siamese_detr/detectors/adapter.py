@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from siamese_detr.detectors import weights
 from siamese_detr.detectors.backbones import Backbone
 from siamese_detr.detectors.functional import level_mask
-from siamese_detr.detectors.structures import Decoded, DetectorSize, Memory, Predictions, Targets
+from siamese_detr.detectors.structures import ClassLoss, Decoded, DetectorSize, Memory, Predictions, Targets
 from siamese_detr.errors import UserError
 
 __all__ = ["Decoded", "DetectorAdapter", "DetectorSize", "Memory", "only_pretrained"]
@@ -44,7 +44,7 @@ class DetectorAdapter(nn.Module):
     processor_class: ClassVar[str]
     defaults: ClassVar[dict[str, Any]] = {}
     """Sizes in which the family's paper differs from `DetectorSize`."""
-    class_loss: ClassVar[str] = "focal"
+    class_loss: ClassVar[ClassLoss] = "focal"
     """How fine-tuning trains the class head (kinds of `detection.criterion`); "softmax" has a no-object class."""
     square_side: ClassVar[int | None] = None
     """The family takes square inputs only, of a side that is a multiple of this."""
@@ -328,7 +328,7 @@ class DetectorAdapter(nn.Module):
             targets: the labels; in training, some families also learn to recover them from noisy copies (denoising).
         """
         memory = self.encode(self.features(pixel_values, pixel_mask), pixel_mask)
-        decoded = self.decode(memory, None, **({"targets": targets} if self.denoises else {}))
+        decoded = self.decode(memory, None, **({"targets": targets} if self.denoises else {}))  # type: ignore[arg-type]
         logits = self.classify(decoded.states) if decoded.logits is None else decoded.logits
         groups = decoded.boxes.shape[2] // self.num_queries
         return Predictions(logits, decoded.boxes, decoded.edges, groups, decoded.denoising)

@@ -19,6 +19,7 @@ from siamese_detr.detectors.functional import (
     padding_mask,
     sine_positions,
 )
+from siamese_detr.detectors.structures import ClassLoss
 
 
 class DetrAdapter(DetectorAdapter):
@@ -26,7 +27,7 @@ class DetrAdapter(DetectorAdapter):
     model_class: ClassVar[type[PreTrainedModel]] = DetrForObjectDetection
     config_class: ClassVar[type[PretrainedConfig]] = DetrConfig
     processor_class = "DetrImageProcessor"
-    class_loss = "softmax"
+    class_loss: ClassVar[ClassLoss] = "softmax"
 
     @classmethod
     def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:

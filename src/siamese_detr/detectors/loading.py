@@ -66,7 +66,7 @@ class StoredDetector:
     @property
     def only_pretrained(self) -> bool:
         """Whether it has no classes yet."""
-        return only_pretrained(self.provenance, list(self.config.id2label.values()))
+        return only_pretrained(self.provenance, list((self.config.id2label or {}).values()))
 
     def load_model(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The model, in float32, and Transformers' account of what did not fit: sets of `missing_keys`,
@@ -128,7 +128,7 @@ class StoredDetector:
     def _labels_in_weights(self, info: dict[str, Any]) -> int | None:
         """Number of classes of the class head in the file, if it is not the two that Transformers assumes where
         config.json names none."""
-        if list(self.config.id2label.values()) != ["LABEL_0", "LABEL_1"]:
+        if list((self.config.id2label or {}).values()) != ["LABEL_0", "LABEL_1"]:
             return None
         found = set()
         for _, stored, built in info["mismatched_keys"]:
@@ -236,7 +236,7 @@ def load_detector(source: str | Path, class_names: list[str] | None = None, **ov
         if not hasattr(config, name):
             raise UserError(f"a {adapter.family!r} detector has no option {name!r}")
         setattr(config, name, value)
-    remake = class_names is not None and list(config.id2label.values()) != list(class_names)
+    remake = class_names is not None and list((config.id2label or {}).values()) != list(class_names)
     model, info = stored.load_model()
     if wrong := info["mismatched_keys"]:
         raise UserError(

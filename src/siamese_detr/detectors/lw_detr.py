@@ -235,7 +235,8 @@ class RfDetrAdapter(LwDetrAdapter):
     processor_class = "RfDetrImageProcessor"
 
     def constants(self) -> list[nn.Parameter]:
-        return [self.backbone.embeddings.mask_token]  # DINOv2 masks patches only while it is pre-trained
+        embeddings: Any = self.backbone.embeddings
+        return [embeddings.mask_token]  # DINOv2 masks patches only while it is pre-trained
 
     @property
     def block(self) -> int:

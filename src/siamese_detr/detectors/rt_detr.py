@@ -33,7 +33,7 @@ from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoisi
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from siamese_detr.detectors.functional import additive_mask, at_least_float32, constant, level_arguments, spread_tokens
-from siamese_detr.detectors.structures import Edges, Predictions, Targets
+from siamese_detr.detectors.structures import ClassLoss, Edges, Predictions, Targets
 
 SIDE = 32
 """Sides of the input must be multiples of this, or the levels of the encoder do not fit on each other."""
@@ -70,7 +70,7 @@ class RTDetrAdapter(DetectorAdapter):
     model_class: ClassVar[type[PreTrainedModel]] = RTDetrForObjectDetection
     config_class: ClassVar[type[PretrainedConfig]] = RTDetrConfig
     processor_class = "RTDetrImageProcessor"
-    class_loss = "varifocal"
+    class_loss: ClassVar[ClassLoss] = "varifocal"
     square_side = SIDE
     selects_queries = True
     denoises = True

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from siamese_detr.config import Options, check_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ClassLoss = Literal["softmax", "focal", "varifocal", "iou-bce", "matching-aware"]
+"""How a family's class scores are trained, see :mod:`siamese_detr.detection.criterion`."""
 SIZES = ("num_queries", "hidden_size", "heads", "encoder_layers", "decoder_layers", "ffn_size")
 OF_NEW = ("detector", "backbone", *SIZES, "detector_options")
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")

@@ -201,7 +201,7 @@ def coco_metrics(ground_truth: dict[str, Any], detections: Detections) -> CocoMe
         per_class.append(ClassMetrics(category["name"], *aps, ar(label=k), count, curve, threshold))
     averages = [ap(), ap(at50), ap(at75), *(ap(area=area) for area in AREAS[1:])]
     recalls = [*(ar(most) for most in MAX_DETECTIONS), *(ar(area=area) for area in AREAS[1:])]
-    return CocoMetrics(*averages, *recalls, per_class=per_class)
+    return CocoMetrics(*averages, *recalls, per_class=per_class)  # type: ignore[misc,arg-type]
 
 
 def best_threshold(precision: np.ndarray, scores: np.ndarray) -> float | None:

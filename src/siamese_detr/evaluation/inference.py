@@ -129,7 +129,8 @@ class Detector:
             )
         processor = stored.load_processor()
         place = choose_device(device)
-        accelerate(model.to(place).eval(), place)
+        model = model.to(place).eval()  # type: ignore[arg-type]  # a device is what it takes
+        accelerate(model, place)
         return cls(model, processor, place)
 
     @torch.no_grad()  # not inference_mode: position embeddings that models cache must stay usable in training

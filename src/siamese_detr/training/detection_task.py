@@ -112,7 +112,7 @@ class DetectionTask(Task):
         records = self.history.read()
         if not patience or not records:
             return False
-        since = len(records) - 1 - records.index(best_of(records))
+        since = len(records) - 1 - records.index(dict(best_of(records)))
         if since >= patience:
             print(
                 f"AP has not risen for {since} evaluations: stopped after {step} of {self.steps} updates",

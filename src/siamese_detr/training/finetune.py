@@ -82,8 +82,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             console.print(f"{source}: {problem}", markup=False, highlight=False)
     dataset = dataset.take(config.fraction, config.seed)
     unlabelled = list_images(config.unlabelled) if config.unlabelled is not None else None
-    for problem in unlabelled.problems[:3] if unlabelled is not None else ():
-        console.print(f"left out: {problem}", markup=False, highlight=False)
+    for left_out in unlabelled.problems[:3] if unlabelled is not None else ():
+        console.print(f"left out: {left_out}", markup=False, highlight=False)
     if validation is not None:
         class_map(dataset.class_names, validation.class_names)  # fails now, not after hours of training
     detector, origin = starting_detector(config, dataset.class_names)
@@ -109,8 +109,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         steps = config.total_steps(len(dataset))
         images = TrainingImages(dataset, config.transform(size), config.seed)
         task = DetectionTask(detector, config, steps, images, validation, size, unlabelled)
-        rates = {"backbone": detector.backbone, "backbone_lr": config.backbone_lr}
-        optimizer = adamw(detector, config.lr, config.weight_decay, config.decay_all, **rates)
+        parts = {"backbone": detector.backbone, "backbone_lr": config.backbone_lr}
+        optimizer = adamw(detector, config.lr, config.weight_decay, config.decay_all, **parts)  # type: ignore[arg-type]
         often = min(math.ceil(steps / max(task.evaluations, 1)), 500)
         loop = Loop(task, config, optimizer, config, team, steps, often)
         if config.replay is not None:

@@ -241,7 +241,7 @@ class TrainingImages(Dataset):
         image = self._read(item, self.transform.image_size / MIN_CROP / min(item.width, item.height))
         height, width = image.shape[:2]
         corners = item.boxes[wanted] * np.tile(decoded_scale((item.width, item.height), (width, height)), 2)
-        boxes = tv_tensors.BoundingBoxes(corners.astype(np.float32), format="XYXY", canvas_size=(height, width))  # type: ignore[call-overload]
+        boxes = tv_tensors.BoundingBoxes(corners.astype(np.float32), format="XYXY", canvas_size=(height, width))
         target = {"boxes": boxes, "labels": torch.from_numpy(item.classes[wanted])}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

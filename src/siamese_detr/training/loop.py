@@ -143,7 +143,7 @@ class Loop:
             state.step = step + 1
             if state.averages is not None:
                 state.averages.update(state.step)
-            if self._step_done(rate, verdict.stop):
+            if self._step_done(float(rate), verdict.stop):
                 return
 
     def gradients(self, step: int, micro_batches: list[dict[str, Any]], replaying: bool = False) -> Update:

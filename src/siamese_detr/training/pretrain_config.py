@@ -73,7 +73,7 @@ class PretrainConfig(  # type: ignore[misc]  # of the methods, only the chosen o
     @classmethod
     def variant(cls, values: Mapping[str, Any]) -> type[PretrainConfig]:
         method = values.get("method")
-        return cls if method is None or method in PRETEXTS else with_options(find_pretext(method))
+        return cls if method is None or method in PRETEXTS else with_options(find_pretext(method))  # type: ignore[arg-type]  # a class can be hashed
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         kind = find_pretext(self.method)

@@ -159,7 +159,7 @@ class Teacher:
         self.detector, self.first, self.threshold, self.stored = detector, burn_in * steps, threshold, stored
         self.strong = strong_view()
 
-    def thresholds(self, records: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    def thresholds(self, records: Sequence[Mapping[str, Any]]) -> Sequence[float] | None:
         """What the teacher's boxes must score after these evaluations; None: it does not teach, not yet or no more."""
         begun = [record for record in records if record["step"] >= self.first]
         if not begun and self.first > 0:
