@@ -42,8 +42,8 @@ class DemoConfig(Options):
     unlabelled: int = 240
     labelled: int = 60
     validation: int = 60
-    pretrain_steps: int = 250
-    finetune_epochs: int = 20
+    pretrain_steps: int = 500
+    finetune_epochs: int = 40
     seed: int = 0
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
