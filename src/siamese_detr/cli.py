@@ -233,8 +233,9 @@ def group_title(owner: type, config_class: type) -> str:
 def shape(kind: Any) -> dict[str, Any]:
     """How an option of this type is written, for argparse."""
     if get_origin(kind) in (Union, types.UnionType):
-        inner = [part for part in get_args(kind) if part is not type(None)]
-        return shape(inner[0])
+        first, *others = [part for part in get_args(kind) if part is not type(None)]
+        words = "".join(f"|{word}" for part in others if get_origin(part) is Literal for word in get_args(part))
+        return shape(first) if not words else shape(first) | {"metavar": shape(first)["metavar"] + words}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:

@@ -176,7 +176,7 @@ def test_transformers_backbones(config, families, tmp_path):
         assert ours.strides in ([32], [8, 16, 32], [14])
         images, mask = image()
         with torch.no_grad():
-            boxes, stock = ours(images, mask)[1], ours.model(images, pixel_mask=mask.long()).pred_boxes
+            boxes, stock = ours(images, mask).boxes, ours.model(images, pixel_mask=mask.long()).pred_boxes
         assert torch.equal(boxes[-1], stock)
 
 

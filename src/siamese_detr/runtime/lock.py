@@ -40,7 +40,7 @@ def locked(directory: Path, patience: float = 0.0) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"cannot write into {directory}: {error.strerror}") from error
+        raise UserError(f"cannot write into {directory}: {error.strerror}; choose another directory") from error
     try:
         while fcntl is not None:
             try:

@@ -54,7 +54,7 @@ def check_place(out: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}") from error
+        raise UserError(f"cannot write into {out}: {error.strerror}; choose another directory") from error
     if {CONFIG, SESSIONS} <= visible or not visible:
         return
     try:

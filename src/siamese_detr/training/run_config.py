@@ -20,7 +20,7 @@ class RunConfig(Options):
 
     Args:
         steps: updates (default: what EPOCHS amount to).
-        epochs: passes over the images, or auto: what so many images usually want (see :meth:`usual_epochs`).
+        epochs: passes over the images, or auto: as many as the number of images asks for.
         batch_size: images per update, over all processes.
         accumulate: parts (micro-batches) in which an update's images are processed, to save memory.
         precision: fp32, bf16 or fp16 (autocast).
