@@ -56,5 +56,5 @@ def test_every_result_is_renamed_into_place(tmp_path: Path, monkeypatch: pytest.
     write_tables(out, CELLS)
     write_plots(out, CELLS)
     written = {path for path in out.rglob("*") if path.is_file()}
-    assert {path.suffix for path in written} == {".json", ".jpg", ".md", ".csv", ".svg", ".png"}
+    assert {path.suffix for path in written} == {".json", ".jpg", ".md", ".svg", ".png"}
     assert written == renamed

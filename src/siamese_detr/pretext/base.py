@@ -62,7 +62,6 @@ class Pretext(nn.Module):
 
     def __init__(self, detector: DetectorAdapter, config: PretextConfig) -> None:
         super().__init__()
-        detector.reduce()
         self.detector = detector
         self.config = config
         self.class_head = heads.class_head(detector.hidden_size)

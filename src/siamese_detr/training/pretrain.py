@@ -171,6 +171,7 @@ def build(config: PretrainConfig) -> Pretext:
         detector = build_detector(config.detector, config.backbone, seed=config.seed, **config.sizes())
     else:
         detector = load_detector(config.init, **config.dropouts())
+    detector.reduce()
     config.check_queries(detector.num_queries)
     if config.checkpoint_activations:
         model = detector.model  # the newer name first: the older one warns where both exist
