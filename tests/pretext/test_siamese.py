@@ -297,7 +297,7 @@ def test_a_step_waits_for_the_device_three_times_at_most(method):
 
 
 def test_bad_input():
-    with pytest.raises(UserError, match="discrimination: 'all' is not one of none, region, global, both"):
+    with pytest.raises(UserError, match="discrimination='all' is not one of none, region, global, both"):
         SiameseConfig(discrimination="all")
     with pytest.raises(UserError, match="region_target"):
         SiameseConfig(region_target="pixels")
