@@ -108,8 +108,7 @@ class DetectionTask(Task):
         return self._records
 
     def stopped_early(self, step: int) -> bool:
-        patience = self.config.patience
-        records = self.history.read()
+        patience, records = self.config.patience, self.records
         if not patience or not records:
             return False
         since = len(records) - 1 - records.index(dict(best_of(records)))
@@ -162,7 +161,7 @@ class DetectionTask(Task):
         self.detector.train()
         record: dict[str, Any] = {"step": step, "epoch": step * self.config.batch_size / self.epoch_size}
         record |= evaluation.metrics.to_dict() | {"thresholds": self.thresholds(evaluation.metrics)}
-        earlier = [record for record in self.records if record["step"] < step]
+        earlier = [earlier for earlier in self.records if earlier["step"] < step]
         self._records = [*earlier, record]
         if not loop.team.main:
             return
@@ -186,7 +185,7 @@ class DetectionTask(Task):
         write_json(self.out / "metrics.json", {"best": best_of(records), "last": records[-1]})
 
     def note_unreadable(self, problems: list[tuple[str, str]]) -> None:
-        """List the validation images that could not be read; tell of them when they are others than before."""
+        """List the validation images that could not be read; report them when they are not the same as before."""
         file = self.out / "skipped-validation.jsonl"
         text = "".join(json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in problems)
         if text == (file.read_text(encoding="utf-8") if file.exists() else ""):

@@ -160,8 +160,6 @@ def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[D
         detector = load_detector(path, class_names, **config.dropouts())
         added = detector.complete()
     report = detector.load_report
-    if report.remade and hasattr(detector.config, "score_thresholds"):  # of other classes
-        del detector.config.score_thresholds
     tensors = len(detector.model.state_dict())
     made = {"class_head": list(report.remade), "missing": [*report.missing, *added], "ignored": list(report.unexpected)}
     return detector, {"from": str(path), "kept": tensors - len(made["class_head"]) - len(made["missing"]), **made}
