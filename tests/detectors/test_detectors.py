@@ -42,6 +42,24 @@ def test_without_regions_it_is_the_stock_model(case):
     assert torch.equal(ours.logits[-1], stock.logits)
 
 
+@every_detector
+def test_shrink_and_perturb_moves_all_but_the_backbone_towards_new_initial_values(case):
+    present, new, halfway = tiny_detector(case), tiny_detector(case), tiny_detector(case)
+    torch.manual_seed(1)
+    new.shrink_and_perturb(0.0)
+    torch.manual_seed(1)
+    halfway.shrink_and_perturb(0.5)
+    backbone = {id(parameter) for parameter in present.backbone.parameters()}
+    moved = set()
+    pairs = zip(present.model.named_parameters(), new.model.parameters(), halfway.model.parameters(), strict=True)
+    for (name, old), start, between in pairs:
+        assert_close(between, (old + start) / 2)
+        if not torch.equal(old, start):
+            moved.add(name)
+            assert id(old) not in backbone or "projector" in name
+    assert any("decoder.layers" in name for name in moved)
+
+
 def stock_layers(detector, images: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     """Logits and boxes (layers, B, Q, ·) that the stock model gives its loss."""
     layers = []

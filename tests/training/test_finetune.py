@@ -143,6 +143,26 @@ def test_only_the_class_head_is_made_anew(pretrained, labels, tmp_path):
     assert start["missing"] == start["ignored"] == []
 
 
+def test_a_share_of_what_was_pretrained_is_kept_but_all_of_a_detector_with_classes(labels, tmp_path):
+    build = build_detector("conditional-detr", "random:efficientnet-lite0", seed=3, **TINY)
+    build.save(tmp_path / "pretrained", provenance={"method": "siamese"})
+    options = {**QUICK, "train": labels, "lr": 0.0, "steps": 1}
+    name = "model.decoder.layers.0.fc1.weight"
+    weights = {}
+    for share in (0.0, 0.5, 1.0):
+        out = tmp_path / f"share {share}"
+        finetune(out=str(out), model=str(tmp_path / "pretrained"), kept_share=share, **options)
+        weights[share] = load_file(out / "last" / "model.safetensors")
+    assert torch.equal(weights[1.0][name], load_file(tmp_path / "pretrained" / "model.safetensors")[name])
+    assert not torch.equal(weights[0.0][name], weights[1.0][name])
+    torch.testing.assert_close(weights[0.5][name], (weights[0.0][name] + weights[1.0][name]) / 2)
+    again = tmp_path / "again"
+    finetune(out=str(again), model=str(tmp_path / "share 1.0" / "last"), kept_share=0.5, **options)
+    assert torch.equal(load_file(again / "last" / "model.safetensors")[name], weights[1.0][name])
+    with pytest.raises(UserError, match="kept_share has no effect: the detector starts from scratch"):
+        finetune(out=str(tmp_path / "scratch"), kept_share=0.5, **options)
+
+
 @pytest.mark.promise("same-inputs")
 def test_a_run_goes_on_when_the_detector_it_started_from_has_moved(pretrained, labels, tmp_path):
     first, moved = tmp_path / "first", tmp_path / "moved"

@@ -94,6 +94,23 @@ class DetectorAdapter(nn.Module):
         """Initialise everything but the backbone as the family's paper does."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def shrink_and_perturb(self, share: float) -> None:
+        """Move everything but the backbone and a re-made class head towards new initial values (Ash and Adams, NeurIPS
+        2020): `share` of the present values, 0 to 1, plus 1 - `share` of new ones.
+
+        What was pre-trained for another task is a bad place to start a short fine-tuning from: the weights are large
+        for the steps that are left, and the queries look where they were told to. Half-way back to the initial values
+        the features are still there and the network learns as fast as a new one.
+        """
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        present = {name: tensor.clone() for name, tensor in tensors}
+        self.initialise()
+        remade = self.load_report.remade if self.load_report is not None else ()
+        for name, tensor in tensors:
+            if tensor.is_floating_point() and name not in remade:
+                tensor.lerp_(present[name], share)
+
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> list[Tensor]:
         """Backbone maps the detector consumes, finest first.
 

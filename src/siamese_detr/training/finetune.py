@@ -17,7 +17,7 @@ from rich.console import Console
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector
-from siamese_detr.detectors.loading import find_detector, load_detector
+from siamese_detr.detectors.loading import find_detector, load_detector, open_detector
 from siamese_detr.detectors.weights import quiet
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.evaluate import class_map
@@ -158,11 +158,15 @@ def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[D
     with torch.random.fork_rng(), quiet(), warnings.catch_warnings(action="ignore"):  # the report says it
         torch.manual_seed(config.seed)
         detector = load_detector(path, class_names, **config.dropouts())
+        share = config.kept_share if open_detector(path).only_pretrained else 1.0
+        if share < 1:
+            detector.shrink_and_perturb(share)
         added = detector.complete()
     report = detector.load_report
     tensors = len(detector.model.state_dict())
     made = {"class_head": list(report.remade), "missing": [*report.missing, *added], "ignored": list(report.unexpected)}
-    return detector, {"from": str(path), "kept": tensors - len(made["class_head"]) - len(made["missing"]), **made}
+    kept = tensors - len(made["class_head"]) - len(made["missing"])
+    return detector, {"from": str(path), "kept": kept, "kept_share": share, **made}
 
 
 def freeze(detector: DetectorAdapter, parts: Sequence[str]) -> None:
@@ -203,6 +207,8 @@ def describe(origin: dict[str, Any], dataset: DetectionDataset, validation: Dete
         lines.append(f"from scratch: {origin['detector']} on {origin['backbone']}")
     else:
         lines.append(f"from {origin['from']}: {origin['kept']} tensors kept")
+        if origin["kept_share"] < 1:
+            lines[-1] += f", {100 * origin['kept_share']:g} % of each and the rest new initial values"
         for name, label in (("class_head", "re-made"), ("missing", "not in the file, fresh"), ("ignored", "ignored")):
             if origin[name]:
                 lines[-1] += (

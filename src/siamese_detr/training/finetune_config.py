@@ -34,6 +34,8 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
             the papers' codes; the class head is re-made for the labels' classes, everything else kept. Without it the
             detector starts from scratch.
         init: another name for model.
+        kept_share: share of the weights that a MODEL pre-trained without labels keeps, 0 to 1; the rest comes from new
+            initial values (shrink and perturb: Ash and Adams 2020). A MODEL with classes keeps all.
         train_images: folder of the training images, where it is not the usual one.
         val_images: folder of the validation images, where it is not the usual one.
         unlabelled: further images (folder, list, COCO JSON or shards) for self-training: what the averaged detector
@@ -76,6 +78,7 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
     model: str | None = None
     _: KW_ONLY
     init: str | None = None
+    kept_share: float = 1.0
     train_images: str | None = None
     val_images: str | None = None
     unlabelled: str | None = None
@@ -108,7 +111,7 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
             self,
             positive=("max_size", "min_size", "eval_batch_size"),
             not_negative=("backbone_lr", "eval_every"),
-            shares=("burn_in", "pseudo_threshold", "crop", "flip", "colour_jitter", "ema"),
+            shares=("kept_share", "burn_in", "pseudo_threshold", "crop", "flip", "colour_jitter", "ema"),
         )
         if self.unlabelled is not None and (self.val is None or not self.ema):
             raise UserError(
@@ -120,6 +123,8 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
             raise UserError(f"min_size {self.min_size} is above image_size {self.image_size}")
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.start is None:
+            yield ("kept_share",), "the detector starts from scratch"
         if self.val is None:
             yield ("val_images", "eval_every", "eval_batch_size", "patience"), "there are no validation labels (val)"
         if self.unlabelled is None:
