@@ -1,15 +1,34 @@
-"""What is refused before a run begins."""
+"""What is refused before a run begins, and what it will take."""
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import psutil
+import torch
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import send_to_device
 
+from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError
+from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime.hardware import emulates_bf16
 from siamese_detr.runtime.processes import on_cpu
+from siamese_detr.runtime.progress import duration
+
+if TYPE_CHECKING:
+    from siamese_detr.training.loop import Loop
+
+ADAMW_BYTES = 8
+"""Of AdamW's two averages, for each parameter."""
+FORWARD_SHARE = 1 / 3
+"""Of a training step's time, that an evaluation takes for as many images: a backward pass costs about two forward."""
 
 
 def check_precision(precision: str, device: str, main: bool) -> None:
@@ -46,3 +65,120 @@ def check_batch_size(batch_size: int, accumulate: int, processes: int) -> None:
         raise UserError(
             f"batch_size {batch_size} must be a multiple of processes x accumulate ({processes} x {accumulate})"
         )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes, from trial steps on one and two of its largest images.
+
+    Args:
+        fixed: bytes of memory in use whatever the batch: weights, their gradients, the optimiser's averages.
+        per_image: further bytes for each image of a micro-batch.
+        free: bytes there are for all of that.
+        seconds: of the whole run, without loading images.
+    """
+
+    fixed: float
+    per_image: float
+    free: float
+    seconds: float
+
+    def memory(self, images: int) -> float:
+        """Bytes, for micro-batches of so many images in this process."""
+        return self.fixed + images * self.per_image
+
+    def text(self, batch_size: int, accumulate: int) -> str:
+        """For people: memory and time, and where that does not fit, what would.
+
+        Args:
+            batch_size: images of this process in an update.
+            accumulate: micro-batches they are cut into.
+        """
+        needed, there = (f"{value / 1e9:.1f} GB" for value in (self.memory(batch_size // accumulate), self.free))
+        if self.memory(batch_size // accumulate) <= self.free:
+            return f"this run takes about {duration(self.seconds)} and up to {needed} of memory; {there} are free"
+        parts = [n for n in range(accumulate, batch_size + 1) if batch_size % n == 0]
+        fits = next((n for n in parts if self.memory(batch_size // n) <= self.free), None)
+        remedy = f"use accumulate {fits}" if fits is not None else f"use accumulate {batch_size} and smaller images"
+        return f"warning: this run needs up to {needed} of memory, but {there} are free: it may be killed; {remedy}"
+
+
+def estimate(loop: Loop) -> Estimate | None:
+    """Try steps on a run's largest images; no update is made, and no random number of the run is changed. A collective.
+
+    Returns:
+        None where peak memory cannot be read (not Linux, not CUDA), or a trial step failed.
+    """
+    task, team, config = loop.task, loop.team, loop.config
+    images = config.batch_size // (config.accumulate * team.size)  # of this process in a micro-batch
+    batches = [task.largest(n) for n in (1, min(2, images))]
+    if config.compile or any(batch is None for batch in batches):  # compiling for other sizes takes minutes
+        return None
+    buffers = [(buffer, buffer.clone()) for buffer in task.model.buffers()]
+    peaks: list[float] = []
+    seconds, free = 0.0, free_memory(team.device)
+    loop.model.train()
+    try:
+        for batch in batches:
+            reset_peak(team.device)
+            began = time.monotonic()
+            seed_torch(config.seed, 0, 0, team.rank)
+            with loop.accelerator.no_sync(loop.model):
+                loss, _ = task.step(loop.model, send_to_device(batch, team.device))
+                loop.accelerator.backward(loss)
+            loss.item()  # wait for the device
+            seconds = time.monotonic() - began
+            peaks.append(peak_memory(team.device))
+            loop.optimizer.zero_grad()
+    # The first update says what is wrong, batch norms of one cell want more than one image, or there is no /proc.
+    except (NonFiniteError, ValueError, OSError):
+        return None
+    finally:
+        loop.optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    learned = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
+    per_image = max(peaks[1] - peaks[0], 0.0)
+    fixed = peaks[0] - per_image + ADAMW_BYTES * learned
+    trained = loop.steps * config.batch_size + FORWARD_SHARE * task.evaluated
+    return Estimate(fixed, per_image, free, trained * seconds / (min(2, images) * team.size))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may have on a device, those it has included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = [float(psutil.virtual_memory().available), *map(float, control_group_free())]
+    return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + psutil.Process().memory_info().rss
+
+
+def control_group_free(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes left under each memory limit that containers and job schedulers set on this process."""
+    free = []
+    try:
+        own = process.read_text().strip().rpartition("::")[2].lstrip("/")
+        for folder in (root / own, *(root / own).parents):
+            limit, used = folder / "memory.max", folder / "memory.current"
+            if folder.is_relative_to(root) and limit.exists() and (text := limit.read_text().strip()) != "max":
+                lines = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free.append(int(text) - int(used.read_text()) + int(lines.get("inactive_file", 0)))
+    except (OSError, ValueError):  # another kind of system
+        pass
+    return free
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let :func:`peak_memory` begin from what is in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes that this process had on the device at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024.0 * int(line.split()[1])

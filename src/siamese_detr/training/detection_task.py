@@ -27,7 +27,14 @@ from siamese_detr.images.labels import DetectionDataset
 from siamese_detr.images.listing import ImageList
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.finetune_config import FinetuneConfig
-from siamese_detr.training.labelled_dataset import EpochBatches, InputSize, TrainingImages, collate, prepare
+from siamese_detr.training.labelled_dataset import (
+    EpochBatches,
+    InputSize,
+    LabelledSample,
+    TrainingImages,
+    collate,
+    prepare,
+)
 from siamese_detr.training.loop import Loop
 from siamese_detr.training.self_training import MixedBatches, MixedImages, Teacher, collate_mixed
 from siamese_detr.training.task import Task
@@ -74,6 +81,7 @@ class DetectionTask(Task):
         self.detector, self.config, self.steps, self.images = detector, config, steps, images
         self.validation, self.input_size = validation, input_size
         self.evaluations = config.evaluations(len(images)) if validation is not None else 0
+        self.evaluated = self.evaluations * len(validation or ())
         self.criterion = SetCriterion(CriterionConfig.of(detector.class_loss))
         self.square_sides = config.square_sides(input_size, detector.square_side or 32)
         self.processor = detector.image_processor(**dataclasses.asdict(input_size))
@@ -94,11 +102,35 @@ class DetectionTask(Task):
                 found = targets.classes[len(batch["images"]) :] >= 0
                 terms["pseudo_boxes"] = found.float().sum(1).mean()
         if len(self.square_sides) > 1:  # a batch is of one size, so that nothing is padded
-            side = self.square_sides[int(torch.randint(len(self.square_sides), ()))]
+            side = batch.get("side") or self.square_sides[int(torch.randint(len(self.square_sides), ()))]
             pixel_values = F.interpolate(pixel_values, (side, side), mode="bilinear", antialias=True)
             pixel_mask = pixel_mask.new_ones(len(pixel_mask), side, side)
         output = self.criterion(model(pixel_values, pixel_mask, targets), targets)
         return output.loss, {**output.terms, **terms}
+
+    def largest(self, images: int) -> dict[str, Any]:
+        """Noise, with as many boxes as the image with most of them; a pair of images where some are unlabelled."""
+        items, short = self.images.dataset.images, self.input_size.shortest_edge
+        height, width = short, short
+        if not self.input_size.square:  # a batch of upright and broad images is padded to the long side in both
+            limit = self.input_size.longest_edge
+            height, width = (
+                min(limit, round(short * max(1.0, *ratios)))
+                for ratios in ([i.height / i.width for i in items], [i.width / i.height for i in items])
+            )
+        random, most = np.random.default_rng(0), max(len(item.boxes) for item in items)
+        count = images * (1 if self.teacher is None else 2)
+        samples = [
+            LabelledSample(
+                pixels=random.integers(0, 256, (height, width, 3), np.uint8),
+                boxes=random.uniform(0.3, 0.6, (most, 4)).astype(np.float32),
+                classes=random.integers(0, len(self.detector.class_names), most),
+                jitter=np.ones(3, np.float32),
+                index=0,
+            )
+            for _ in range(count)
+        ]
+        return {**collate(samples), "side": self.square_sides[-1] if self.square_sides else None}
 
     @property
     def records(self) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from siamese_detr.runtime.loading import Loader
 from siamese_detr.runtime.processes import Team, default_workers, machine_explained
 from siamese_detr.runtime.progress import ProgressBar
 from siamese_detr.runtime.signals import Preempted, StopRequest
-from siamese_detr.training.checks import check_batch_size
+from siamese_detr.training.checks import check_batch_size, estimate
 from siamese_detr.training.nonfinite import keep_for_replay
 from siamese_detr.training.optimizer import OptimizerConfig, lr_factor
 from siamese_detr.training.run_config import RunConfig
@@ -240,6 +240,9 @@ class Loop:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(machine_explained(f"continue {self.out} with --resume"))
                 stack.enter_context(self.stop)
+                if step == 0 and (takes := estimate(self)) is not None and team.main:
+                    own = self.config.batch_size // team.size
+                    print(takes.text(own, self.config.accumulate), file=sys.stderr)
                 if team.main:
                     self.journal = stack.enter_context(contextlib.closing(Journal(self.out, step)))
                     if self.config.progress:

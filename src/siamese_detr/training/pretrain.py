@@ -88,6 +88,15 @@ class PretextTask(Task):
             return output.loss, output.terms
         return output.loss, {**output.terms, "padded_regions": batch["padded"].float().mean()}
 
+    def largest(self, images: int) -> dict[str, Any] | None:
+        dataset: Any = self.dataset
+        if dataset is self.views:  # else a bank's, which are of one size
+            sides = dataclasses.replace(self.views.config, short_sides=(max(self.views.config.short_sides),))
+            dataset = TwoViewDataset(self.views.store, sides, self.views.seed)
+        first = (dataset[(0, n)] for n in range(min(len(self.views), 10)))
+        readable = [sample for sample in first if not self.collate([sample])["skipped"]]
+        return self.collate([readable[n % len(readable)] for n in range(images)]) if readable else None
+
     def still_unreadable(self, path: str) -> bool:
         index = self.views.store.index(path)
         return index is not None and self.views[(0, index)].failure is not None

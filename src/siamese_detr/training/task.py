@@ -41,6 +41,8 @@ class Task:
     """The command whose run this is."""
     averages: Averages | None = None
     """Of the model's weights, if the run averages them; set by the loop."""
+    evaluated: int = 0
+    """Images that all evaluations of the run will see."""
 
     def __init__(
         self,
@@ -61,6 +63,10 @@ class Task:
             batch: what ``collate`` gave, its tensors on the device.
         """
         raise NotImplementedError
+
+    def largest(self, images: int) -> dict[str, Any] | None:
+        """A batch of so many images of the largest size there may be, to try what a step takes; None: not known."""
+        return None
 
     def saved(self, step: int) -> None:
         """Called on the main process after each checkpoint."""
