@@ -181,6 +181,18 @@ def test_a_run_goes_on_when_the_detector_it_started_from_has_moved(pretrained, l
 
 
 @pytest.mark.promise("exact-resume")
+def test_rare_classes_lengthen_an_epoch_and_a_run_continues_exactly(labels, tmp_path, capsys):
+    options = {**TINY, **QUICK, "train": labels, "repeat_factor": 1.0, "batch_size": 4, "crop": 0.5}
+    whole = finetune(out=str(tmp_path / "whole"), **options, epochs=2, save_every=2, keep=0)
+    factor = 2**0.5  # each class is in half of the images
+    steps = round(2 * round(6 * factor) / 4)
+    assert f"{steps} updates of 4 images (2 epochs)" in capsys.readouterr().err
+    shutil.copytree(whole.out, tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / f"checkpoint-{steps}")
+    again = finetune(out=str(tmp_path / "killed"), **options, epochs=2, save_every=2, resume=True)
+    assert losses(again.out) == losses(whole.out)
+
+
 def test_a_killed_run_ends_as_if_it_had_not_been(labels, tmp_path):
     options = {**TINY, **QUICK, "dropout": 0.1, "crop": 0.5, "square": False, "image_size": 64, "backbone_lr": 1e-4}
     options |= {"train": labels, "val": labels, "steps": 7, "save_every": 2, "eval_every": 2, "ema": 0.9}
@@ -352,6 +364,8 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
         ({"fraction": 0.0}, "fraction"),
         ({"image_size": 8}, "image_size"),
         ({"min_size": 200}, "min_size"),
+        ({"layer_decay": 0.7, "backbone_lr": 1e-4}, "no attention blocks"),
+        ({"layer_decay": 0.0}, "layer_decay must be above 0"),
         ({"image_size": None, "min_size": 2000}, "min_size 2000 is above the image size"),
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"batch_size": 3, "accumulate": 2}, "multiple"),

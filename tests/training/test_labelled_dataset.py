@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from siamese_detr.training.labelled_dataset import (
     cut_image,
     draw_cut,
     prepare,
+    repeat_factors,
     short_sides,
 )
 from siamese_detr.training.task import skip
@@ -208,6 +210,31 @@ def test_every_epoch_has_every_image_once_and_longer_runs_begin_alike():
     assert list(skip(batches, 7)) == list(batches)[7:]
     assert list(EpochBatches(10, 4, 10, seed=2)) != list(batches)
     assert len(EpochBatches(3, 8, 1, seed=0)[0]) == 8  # more than there are: several epochs in one batch
+
+
+def test_images_of_rare_classes_are_shown_more_often(coco):
+    dataset = read_labels(coco)
+    dataset.class_names = ["common", "rare"]
+    item = dataset.images[0]
+    kinds = [[0], [0, 1], *[[0]] * 13, []]
+    dataset.images = [
+        replace(item, classes=np.array(k, np.int64), crowd=np.zeros(len(k), bool), boxes=np.ones((len(k), 4)))
+        for k in kinds
+    ]
+    factors = repeat_factors(dataset, 0.36)
+    assert factors.tolist() == pytest.approx([1, math.sqrt(0.36 * 16), *[1] * 14])
+    assert set(repeat_factors(dataset, 0.0)) == {1.0}
+
+    batches = EpochBatches(16, 4, 100, seed=0, repeats=factors)
+    assert batches.epoch_size == round(15 + 2.4)
+    keys = [key for batch in batches for key in batch]
+    assert len(set(keys)) == len(keys)  # each repetition is augmented differently
+    epochs = [[n for _, n in keys[17 * e : 17 * e + 17]] for e in range(400 // 17)]
+    rare = [epoch.count(1) for epoch in epochs]
+    assert set(rare) == {2, 3}
+    assert 2.2 < np.mean(rare) < 2.6
+    assert all(0 <= epoch.count(n) <= 1 for epoch in epochs for n in range(16) if n != 1)
+    assert [keys for keys in skip(batches, 40)] == list(batches)[40:]
 
 
 def test_photos_are_decoded_no_larger_than_needed(tmp_path, coco, monkeypatch):

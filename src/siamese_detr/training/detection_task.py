@@ -54,6 +54,7 @@ class DetectionTask(Task):
         validation: labelled images to evaluate on; None: there is no evaluation, and only ``last`` is written.
         input_size: of evaluation, stored with the detector.
         unlabelled: further images, from which the detector learns by self-training.
+        repeats: how often an epoch has each training image, see :func:`repeat_factors`; None: once.
     """
 
     verb = "finetune"
@@ -67,20 +68,23 @@ class DetectionTask(Task):
         validation: DetectionDataset | None,
         input_size: InputSize,
         unlabelled: ImageList | None = None,
+        repeats: np.ndarray | None = None,
     ) -> None:
         micro, count = config.batch_size // config.accumulate, steps * config.accumulate
-        batches = EpochBatches(len(images), micro, count, config.seed)
+        batches = EpochBatches(len(images), micro, count, config.seed, repeats)
         self.teacher: Teacher | None = None
         if unlabelled is None:
-            super().__init__(detector, images, batches, collate, epoch_size=len(images))
+            super().__init__(detector, images, batches, collate, epoch_size=batches.epoch_size)
         else:
             stored = getattr(detector.config, "score_thresholds", None)
             self.teacher = Teacher(detector, steps, config.burn_in, config.pseudo_threshold, stored)
             mixed = MixedBatches(batches, EpochBatches(len(unlabelled), micro, count, config.seed))
-            super().__init__(detector, MixedImages(images, unlabelled), mixed, collate_mixed, epoch_size=len(images))
+            super().__init__(
+                detector, MixedImages(images, unlabelled), mixed, collate_mixed, epoch_size=batches.epoch_size
+            )
         self.detector, self.config, self.steps, self.images = detector, config, steps, images
         self.validation, self.input_size = validation, input_size
-        self.evaluations = config.evaluations(len(images)) if validation is not None else 0
+        self.evaluations = config.evaluations(batches.epoch_size) if validation is not None else 0
         self.evaluated = self.evaluations * len(validation or ())
         self.criterion = SetCriterion(CriterionConfig.of(detector.class_loss))
         self.square_sides = config.square_sides(input_size, detector.square_side or 32)

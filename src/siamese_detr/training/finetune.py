@@ -31,7 +31,7 @@ from siamese_detr.runtime.rundir import begin, check_place, check_session
 from siamese_detr.training.checks import check_precision, check_trackers
 from siamese_detr.training.detection_task import DetectionTask, best_of
 from siamese_detr.training.finetune_config import FinetuneConfig
-from siamese_detr.training.labelled_dataset import TrainingImages
+from siamese_detr.training.labelled_dataset import TrainingImages, repeat_factors
 from siamese_detr.training.loop import Loop
 from siamese_detr.training.nonfinite import replay
 from siamese_detr.training.optimizer import adamw
@@ -90,6 +90,15 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     detector.set_trainable(backbone=config.backbone_lr > 0, class_head=True)
     freeze(detector, config.freeze)
     size = config.input_size(detector)
+    optimizer = adamw(
+        detector,
+        config.lr,
+        config.weight_decay,
+        config.decay_all,
+        backbone=detector.backbone,
+        backbone_lr=config.backbone_lr,
+        layer_decay=config.layer_decay,
+    )
     with lost_process_explained(), contextlib.ExitStack() as stack:
         if team.main and config.replay is None:
             check_place(out)
@@ -105,12 +114,11 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             if config.fraction < 1:
                 write_json(out / "train.json", dataset.to_coco(original_ids=True))
         console.print(describe(origin, dataset, validation), markup=False)
-        console.print(config.budget(len(dataset)), markup=False)
-        steps = config.total_steps(len(dataset))
+        repeats = repeat_factors(dataset, config.repeat_factor)
+        console.print(config.budget(round(repeats.sum())), markup=False)
+        steps = config.total_steps(round(repeats.sum()))
         images = TrainingImages(dataset, config.transform(size), config.seed)
-        task = DetectionTask(detector, config, steps, images, validation, size, unlabelled)
-        parts = {"backbone": detector.backbone, "backbone_lr": config.backbone_lr}
-        optimizer = adamw(detector, config.lr, config.weight_decay, config.decay_all, **parts)  # type: ignore[arg-type]
+        task = DetectionTask(detector, config, steps, images, validation, size, unlabelled, repeats)
         often = min(math.ceil(steps / max(task.evaluations, 1)), 500)
         loop = Loop(task, config, optimizer, config, team, steps, often)
         if config.replay is not None:

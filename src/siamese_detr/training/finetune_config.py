@@ -45,10 +45,14 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         pseudo_threshold: score from which what was found becomes a label; default: for each class, that of highest F1
             on the validation images.
         fraction: part of the training images to use, above 0 to 1; reproducible, and with every class in it.
+        repeat_factor: show images of classes that a smaller share of the images than this has more often, 0 to 1 (LVIS:
+            0.001; 0: all alike).
         patience: stop after so many evaluations without a higher AP (0: never).
         ema: average the weights over updates with at most this decay, 0 to 1 (0: do not); the averages are what is
             evaluated and saved.
         backbone_lr: learning rate of the backbone; 0: frozen, and run without gradients.
+        layer_decay: each block of a vision transformer learns at this share of the next one's rate, above 0 to 1 (0.7
+            is usual; 1: all at backbone_lr).
         freeze: parts that do not learn, by the names of modules: encoder, decoder, backbone, blocks.0, ...
         image_size: short side at evaluation and largest in training; default: the starting detector's, or 800.
         max_size: limit of the long side; default: in proportion to 800 : 1333.
@@ -85,9 +89,11 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
     burn_in: float = 0.5
     pseudo_threshold: float | None = None
     fraction: float = 1.0
+    repeat_factor: float = 0.0
     epochs: float | Literal["auto"] = "auto"
     batch_size: int = 16
     backbone_lr: float = 5e-5
+    layer_decay: float = 1.0
     freeze: tuple[str, ...] = ()
     drop_at: float = 0.8
     image_size: int | None = None
@@ -109,9 +115,12 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
             raise UserError("model and init both say where to start from: give one of them")
         check_numbers(
             self,
-            positive=("max_size", "min_size", "eval_batch_size"),
+            positive=("max_size", "min_size", "eval_batch_size", "layer_decay"),
             not_negative=("backbone_lr", "eval_every"),
-            shares=("kept_share", "burn_in", "pseudo_threshold", "crop", "flip", "colour_jitter", "ema"),
+            shares=(
+                *("kept_share", "burn_in", "pseudo_threshold", "crop", "flip", "colour_jitter", "ema", "layer_decay"),
+                *("repeat_factor",),
+            ),
         )
         if self.unlabelled is not None and (self.val is None or not self.ema):
             raise UserError(
@@ -123,6 +132,8 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
             raise UserError(f"min_size {self.min_size} is above image_size {self.image_size}")
 
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if not self.backbone_lr:
+            yield ("layer_decay",), "the backbone is frozen (backbone_lr 0)"
         if self.start is None:
             yield ("kept_share",), "the detector starts from scratch"
         if self.val is None:

@@ -291,23 +291,51 @@ def collate(samples: Sequence[LabelledSample]) -> dict[str, Any]:
     }
 
 
+def repeat_factors(dataset: DetectionDataset, threshold: float) -> np.ndarray:
+    """How often an epoch shows each image on average (repeat-factor sampling; LVIS, Gupta et al. 2019, appendix B).
+
+    A class that the share f of the images has gets ``r = max(1, sqrt(threshold / f))``, an image the largest r of its
+    classes, and 1 without any.
+
+    Args:
+        dataset: labelled images.
+        threshold: the share of images below which a class counts as rare, 0 to 1.
+
+    Returns:
+        float64 (images,), at least 1.
+    """
+    present = np.zeros((len(dataset), len(dataset.class_names)), bool)
+    for row, item in zip(present, dataset.images, strict=True):
+        row[item.classes[~np.asarray(item.crowd, bool)]] = True
+    factors = np.sqrt(threshold / present.mean(0).clip(1 / len(dataset)))
+    return np.where(present, factors, 1.0).max(1, initial=1.0)
+
+
 class EpochBatches:
     """Batches of ``(epoch, index)``: every epoch a new permutation of all images, batches running on across epochs.
 
     The order is a pure function of (seed, position): a resumed run begins where it was, and a longer run has the
-    shorter one as its prefix.
+    shorter one as its prefix. An image that an epoch has several times counts as of several epochs, so that its
+    augmentation differs.
 
     Args:
         images: number of images.
         batch_size: images per batch, over all processes.
         batches: number of batches.
         seed: of the order.
+        repeats: (images,) how often an epoch has each image on average; it is rounded up or down at random, so that
+            every epoch is of the same length, the rounded sum. None: once.
     """
 
-    def __init__(self, images: int, batch_size: int, batches: int, seed: int) -> None:
-        self.images, self.batch_size, self.batches, self.seed = images, batch_size, batches, seed
+    def __init__(
+        self, images: int, batch_size: int, batches: int, seed: int, repeats: np.ndarray | None = None
+    ) -> None:
+        self.batch_size, self.batches, self.seed = batch_size, batches, seed
+        repeats = np.ones(images) if repeats is None else repeats
+        self.epoch_size = round(repeats.sum())
+        self.repeats = repeats * (self.epoch_size / repeats.sum())
         self.start = 0
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        self._order: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     def __len__(self) -> int:
         return self.batches
@@ -317,11 +345,23 @@ class EpochBatches:
             raise IndexError(position)
         keys: list[tuple[int, int]] = []
         while len(keys) < self.batch_size:
-            epoch, offset = divmod(position * self.batch_size + len(keys), self.images)
+            epoch, offset = divmod(position * self.batch_size + len(keys), self.epoch_size)
             if self._order[0] != epoch:
-                self._order = epoch, rng(self.seed, ORDER, epoch).permutation(self.images)
-            keys += [(epoch, int(i)) for i in self._order[1][offset : offset + self.batch_size - len(keys)]]
+                self._order = epoch, self._epoch(epoch)
+            keys += self._order[1][offset : offset + self.batch_size - len(keys)]
         return keys
+
+    def _epoch(self, epoch: int) -> list[tuple[int, int]]:
+        """The keys of an epoch, in its order."""
+        random = rng(self.seed, ORDER, epoch)
+        order = random.permutation(self.epoch_size)
+        # Systematic sampling: an image is taken as often as a comb of unit distance hits its share of the line.
+        ends = np.cumsum(self.repeats)
+        ends[-1] = self.epoch_size
+        counts = np.diff(np.floor(ends + random.random()).astype(np.int64), prepend=0)
+        number = math.ceil(self.repeats.max()) * epoch
+        keys = [(number + again, image) for image, count in enumerate(counts.tolist()) for again in range(count)]
+        return [keys[n] for n in order]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return (self[position] for position in range(self.start, self.batches))

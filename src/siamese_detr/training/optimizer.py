@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from siamese_detr.config import Options, check_numbers
+from siamese_detr.errors import UserError
 
 if TYPE_CHECKING:  # loads PyTorch, for which --help need not wait
     import torch
@@ -70,6 +72,32 @@ def decayed_names(model: nn.Module) -> set[str]:
     }
 
 
+def layer_rates(backbone: nn.Module, decay: float) -> dict[int, float]:
+    """Layer-wise learning-rate decay of a vision transformer (BEiT, Bao et al. 2022): the last block learns at
+    ``decay`` times the backbone's rate, the one before at its square, ..., and what precedes the blocks slowest.
+
+    Args:
+        backbone: with a list of attention blocks.
+        decay: above 0 to 1.
+
+    Returns:
+        id of the parameter -> its share of the backbone's rate.
+
+    Raises:
+        UserError: the backbone has no such blocks.
+    """
+    named = dict(backbone.named_parameters())
+    blocks = {name: re.fullmatch(r"(\D*\b(?:layers?|blocks))\.(\d+)\..*", name) for name in named}
+    (prefix, *_) = [match[1] for name, match in blocks.items() if match and "att" in name[match.end(2) :]] or [None]
+    numbers = {name: int(match[2]) for name, match in blocks.items() if match and match[1] == prefix}
+    if not numbers:
+        raise UserError("layer_decay: this backbone has no attention blocks, as vision transformers do; leave it out")
+    depth, first = max(numbers.values()) + 1, min(list(named).index(name) for name in numbers)
+    powers = {name: depth + 1 if n < first else 0 for n, name in enumerate(named)}  # before the blocks, and after
+    powers |= {name: depth - number for name, number in numbers.items()}
+    return {id(parameter): decay ** powers[name] for name, parameter in named.items()}
+
+
 def adamw(
     model: nn.Module,
     lr: float,
@@ -77,6 +105,7 @@ def adamw(
     decay_all: bool = False,
     backbone: nn.Module | None = None,
     backbone_lr: float = 0.0,
+    layer_decay: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, with and without weight decay, each part at its own rate.
 
@@ -87,16 +116,21 @@ def adamw(
         decay_all: decay norms, biases and embeddings too, as the papers' code does.
         backbone: the part of ``model`` that learns at ``backbone_lr``.
         backbone_lr: its learning rate.
+        layer_decay: see :func:`layer_rates`; 1: all of the backbone learns alike.
     """
     import torch
 
     decayed = decayed_names(model)
-    inside = set() if backbone is None else {id(parameter) for parameter in backbone.parameters()}
+    inside = {} if backbone is None else {id(parameter): 1.0 for parameter in backbone.parameters()}
+    if backbone is not None and layer_decay < 1:
+        inside = layer_rates(backbone, layer_decay)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             slow = any(part in name for part in GEOMETRY)
-            rate = backbone_lr if id(parameter) in inside else lr * (GEOMETRY_RATE if slow else 1.0)
+            rate = lr * (GEOMETRY_RATE if slow else 1.0)
+            if id(parameter) in inside:
+                rate = backbone_lr * inside[id(parameter)]
             decay = weight_decay if decay_all or name in decayed else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(
