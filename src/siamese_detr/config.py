@@ -82,6 +82,7 @@ class Verb(Protocol[Result]):
 
 def verb(config_class: type[VerbConfig]) -> Callable[[Callable[[VerbConfig], Result]], Verb[Result]]:
     """Decorate ``def propose(config: ProposeConfig)`` so that it takes the fields, a ``config`` file and a ``recipe``.
+    Keyword-only parameters are for objects that only Python can give.
 
     The result is callable as ``propose("photos", out="store")``, ``propose(ProposeConfig(...))`` or
     ``propose(config="run.yaml", recipe="laptop", out="store")``; ``help`` shows its arguments. Raises
@@ -89,14 +90,17 @@ def verb(config_class: type[VerbConfig]) -> Callable[[Callable[[VerbConfig], Res
     """
     names = [field.name for field in ordered(config_class)]
 
-    def decorate(function: Callable[[VerbConfig], Result]) -> Verb[Result]:
+    def decorate(function: Callable[..., Result]) -> Verb[Result]:
+        beside = {name: p for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
         # A true function, because only of those `help` and editors show the signature.
         @functools.wraps(function)
         def call(*args: Any, config: str | Path | None = None, recipe: str | None = None, **options: Any) -> Result:
+            objects = {name: options.pop(name) for name in beside if name in options}
             if len(args) == 1 and isinstance(args[0], config_class):
                 if config is not None or recipe is not None or options:
                     raise TypeError("give either a configuration object or its fields, not both")
-                return function(args[0])
+                return function(args[0], **objects)
             if len(args) > len(names):
                 raise TypeError(f"{call.__name__}() takes at most {len(names)} positional arguments")
             given = dict(zip(names, args, strict=False))
@@ -104,19 +108,19 @@ def verb(config_class: type[VerbConfig]) -> Callable[[Callable[[VerbConfig], Res
                 raise TypeError(f"{', '.join(sorted(twice))} given twice")
             if "recipe" in names and recipe is not None:  # the verb applies it itself
                 options, recipe = options | {"recipe": recipe}, None
-            return function(resolve(config_class, given | options, recipe, config))
+            return function(resolve(config_class, given | options, recipe, config), **objects)
 
         made: Any = call
         made.config_class = config_class
-        made.__signature__ = signature(config_class, inspect.signature(function).return_annotation)
+        made.__signature__ = signature(config_class, inspect.signature(function).return_annotation, beside.values())
         made.__doc__ = document(function, config_class)
         return made
 
     return decorate
 
 
-def signature(config_class: type, result: Any) -> inspect.Signature:
-    """The fields of a configuration as parameters, and the files that can give their values."""
+def signature(config_class: type, result: Any, beside: Iterable[inspect.Parameter] = ()) -> inspect.Signature:
+    """The fields of a configuration as parameters, the files that can give their values, and what is beside these."""
     types = get_type_hints(config_class)
     fields = [
         inspect.Parameter(
@@ -132,12 +136,13 @@ def signature(config_class: type, result: Any) -> inspect.Signature:
         for name in ("config", "recipe")
         if name not in types
     ]
-    return inspect.Signature(fields + sources, return_annotation=result)
+    return inspect.Signature([*fields, *sources, *beside], return_annotation=result)
 
 
 def document(function: Callable, config_class: type) -> str:
     """The docstring of a verb: the function's own, with the arguments that its configuration explains."""
     about, raises, errors = inspect.cleandoc(function.__doc__ or "").partition("\n\nRaises:")
+    about, _, beside = about.partition("\n\nArgs:\n")
     texts = [f"{name}: {text}" for name, (_, text) in explained(config_class).items()]
     arguments = "\n".join(textwrap.fill(text, 120, initial_indent=" " * 4, subsequent_indent=" " * 8) for text in texts)
     names = "".join(f"{name}, " for name in recipe_names(config_class))
@@ -147,7 +152,7 @@ def document(function: Callable, config_class: type) -> str:
     ]
     own = {field.name for field in dataclasses.fields(config_class)}
     lines = [f"    {line}" for line in sources if line.partition(":")[0] not in own]
-    return "\n".join([f"{about}\n\nArgs:\n{arguments}", *lines]) + raises + errors
+    return "\n".join([f"{about}\n\nArgs:\n{arguments}", *lines, *filter(None, [beside])]) + raises + errors
 
 
 def explained(config_class: type) -> dict[str, tuple[type, str]]:

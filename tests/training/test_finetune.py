@@ -25,6 +25,7 @@ from siamese_detr.training.detection_task import is_due
 from siamese_detr.training.finetune import finetune
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.optimizer import lr_factor
+from siamese_detr.training.task import Callback
 from tiny_finetuning import CLASSES, QUICK, TINY, learned, write_scenes
 
 HEAD = ("class_labels_classifier", "class_embed")
@@ -181,6 +182,43 @@ def test_a_run_goes_on_when_the_detector_it_started_from_has_moved(pretrained, l
 
 
 @pytest.mark.promise("exact-resume")
+class Follows(Callback):
+    def __init__(self, fails: tuple[str, int] | None = None) -> None:
+        self.fails, self.seen = fails, []
+
+    def note(self, event: str, step: int, values: dict) -> None:
+        self.seen.append((event, step, dict(values)))
+        if self.fails == (event, step):
+            raise ValueError("enough")
+
+    def on_log(self, step, values):
+        self.note("log", step, values)
+
+    def on_evaluation(self, step, metrics):
+        self.note("evaluation", step, metrics)
+
+
+def test_callbacks_follow_a_run(labels, tmp_path):
+    options = {**TINY, **QUICK, "train": labels, "val": labels, "steps": 4, "eval_every": 3, "save_every": 100}
+    follows = Follows()
+    result = finetune(out=str(tmp_path / "run"), **options, callbacks=[follows])
+    logged = [values for event, _, values in follows.seen if event == "log"]
+    assert [values["loss"] for values in logged] == [loss for _, loss, _ in losses(result.out)]
+    assert [(step, values["AP"]) for event, step, values in follows.seen if event == "evaluation"] == [
+        (record["step"], record["AP"]) for record in result.history
+    ]
+    for fails in (("log", 2), ("evaluation", 4)):
+        out = tmp_path / fails[0]
+        with pytest.raises(UserError, match=rf"Follows.on_{fails[0]} failed: .*enough.*saved at step {fails[1]}"):
+            finetune(out=str(out), **options, callbacks=[Follows(fails)])
+        again = finetune(out=str(out), **options, resume=True)
+        assert losses(again.out) == losses(result.out)
+        assert again.history == result.history
+    with pytest.raises(UserError, match="is no Callback"):
+        finetune(out=str(tmp_path / "none"), **options, callbacks=[print])
+    assert "callbacks:" in finetune.__doc__
+
+
 def test_rare_classes_lengthen_an_epoch_and_a_run_continues_exactly(labels, tmp_path, capsys):
     options = {**TINY, **QUICK, "train": labels, "repeat_factor": 1.0, "batch_size": 4, "crop": 0.5}
     whole = finetune(out=str(tmp_path / "whole"), **options, epochs=2, save_every=2, keep=0)

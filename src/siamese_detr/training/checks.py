@@ -21,6 +21,7 @@ from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime.hardware import emulates_bf16
 from siamese_detr.runtime.processes import on_cpu
 from siamese_detr.runtime.progress import duration
+from siamese_detr.training.task import Callback
 
 if TYPE_CHECKING:
     from siamese_detr.training.loop import Loop
@@ -57,6 +58,13 @@ def check_trackers(report_to: Sequence[str]) -> None:
             f"report_to: there is no tracker {unknown[0]!r}, or its package is not installed; "
             f"there are: {', '.join(there) or 'none'}"
         )
+
+
+def check_callbacks(callbacks: Sequence[object]) -> None:
+    """Raise :class:`UserError` for what is no :class:`~siamese_detr.training.task.Callback`."""
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise UserError(f"callbacks: {callback!r} is no Callback: derive its class from siamese_detr.training.task")
 
 
 def check_batch_size(batch_size: int, accumulate: int, processes: int) -> None:

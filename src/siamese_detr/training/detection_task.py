@@ -205,7 +205,8 @@ class DetectionTask(Task):
         before = [record["AP"] or 0.0 for record in earlier]
         self.history.rewind(step - 1)
         self.history.append([record | {"train_loss": self.mean_loss(step)}])
-        loop.track({f"validation/{name}": value for name, value in overall.items() if value is not None})
+        known = {name: value for name, value in overall.items() if value is not None}
+        loop.track({f"validation/{name}": value for name, value in known.items()})
         best = (overall["AP"] or 0.0) > max(before, default=-1.0)
         if best:
             self.save("best", step)
@@ -219,6 +220,7 @@ class DetectionTask(Task):
         self.note_unreadable(evaluation.skipped)
         records = self.history.read()
         write_json(self.out / "metrics.json", {"best": best_of(records), "last": records[-1]})
+        loop.notify("on_evaluation", known)
 
     def note_unreadable(self, problems: list[tuple[str, str]]) -> None:
         """List the validation images that could not be read; report them when they are not the same as before."""

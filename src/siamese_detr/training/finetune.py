@@ -28,7 +28,7 @@ from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.runtime.lock import locked
 from siamese_detr.runtime.processes import Team, lost_process_explained, meet
 from siamese_detr.runtime.rundir import begin, check_place, check_session
-from siamese_detr.training.checks import check_precision, check_trackers
+from siamese_detr.training.checks import check_callbacks, check_precision, check_trackers
 from siamese_detr.training.detection_task import DetectionTask, best_of
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.labelled_dataset import TrainingImages, repeat_factors
@@ -36,6 +36,7 @@ from siamese_detr.training.loop import Loop
 from siamese_detr.training.nonfinite import replay
 from siamese_detr.training.optimizer import adamw
 from siamese_detr.training.source import checksum
+from siamese_detr.training.task import Callback
 
 
 @dataclass
@@ -60,11 +61,14 @@ class FinetuneResult:
 
 
 @verb(FinetuneConfig)
-def finetune(config: FinetuneConfig) -> FinetuneResult:
+def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> FinetuneResult:
     """Train a detector on labels, from a pre-trained detector or from scratch, and measure it on validation images.
 
     Killed at any moment, the same command with --resume continues exactly. On SIGTERM or SIGUSR1 the run saves itself
     and exits with code 75.
+
+    Args:
+        callbacks: objects that follow the run, see :class:`siamese_detr.training.task.Callback`.
 
     Raises:
         UserError: bad input or a run that cannot go on; one line with the remedy.
@@ -74,6 +78,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     team = Team(meet(config.device))
     check_precision(config.precision, config.device, team.main)
     check_trackers(config.report_to)
+    check_callbacks(callbacks)
     console = Console(stderr=True, quiet=not team.main, soft_wrap=True)
     dataset = read_labels(config.train, config.train_images)
     validation = read_labels(config.val, config.val_images, default_split="val") if config.val is not None else None
@@ -120,7 +125,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         images = TrainingImages(dataset, config.transform(size), config.seed)
         task = DetectionTask(detector, config, steps, images, validation, size, unlabelled, repeats)
         often = min(math.ceil(steps / max(task.evaluations, 1)), 500)
-        loop = Loop(task, config, optimizer, config, team, steps, often)
+        loop = Loop(task, config, optimizer, config, team, steps, often, callbacks)
         if config.replay is not None:
             diagnosis = replay(loop, Path(config.replay))
             console.print(diagnosis, markup=False)

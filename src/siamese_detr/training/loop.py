@@ -12,7 +12,7 @@ import dataclasses
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from siamese_detr.training.nonfinite import keep_for_replay
 from siamese_detr.training.optimizer import OptimizerConfig, lr_factor
 from siamese_detr.training.run_config import RunConfig
 from siamese_detr.training.state import Averages, RunState, newest_checkpoint, note_first
-from siamese_detr.training.task import RankBatches, Task, Update
+from siamese_detr.training.task import Callback, RankBatches, Task, Update
 from siamese_detr.training.unreadable import UnreadableImages
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -72,6 +72,7 @@ class Loop:
         team: the processes.
         steps: updates in all.
         save_every: updates between checkpoints, where ``config`` leaves that open.
+        callbacks: follow the run.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Loop:
         team: Team,
         steps: int,
         save_every: int = 1000,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         check_batch_size(config.batch_size, config.accumulate, team.size)
         self.task, self.config, self.team, self.steps = task, config, team, steps
@@ -107,6 +109,7 @@ class Loop:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         task.averages = Averages(task.model, config.ema) if config.ema else None
         self.state = RunState(task.model, optimizer, self.scheduler, self.accelerator.scaler, task.averages)
+        self.callbacks, self._failed = callbacks, ""
         self.unreadable = UnreadableImages(config, task.epoch_size)
         self.stop = StopRequest()
         self.journal: Journal | None = None
@@ -193,6 +196,7 @@ class Loop:
         if evaluates or last or step % self.config.log_every == 0:
             epoch = step * self.config.batch_size / self.task.epoch_size
             self.log({**self.state.means.drain(), "learning_rate": rate, "epoch": epoch})
+            self._end_if_failed()
         if evaluates:
             self._evaluate()
             last = self.team.any(self.team.main and self.task.stopped_early(step)) or last
@@ -209,6 +213,7 @@ class Loop:
             if self.state.saved_step != self.state.step:
                 self.save()
             raise
+        self._end_if_failed()
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
         """This process's share of the micro-batches, from update ``start`` on."""
@@ -299,6 +304,25 @@ class Loop:
             f"{self.steps} in {self.out}; continue with the same command and --resume"
         )
 
+    def notify(self, event: str, values: Mapping[str, float]) -> None:
+        """Call a method of the callbacks; the loop ends the run if one fails."""
+        for callback in self.callbacks if self.team.main else ():
+            try:
+                getattr(callback, event)(self.state.step, values)
+            except Exception as error:
+                traceback.print_exc()
+                self._failed = self._failed or f"{type(callback).__name__}.{event} failed: {error!r}"
+
+    def _end_if_failed(self) -> None:
+        """Save and end the run if a callback failed. A collective."""
+        if self.callbacks and self.team.any(bool(self._failed)):
+            if self.state.saved_step != self.state.step:
+                self.save()
+            raise UserError(
+                f"{self._failed or 'a callback failed in the main process'}; the run is saved at step "
+                f"{self.state.step} in {self.out}: fix the callback and continue with resume"
+            )
+
     # ---- numbers
 
     def log(self, values: Mapping[str, float]) -> None:
@@ -307,6 +331,7 @@ class Loop:
         if self.journal is not None:
             self.journal.lines.append([{"step": self.state.step, **values}])
         self.track(values)
+        self.notify("on_log", values)
         if self.bar is not None:
             self.bar.step(self.state.step, values.get("loss"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.runtime.lock import locked
 from siamese_detr.runtime.processes import Team, lost_process_explained, meet
 from siamese_detr.runtime.rundir import begin, check_place, check_session, sessions
-from siamese_detr.training.checks import check_batch_size, check_precision, check_trackers
+from siamese_detr.training.checks import check_batch_size, check_callbacks, check_precision, check_trackers
 from siamese_detr.training.loop import Loop
 from siamese_detr.training.nonfinite import replay
 from siamese_detr.training.optimizer import adamw
 from siamese_detr.training.pretrain_config import PretrainConfig
 from siamese_detr.training.source import Source, checksum, find_source
-from siamese_detr.training.task import Batches, Task, sizes_vary
+from siamese_detr.training.task import Batches, Callback, Task, sizes_vary
 from siamese_detr.views.sampler import ViewBatchSampler
 from siamese_detr.views.two_views import TwoViewDataset
 
@@ -110,11 +110,14 @@ class PretextTask(Task):
 
 
 @verb(PretrainConfig)
-def pretrain(config: PretrainConfig) -> PretrainResult:
+def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> PretrainResult:
     """Pre-train a detector's Transformer on unlabelled images (Siamese DETR, UP-DETR or DETReg).
 
     Writes OUT/detector, which `transformers` and `siamese-detr finetune` load. Killed at any moment, the same command
     with --resume continues exactly. On SIGTERM or SIGUSR1 the run saves itself and exits with code 75.
+
+    Args:
+        callbacks: objects that follow the run, see :class:`siamese_detr.training.task.Callback`.
 
     Raises:
         UserError: bad input or a run that cannot go on; one line with the remedy.
@@ -131,6 +134,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
             print(f"left out: {problem}", file=sys.stderr)
     seed_torch(config.seed)
     check_trackers(config.report_to)
+    check_callbacks(callbacks)
     check_batch_size(config.batch_size, config.accumulate, team.size)
     pretext = build(config).to(team.state.device)
     pretext.detector.image_processor(**input_size(config))
@@ -155,7 +159,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         batches = ViewBatchSampler(chosen, config.views(), batch_size, count, config.seed)
         task = PretextTask(pretext, config, source, dataset, batches)
         optimizer = adamw(pretext, config.lr, config.weight_decay, config.decay_all)
-        loop = Loop(task, config, optimizer, config, team, steps)
+        loop = Loop(task, config, optimizer, config, team, steps, callbacks=callbacks)
         if team.main:
             print(f"{len(rows)} images; {config.budget(len(rows))}", file=sys.stderr)
         if config.replay is not None:

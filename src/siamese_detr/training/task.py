@@ -25,6 +25,19 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[list[Any]]: ...
 
 
+class Callback:
+    """Follows a run from Python: ``finetune(..., callbacks=[Mine()])``. Its methods are called on the main process.
+
+    A method that raises ends the run: it is saved first, and can be resumed.
+    """
+
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
+        """After update ``step`` (1, 2, ...), with what log.jsonl has of it: loss, its terms, learning_rate, ..."""
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """After an evaluation, with AP, AP50, ... in [0, 1]; fine-tuning only."""
+
+
 class Task:
     """Pre-training, fine-tuning, ...: what :class:`~siamese_detr.training.loop.Loop` drives.
 
