@@ -483,7 +483,7 @@ def recipe(name: str) -> FinetuneConfig:
 
 def test_every_recipe_is_valid() -> None:
     names = recipe_names(FinetuneConfig)
-    assert set(names) == {"paper", "paper-10-percent", "laptop", "demo"}
+    assert set(names) == {"paper", "paper-10-percent", "laptop"}
     for name in names:
         recipe(name)
 
