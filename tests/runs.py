@@ -67,6 +67,10 @@ def child(log: str, options: dict[str, Any], env: dict[str, str], kill_at_flush:
             flush(path)
 
         checkpoint.flush = flush_or_die
+    if "POISON" in env:
+        from siamese_detr.training import loop
+
+        loop.estimate = lambda run: None  # it tries steps, too
     if env.get("POISON", "none") == env.get("RANK", "0"):
         poison(step=3)
     try:
@@ -82,9 +86,7 @@ def child(log: str, options: dict[str, Any], env: dict[str, str], kill_at_flush:
 def poison(step: int) -> None:
     """Make the loss of an update a NaN, in this process."""
     from siamese_detr.pretext.siamese import SiamesePretext
-    from siamese_detr.training import loop
 
-    loop.estimate = lambda run: None  # it tries steps, too
     forward, calls = SiamesePretext.forward, [0]
 
     def poisoned(self: Any, *args: Any) -> Any:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tiny_finetuning import TINY, write_scenes
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -76,3 +78,30 @@ def test_the_gpu_benchmark_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert summary["steps"]["detr"].keys() == {"plain", "bf16"}
     assert "| detr, bf16 |" in gpu.table(summary)
     assert (tmp_path / "gpu.json").is_file()
+
+
+def test_fine_tuning_is_compared_with_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import finetune
+
+    labels = str(write_scenes(tmp_path / "scenes", 4))
+    monkeypatch.setattr(finetune, "SIZES", TINY)
+    words = [
+        "--families",
+        "rt-detr",
+        "--seeds",
+        "0",
+        "--updates",
+        "3",
+        "--batch",
+        "2",
+        "--side",
+        "64",
+        "--device",
+        "cpu",
+    ]
+    summary = finetune.main([labels, labels, *words, "--out", str(tmp_path)])
+    (row,) = summary["families"]["rt-detr"]["seeds"]
+    assert all(row["images/s"][who] > 0 and row["AP"][who] >= 0 for who in ("ours", "theirs"))
+    assert "| rt-detr | " in finetune.table(summary)
+    assert (tmp_path / "finetune.json").is_file()

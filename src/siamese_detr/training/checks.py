@@ -120,22 +120,25 @@ def estimate(loop: Loop) -> Estimate | None:
     task, team, config = loop.task, loop.team, loop.config
     images = config.batch_size // (config.accumulate * team.size)  # of this process in a micro-batch
     batches = [task.largest(n) for n in (1, min(2, images))]
-    if config.compile or any(batch is None for batch in batches):  # compiling for other sizes takes minutes
+    # Compiling for other sizes takes minutes.
+    if team.any(config.compile or any(batch is None for batch in batches)):
         return None
     buffers = [(buffer, buffer.clone()) for buffer in task.model.buffers()]
-    peaks: list[float] = []
-    seconds, free = 0.0, free_memory(team.device)
-    loop.model.train()
+    free = free_memory(team.device)
+    task.model.train()
     try:
-        for batch in batches:
+        reset_peak(team.device)
+        peaks, seconds = [peak_memory(team.device)], 0.0
+        for number, batch in enumerate(batches, 1):
+            if number == 2 and team.any(2 * peaks[-1] - peaks[0] > free):  # two would be killed: one must do
+                break
             reset_peak(team.device)
             began = time.monotonic()
             seed_torch(config.seed, 0, 0, team.rank)
-            with loop.accelerator.no_sync(loop.model):
-                loss, _ = task.step(loop.model, send_to_device(batch, team.device))
-                loop.accelerator.backward(loss)
+            loss, _ = task.step(task.model, send_to_device(batch, team.device))
+            loop.accelerator.backward(loss)
             loss.item()  # wait for the device
-            seconds = time.monotonic() - began
+            seconds = (time.monotonic() - began) / min(number, images)
             peaks.append(peak_memory(team.device))
             loop.optimizer.zero_grad()
     # The first update says what is wrong, batch norms of one cell want more than one image, or there is no /proc.
@@ -147,10 +150,10 @@ def estimate(loop: Loop) -> Estimate | None:
             for buffer, before in buffers:
                 buffer.copy_(before)
     learned = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
-    per_image = max(peaks[1] - peaks[0], 0.0)
-    fixed = peaks[0] - per_image + ADAMW_BYTES * learned
+    per_image = max(peaks[-1] - peaks[-2], 0.0)
+    fixed = peaks[1] - per_image + ADAMW_BYTES * learned
     trained = loop.steps * config.batch_size + FORWARD_SHARE * task.evaluated
-    return Estimate(fixed, per_image, free, trained * seconds / (min(2, images) * team.size))
+    return Estimate(fixed, per_image, free, trained * seconds / team.size)
 
 
 def free_memory(device: torch.device) -> float:

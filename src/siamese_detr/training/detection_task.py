@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,11 +34,15 @@ from siamese_detr.training.labelled_dataset import (
     LabelledSample,
     TrainingImages,
     collate,
+    draw_cut,
     prepare,
 )
 from siamese_detr.training.loop import Loop
 from siamese_detr.training.self_training import MixedBatches, MixedImages, Teacher, collate_mixed
 from siamese_detr.training.task import Task
+
+TRIED = 300
+"""Batches of which the largest says how much memory a run needs."""
 
 
 class DetectionTask(Task):
@@ -114,15 +119,9 @@ class DetectionTask(Task):
 
     def largest(self, images: int) -> dict[str, Any]:
         """Noise, with as many boxes as the image with most of them; a pair of images where some are unlabelled."""
-        items, short = self.images.dataset.images, self.input_size.shortest_edge
-        height, width = short, short
-        if not self.input_size.square:  # a batch of upright and broad images is padded to the long side in both
-            limit = self.input_size.longest_edge
-            height, width = (
-                min(limit, round(short * max(1.0, *ratios)))
-                for ratios in ([i.height / i.width for i in items], [i.width / i.height for i in items])
-            )
-        random, most = np.random.default_rng(0), max(len(item.boxes) for item in items)
+        random, items = np.random.default_rng(0), self.images.dataset.images
+        most = max(len(item.boxes) for item in items)
+        height, width = self._largest_size(random)
         count = images * (1 if self.teacher is None else 2)
         samples = [
             LabelledSample(
@@ -135,6 +134,18 @@ class DetectionTask(Task):
             for _ in range(count)
         ]
         return {**collate(samples), "side": self.square_sides[-1] if self.square_sides else None}
+
+    def _largest_size(self, random: np.random.Generator) -> tuple[int, int]:
+        """(height, width) of the largest batch, padding included, of some hundred."""
+        transform, items = self.images.transform, self.images.dataset.images
+        if transform.square:
+            return transform.image_size, transform.image_size
+        if transform.strong:  # its crops may have any shape
+            return transform.max_size, transform.max_size
+        batches = random.integers(0, len(items), (TRIED, self.config.batch_size // self.config.accumulate)).tolist()
+        cuts = ([draw_cut(items[n].width, items[n].height, transform, random).size for n in batch] for batch in batches)
+        padded = [(max(height for height, _ in sizes), max(width for _, width in sizes)) for sizes in cuts]
+        return max(padded, key=math.prod)
 
     @property
     def records(self) -> list[dict[str, Any]]:
