@@ -15,6 +15,7 @@ from conftest import textured
 from siamese_detr.errors import UserError
 from siamese_detr.images.check import CheckConfig, CheckReport, check
 from siamese_detr.images.duplicates import equal_groups, fingerprint, similar_groups
+from siamese_detr.images.labels import read_labels
 
 
 def found(report: CheckReport) -> dict[tuple[str, str], int]:
@@ -63,7 +64,15 @@ def test_everything_to_find(coco: Path, photos: Path, tmp_path: Path, capsys: py
     }
     (tmp_path / "val.json").write_text(json.dumps(val))
 
-    report = check(CheckConfig(str(coco), val=str(tmp_path / "val.json"), out=str(tmp_path / "r.json"), min_labels=4))
+    report = check(
+        CheckConfig(
+            str(coco),
+            val=str(tmp_path / "val.json"),
+            out=str(tmp_path / "r.json"),
+            fix=str(tmp_path / "fixed.json"),
+            min_labels=4,
+        )
+    )
     assert found(report) == {
         ("data", "box of zero size"): 1,
         ("data", "box partly outside the image"): 1,
@@ -72,7 +81,7 @@ def test_everything_to_find(coco: Path, photos: Path, tmp_path: Path, capsys: py
         ("val", "image without objects"): 1,
         ("data", "unreadable image"): 1,
         ("data", "tiny image"): 1,
-        ("data", "size differs from the labels'"): 1,
+        ("data", "labels of a picture of another shape"): 1,
         ("data", "duplicate image (the same file)"): 1,
         ("data", "duplicate image (nearly the same picture)"): 1,
         ("data and val", "validation image also in data (the same file)"): 1,
@@ -82,10 +91,13 @@ def test_everything_to_find(coco: Path, photos: Path, tmp_path: Path, capsys: py
         ("val", "class of data without boxes in val"): 1,
         ("val", "class unknown to data"): 1,
     }
-    assert report.images == {"data": 9, "val": 3}
-    assert report.readable == {"data": 8, "val": 3}
+    assert report.images == {"data": 8, "val": 3}
+    assert report.readable == {"data": 7, "val": 3}
     assert all(f.action and f.examples for f in report.findings)
     assert json.loads((tmp_path / "r.json").read_text()) == report.to_dict()
+    fixed = read_labels(tmp_path / "fixed.json")
+    assert not fixed.problems
+    assert len(fixed) == 7
     printed = capsys.readouterr().out
     assert f"{photos}/copy[1].jpg" in printed
     assert "validation" in printed

@@ -16,7 +16,7 @@ from siamese_detr.config import Options, verb
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.files import write_json
 from siamese_detr.images.duplicates import Fingerprint, equal_groups, fingerprints, similar_groups
-from siamese_detr.images.labels import DetectionDataset, find_labels, read_labels
+from siamese_detr.images.labels import DetectionDataset, find_labels, has_split, read_labels
 from siamese_detr.images.listing import existing, list_images
 from siamese_detr.images.problems import ACTIONS, MAX_EXAMPLES, Problem
 from siamese_detr.runtime.cores import usable_cores
@@ -37,13 +37,14 @@ class CheckConfig(Options):
         split: split of ``data`` (YOLO: train by default; VOC: all).
         val_split: split of ``val`` (YOLO: val by default; VOC: all).
         out: write the report there as JSON.
+        fix: write the labels of ``data`` there as COCO JSON, as a run would use them: without what is left out.
         workers: processes that decode images; 0 for one per processor.
         min_labels: classes with fewer boxes than this are reported.
         min_side: images whose short side is less than this many pixels are reported.
         near_duplicates: also look for images that are only similar (saved again, resized).
     """
 
-    COMMON: ClassVar = ("data", "val", "images", "val_images", "split", "val_split", "out", "near_duplicates")
+    COMMON: ClassVar = ("data", "val", "images", "val_images", "split", "val_split", "out", "fix", "near_duplicates")
 
     data: str
     val: str | None = None
@@ -52,6 +53,7 @@ class CheckConfig(Options):
     split: str | None = None
     val_split: str | None = None
     out: str | None = None
+    fix: str | None = None
     workers: int = 0
     min_labels: int = 10
     min_side: int = 32
@@ -139,8 +141,7 @@ def check(config: CheckConfig) -> CheckReport:
     datasets = {"data": data}
     val = config.val
     if val is None and data is not None and config.split in (None, "train"):
-        source = find_labels(existing(config.data))
-        val = str(source) if source is not None and source.suffix in (".yaml", ".yml") else None
+        val = config.data if has_split(config.data, "val") else None
     if val is not None:
         try:
             datasets["val"], parts["val"] = _read(
@@ -149,14 +150,24 @@ def check(config: CheckConfig) -> CheckReport:
         except UserError:
             if config.val is not None:
                 raise
-    prints = {part: _decode(report, part, paths, datasets[part], config) for part, paths in parts.items()}
+    prints = {part: _decode(report, part, paths, config) for part, paths in parts.items()}
     _add_duplicates(report, prints, config.near_duplicates)
     _add_classes(report, datasets.get("data"), datasets.get("val"), config.min_labels)
+    written: dict[str, dict[str, Any]] = {}
     if config.out is not None:
+        written[config.out] = report.to_dict()
+    if config.fix is not None:
+        if data is None:
+            raise UserError(f"fix has no effect: {config.data} holds no labels; leave it out")
+        readable = {item.path for item in prints["data"]}
+        kept = [image for image in data.images if str(image.path) in readable]
+        root = Path(config.fix).absolute().parent
+        written[config.fix] = replace(data, root=root, images=kept).to_coco(original_ids=True)
+    for file, content in written.items():
         try:
-            write_json(Path(config.out), report.to_dict(), indent=2)
+            write_json(Path(file), content, indent=2)
         except OSError as error:
-            raise UserError(f"cannot write {config.out}: {error.strerror}") from None
+            raise UserError(f"cannot write {file}: {error.strerror}") from None
     report.print()
     return report
 
@@ -169,7 +180,7 @@ def _read(
     dataset = None
     default_split = "val" if part == "val" else "train"
     try:
-        if find_labels(path) is not None:
+        if find_labels(path, split or default_split) is not None:
             dataset = read_labels(path, images, split, default_split=default_split)
     except UserError as error:
         if not path.is_dir():
@@ -186,14 +197,12 @@ def _read(
     return None, [listed.absolute(i) for i in range(len(listed))]
 
 
-def _decode(
-    report: CheckReport, part: str, paths: list[str], dataset: DetectionDataset | None, config: CheckConfig
-) -> list[Fingerprint]:
-    """Decode all images of one part; notes those that fail, are tiny, or not of the size that the labels say."""
+def _decode(report: CheckReport, part: str, paths: list[str], config: CheckConfig) -> list[Fingerprint]:
+    """Decode all images of one part; notes those that fail or are tiny."""
     found = fingerprints(paths, config.workers or usable_cores())
     shown = track(found, f"decoding {part}", len(paths), console=Console(stderr=True), disable=not sys.stderr.isatty())
-    prints, errors, tiny, other = [], [], [], []
-    for index, item in enumerate(shown):
+    prints, errors, tiny = [], [], []
+    for item in shown:
         if isinstance(item, ImageError):
             errors.append(f"{item.path}: {item.reason}")
             continue
@@ -201,16 +210,10 @@ def _decode(
         size = f"{item.width}x{item.height}"
         if min(item.width, item.height) < config.min_side:
             tiny.append(f"{item.path}: {size}")
-        if dataset is not None:
-            said = f"{dataset.images[index].width}x{dataset.images[index].height}"
-            if said != size:
-                other.append(f"{item.path}: {size}, labels say {said}")
     report.images[part], report.readable[part] = len(paths), len(prints)
     action = "skipped, counted and listed in the run's directory; the run stops if they are too many"
     _note(report, part, "unreadable image", action, errors)
     _note(report, part, "tiny image", "used, enlarged; there is little to learn from it", tiny)
-    action = "boxes are scaled from the labels' size to the picture's: wrong if it was turned or cropped since"
-    _note(report, part, "size differs from the labels'", action, other)
     return prints
 
 

@@ -34,12 +34,13 @@ from PIL import (
 )
 
 from siamese_detr.errors import ImageError
+from siamese_detr.images.listing import HEIF
 from siamese_detr.images.shards import is_plain_file, read_bytes
 
 MAX_PIXELS = 200_000_000
 """Images of more pixels are refused unless the caller allows them: decoded they take three bytes a pixel."""
 
-_PLUGINS = (
+_PLUGINS: tuple[tuple[str, str], ...] = (
     (JpegImagePlugin.JpegImageFile.format, "JPEG"),
     (PngImagePlugin.PngImageFile.format, "PNG"),
     (WebPImagePlugin.WebPImageFile.format, "WebP"),
@@ -50,6 +51,11 @@ _PLUGINS = (
     (Jpeg2KImagePlugin.Jpeg2KImageFile.format, "JPEG 2000"),
     (AvifImagePlugin.AvifImageFile.format, "AVIF"),
 )
+if HEIF:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()  # turns pictures upright itself
+    _PLUGINS = (*_PLUGINS, ("HEIF", "HEIF"))
 _ORIENTATION_TAG = 0x0112
 _FILL = (128, 128, 128)  # what the JPEG library puts where data are missing
 _TRANSPOSE = {
@@ -122,6 +128,16 @@ def read_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, i
     with _opened(path, max_pixels) as (image, _):
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def read_orientation(path: str | Path) -> int:
+    """The EXIF orientation, 1 to 8, by which `read_image` turns the image; from 5 on it exchanges width and height.
+
+    Raises:
+        ImageError: as `read_size`.
+    """
+    with _opened(path, MAX_PIXELS) as (image, _):
+        return _orientation(image)
 
 
 @contextmanager
@@ -198,6 +214,8 @@ def _read_header(path: str | Path, stream: BinaryIO) -> ImageFile.ImageFile:
             failure = (
                 failure or f"damaged {title} header ({' '.join(str(error).split())[:200] or type(error).__name__})"
             )
+    if prefix[4:8] == b"ftyp" and not failure:
+        failure = "a HEIC picture, whatever its name says: convert it to JPEG, or install pillow-heif"
     raise ImageError(path, failure or f"not an image of a known format ({', '.join(title for _, title in _PLUGINS)})")
 
 

@@ -17,7 +17,7 @@ from siamese_detr.images.coco import read_coco
 from siamese_detr.images.listing import existing
 from siamese_detr.images.problems import LabelledImage, LabelTables, Problem, Problems, assemble
 from siamese_detr.images.voc import is_voc, read_voc
-from siamese_detr.images.yolo import read_yolo
+from siamese_detr.images.yolo import read_description, read_yolo
 from siamese_detr.randomness import rng
 
 __all__ = ["DetectionDataset", "LabelledImage", "Problem", "dataset_key", "read_labels"]
@@ -123,11 +123,12 @@ def read_labels(
     """Read labels, whichever of the known kinds they are.
 
     Single faults (see `siamese_detr.images.problems.ACTIONS`) are corrected or left out, and counted in ``problems``.
-    Boxes are clipped to the image; sizes that the labels give are trusted, others are read from the images' headers.
+    Boxes are clipped to the image; the sizes that the labels give are compared with those in the images' headers.
 
     Args:
-        path: a COCO JSON; a VOC folder (``Annotations``, ``JPEGImages``) or one of its ``ImageSets/Main/*.txt``; a
-            YOLO ``data.yaml``; or a folder that holds exactly one such JSON or YAML.
+        path: a COCO JSON; a VOC folder (``Annotations``, ``JPEGImages``, or XML files beside the images) or one of its
+            ``ImageSets/Main/*.txt``; a YOLO ``data.yaml`` or darknet ``obj.data``; a folder that holds exactly one such
+            file, or Label Studio's ``classes.txt``; or a folder with a sub-folder for each split, as Roboflow exports.
         images: folder of the images, where it is not the usual one.
         split: YOLO: ``train``, ``val`` or ``test`` (default: ``default_split``); VOC: a name in ``ImageSets/Main``
             (default: all annotations).
@@ -140,20 +141,20 @@ def read_labels(
         UserError: the labels as a whole are unusable: nothing of these kinds, nothing readable, no class, no image or
             no box left.
     """
-    source = find_labels(existing(path))
+    source = find_labels(existing(path), split or default_split)
     if source is None:
-        known = "a COCO .json, a VOC folder (with Annotations and JPEGImages) or a YOLO data.yaml"
+        known = "a COCO .json, a VOC folder (Annotations and JPEGImages, or .xml beside images) or a YOLO data.yaml"
         raise UserError(f"{path} holds no known labels: give {known}")
     problems = Problems()
     if source.suffix.lower() == ".json":
         root, tables = read_coco(source, images, problems)
-    elif source.suffix.lower() in (".yaml", ".yml"):
+    elif source.suffix.lower() in (".yaml", ".yml", ".data") or source.name == "classes.txt":
         root, tables = read_yolo(source, images, split or default_split, problems)
     else:
         root, tables = read_voc(source, images, split, problems)
     if class_names is not None:
         _choose_classes(tables, class_names, problems)
-    found = assemble(tables, problems)
+    found = assemble(tables, problems, source)
     if not found:
         raise UserError(f"{source}: no usable image ({problems.summary() or 'it lists none'})")
     if not any(len(image.boxes) for image in found):
@@ -176,30 +177,65 @@ def dataset_key(*datasets: DetectionDataset) -> str:
     return digest.hexdigest()
 
 
-def find_labels(path: Path) -> Path | None:
-    """The label file or VOC folder that an existing path stands for: itself, or the only one directly in that folder.
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""What the folder of a split may be called."""
+
+
+def find_labels(path: Path, split: str = "train") -> Path | None:
+    """The label file or VOC folder that an existing path stands for: itself, or the only one directly in that folder,
+    or in its sub-folder of that split (as Roboflow exports COCO and VOC).
 
     Raises:
-        UserError: the folder holds several.
+        UserError: the folder holds several, or none of that split.
     """
-    if is_voc(path):
-        return path
     if path.is_file():
-        return path if path.suffix.lower() in (".json", ".yaml", ".yml") else None
+        wanted = path.suffix.lower() in (".json", ".yaml", ".yml", ".data") or path.name == "classes.txt"
+        return path if wanted or is_voc(path) else None
     try:
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+        if is_voc(path):
+            return path
     except OSError as error:
         raise UserError(f"cannot list {path}: {error.strerror}") from None
-    for suffixes in ((".yaml", ".yml"), (".json",)):
+    if "classes.txt" in names and {"images", "labels"} <= set(names):
+        return path / "classes.txt"
+    for suffixes in ((".yaml", ".yml"), (".data",), (".json",)):
         files = [path / name for name in names if name.lower().endswith(suffixes)]
         if len(files) == 1:
             return files[0]
         if files:
             raise UserError(f"{path} holds several label files: name one ({', '.join(f.name for f in files[:8])})")
-    years = [name for name in names if is_voc(path / name)]
+    splits = {kind: path / name for kind, known in SPLITS.items() for name in known if name in names}
+    found = {kind: source for kind, folder in splits.items() if (source := _labels_inside(folder)) is not None}
+    if split in found:
+        return found[split]
+    if found:
+        raise UserError(f"{path} has labels of {', '.join(found)}, but none of {split}")
+    years = [name for name in names if (path / name / "Annotations").is_dir()]
     if years:
         raise UserError(f"{path} holds VOC folders: name one ({', '.join(years)})")
     return None
+
+
+def has_split(path: str | Path, split: str) -> bool:
+    """Whether labels name their splits themselves (a data.yaml, Roboflow's folders), and this is one of them."""
+    try:
+        source, other = find_labels(existing(path), split), find_labels(existing(path), "train")
+        if source is not None and source.suffix.lower() in (".yaml", ".yml", ".data"):
+            return any(key in read_description(source) for key in SPLITS[split])
+    except UserError:
+        return False
+    return source != other
+
+
+def _labels_inside(folder: Path) -> Path | None:
+    """The one COCO JSON in a folder, or the folder itself if it is VOC's."""
+    if not folder.is_dir():
+        return None
+    if is_voc(folder):
+        return folder
+    files = [name for name in os.listdir(folder) if name.lower().endswith(".json") and name[0] != "."]
+    return folder / files[0] if len(files) == 1 else None
 
 
 def _choose_classes(tables: LabelTables, class_names: Sequence[str], problems: Problems) -> None:

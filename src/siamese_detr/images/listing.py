@@ -3,8 +3,10 @@ COCO JSON, or what is behind a URL."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -12,13 +14,22 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from siamese_detr.errors import UserError
+from siamese_detr.images.names import locate
 from siamese_detr.images.shards import COMPRESSED, SUFFIX, SUFFIXES, as_url, list_shard, list_url, location, member_of
 
+HEIF = importlib.util.find_spec("pillow_heif") is not None
+"""Whether the package is there that reads phones' HEIC pictures."""
 EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "mpo", "png", "webp", "gif", "tif", "tiff", "bmp", "dib"}
     | {"ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "avif"}
+    | ({"heic", "heif"} if HEIF else set())
 )
 """Names that end so (in any case) count as images in a folder; what is inside decides when the file is read."""
+
+UNREAD = frozenset(
+    {"heic", "heif", "jxl", "cr2", "cr3", "nef", "arw", "dng", "raf", "orf", "rw2", "psd", "exr", "hdr", "svg", "jxr"}
+)
+"""Pictures that are not read: counted, so that nobody misses them."""
 
 _LIST_SUFFIXES = {".txt", ".lst", ".list"}
 
@@ -89,8 +100,10 @@ def list_images(source: str | Path, images: str | Path | None = None) -> ImageLi
         if not usable:
             raise UserError(f"{path}: no image in it has a 'file_name'; is it a COCO JSON?")
         root = image_root(path, usable, images)
+        usable, renamed = locate(root, usable)
         missing = len(names) - sum(map(is_name, names))
         problems = [f"{path}: {missing} images without a usable 'file_name'"] if missing else []
+        problems += [f"{path}: {len(renamed)} images have another name there, {renamed[0]}"] if renamed else []
         return _relative(root, (os.path.join(root, name) for name in usable), problems)
     raise UserError(
         f"{path} is no folder, no shard (.tar, .parquet), no list of images (.txt) and no COCO JSON (.json): give one "
@@ -145,6 +158,8 @@ def image_root(json_path: Path, names: Sequence[str], images: str | Path | None)
         beside = [folder, folder.parent]
         candidates = [base / sub for base in beside for sub in ("", "images", split, f"images/{split}")]
     hits = [sum(os.path.isfile(root / name) for name in sample) for root in candidates]
+    if max(hits) == 0:  # perhaps they are written in another way
+        hits = [len(locate(root, sample)[1]) if root.is_dir() else 0 for root in candidates]
     if max(hits) == 0:
         looked = ", ".join(dict.fromkeys(str(root) for root in candidates if root.is_dir()))
         raise UserError(
@@ -164,6 +179,7 @@ def _scan(root: Path) -> ImageList:
     paths: list[str] = []
     problems: list[str] = []
     seen: set[tuple[int, int]] = set()
+    unread: list[str] = []
     pending = [""]  # relative folders end with "/", images do not
     while pending:
         item = pending.pop()
@@ -176,7 +192,7 @@ def _scan(root: Path) -> ImageList:
             if (status.st_dev, status.st_ino) in seen:  # a link back to a folder already listed
                 continue
             seen.add((status.st_dev, status.st_ino))
-            found = _entries(folder, problems)
+            found = _entries(folder, problems, unread)
         except OSError as error:
             if not item:
                 raise UserError(f"cannot list the folder {root}: {error.strerror}") from None
@@ -195,6 +211,14 @@ def _scan(root: Path) -> ImageList:
             paths += [item + name for name in found]
         else:
             pending += [item + name for name in reversed(found)]
+    if unread:
+        endings = Counter(name.rpartition(".")[2].lower() for name in unread)
+        counts = ", ".join(f"{count} .{ending}" for ending, count in endings.most_common())
+        problems.insert(
+            0,
+            f"{len(unread)} pictures of formats that are not read ({counts}; such as {unread[0]}): convert them to JPEG"
+            + (", or install pillow-heif" if {"heic", "heif"} & set(endings) else ""),
+        )
     if not paths:
         known = ", ".join(sorted(EXTENSIONS))
         passed = f" ({problems[0]})" if problems else ""
@@ -202,7 +226,8 @@ def _scan(root: Path) -> ImageList:
     return ImageList(root, paths, problems)
 
 
-def _entries(folder: str, problems: list[str]) -> list[str]:
+def _entries(folder: str, problems: list[str], unread: list[str]) -> list[str]:
+    """Images, shards and folders (which end with "/") in a folder; pictures of other formats go to ``unread``."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -220,6 +245,8 @@ def _entries(folder: str, problems: list[str]) -> list[str]:
                 found.append(name + "/")
             elif wanted:
                 found.append(name)
+            elif name.rpartition(".")[2].lower() in UNREAD:
+                unread.append(folder + name)
     return found
 
 
@@ -246,12 +273,14 @@ def _read_list(path: Path) -> ImageList:
     names = [line for line in lines if line and not line.startswith("#")]
     if not names or not all(map(is_name, names)):
         raise UserError(f"{path} lists no images: give one image path per line")
+    names, renamed = locate(path.parent, names)
+    problems = [f"{path}: {len(renamed)} images have another name there, {renamed[0]}"] if renamed else []
     paths = sorted({os.path.normpath(os.path.join(path.parent, name)) for name in names})
     if not any(os.path.isfile(m.shard if (m := member_of(name)) else name) for name in islice(paths, 100)):
         raise UserError(
             f"{path}: none of the files it lists exists (such as {paths[0]}): relative paths start at the list's folder"
         )
-    return _relative(path.parent, paths, [])
+    return _relative(path.parent, paths, problems)
 
 
 def _relative(folder: Path, paths: Iterable[str], problems: list[str]) -> ImageList:

@@ -11,8 +11,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from siamese_detr.errors import ImageError
-from siamese_detr.images.decode import read_size
+from siamese_detr.errors import ImageError, UserError
+from siamese_detr.images.decode import read_orientation, read_size
 
 MAX_EXAMPLES = 5
 CLIP_TOLERANCE = 1.0
@@ -23,6 +23,9 @@ MIN_BOX_SIDE = 0.01
 ACTIONS = {
     "images not listed": "left out",
     "malformed image entry": "left out",
+    "file name written differently": "the one file is taken that can be meant",
+    "file name in the XML differs from the XML's": "the picture of the XML's own name is taken, where there is one",
+    "one file under several image ids": "one image with the boxes of all",
     "duplicate image id": "the repeated entry is left out; where the files differ, all with that id",
     "missing image": "left out",
     "unreadable image": "left out",
@@ -31,7 +34,9 @@ ACTIONS = {
     "box of an unknown image": "dropped",
     "box of an unknown class": "dropped",
     "wrong size in the labels": "the picture's own size is used, which all of its boxes fit",
-    "size differs from the picture's": "boxes are clipped to the labels' size, then scaled to the picture's; fix it",
+    "labels of the picture before its EXIF turn": "boxes are turned with the picture",
+    "labels of a larger or smaller copy": "boxes are scaled to the picture",
+    "labels of a picture of another shape": "left out: it was turned, cropped or exchanged since",
     "repeated box": "dropped",
     "duplicate annotation id": "kept and renumbered, as its box is another one",
     "box of zero size": "dropped",
@@ -40,6 +45,9 @@ ACTIONS = {
     "image ids are no integers": "renumbered from 1",
     "repeated class name": "kept apart, the id appended to the name",
     "malformed class": "left out with its boxes",
+    "class that only groups others": "left out: it has no boxes",
+    "decimal comma": "read as a decimal point",
+    "number after the box": "passed over: a score or a track, not a corner",
     "missing label file": "taken for an image without objects",
 }
 """Each kind of fault, and what is done about it."""
@@ -111,9 +119,11 @@ class LabelTables:
         category_ids: the file's own id of each class.
         owners: for each box, the index of its image.
         classes: for each box, the index of its class.
-        boxes: for each box, finite xyxy in pixels, or in parts of the image's size if ``normalised``.
+        boxes: for each box, four finite numbers in that ``convention``, in pixels, or in parts of the image's size if
+            ``normalised``.
         crowd: for each box, whether it is a crowd or otherwise not to be judged.
         areas: for each box, the object's area in pixels; NaN for the box's own.
+        convention: "xyxy" (two corners), "xywh" (a corner, width and height) or "cxcywh" (the centre instead).
     """
 
     paths: list[str]
@@ -127,6 +137,7 @@ class LabelTables:
     crowd: list[bool] = field(default_factory=list)
     areas: list[float] = field(default_factory=list)
     normalised: bool = False
+    convention: str = "xyxy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,38 +165,37 @@ class LabelledImage:
     areas: np.ndarray
 
 
-def assemble(tables: LabelTables, problems: Problems) -> list[LabelledImage]:
+def assemble(tables: LabelTables, problems: Problems, source: Path) -> list[LabelledImage]:
     """Check boxes against images, drop or clip what does not fit (counted in ``problems``), and group boxes by image.
 
-    Images keep their order; files that are not there, or whose size is needed and cannot be read, are left out.
+    Images keep their order; files that are not there, or whose header cannot be read, are left out.
+
+    Raises:
+        UserError: many boxes of ``source`` do not fit, and all fit if they are read in another convention.
     """
-    sizes = np.array(tables.sizes, dtype=np.int64).reshape(-1, 2)
     present = _present(tables.paths)
     problems.add_where("missing image", ~present, lambda i: tables.paths[i])
-    unknown = np.flatnonzero(present & (sizes <= 0).any(1))
-    for index, size in zip(unknown, _header_sizes([tables.paths[i] for i in unknown]), strict=True):
-        if isinstance(size, ImageError):
-            present[index] = False
-            problems.add("unreadable image", f"{size.path}: {size.reason}")
-        else:
-            sizes[index] = size
-
+    given = np.array(tables.sizes, dtype=np.int64).reshape(-1, 2)
+    pictures = _picture_sizes(tables.paths, given, present, problems)
+    sizes = np.where(given.min(1, keepdims=True, initial=1) > 0, given, pictures)
     owners = np.array(tables.owners, dtype=np.int64)
-    boxes = np.array(tables.boxes, dtype=np.float64).reshape(-1, 4)
-    bounds = sizes[owners][:, [0, 1, 0, 1]].astype(np.float64)
+    numbers = np.array(tables.boxes, dtype=np.float64).reshape(-1, 4)
+    _check_convention(tables, numbers, owners, sizes, pictures, present[owners], source)
+    boxes = corners(numbers, tables.convention)
     if tables.normalised:
-        boxes *= bounds
+        boxes *= sizes[owners][:, [0, 1, 0, 1]]
+    else:
+        _compare_sizes(tables.paths, sizes, pictures, present, owners, boxes, problems)
+    bounds = sizes[owners][:, [0, 1, 0, 1]].astype(np.float64)
     relevant = present[owners]
-    if not tables.normalised and _correct_sizes(tables, sizes, owners[relevant], boxes[relevant], problems):
-        bounds = sizes[owners][:, [0, 1, 0, 1]].astype(np.float64)
     inside = np.clip(boxes, 0, bounds)
     zero = relevant & ~(boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(1)
     outside = relevant & ~zero & ~(inside[:, 2:] - inside[:, :2] >= MIN_BOX_SIDE).all(1)
     clipped = relevant & ~zero & ~outside & (np.abs(boxes - inside) > CLIP_TOLERANCE).any(1)
 
     def example(i: int) -> str:
-        corners = ", ".join(f"{v:g}" for v in boxes[i])
-        return f"{tables.paths[owners[i]]} [{corners}] in {bounds[i, 0]:g}x{bounds[i, 1]:g}"
+        text = ", ".join(f"{v:g}" for v in boxes[i])
+        return f"{tables.paths[owners[i]]} [{text}] in {bounds[i, 0]:g}x{bounds[i, 1]:g}"
 
     problems.add_where("box of zero size", zero, example)
     problems.add_where("box outside the image", outside, example)
@@ -209,31 +219,126 @@ def assemble(tables: LabelTables, problems: Problems) -> list[LabelledImage]:
     return images
 
 
-def _correct_sizes(
-    tables: LabelTables, sizes: np.ndarray, owners: np.ndarray, boxes: np.ndarray, problems: Problems
-) -> bool:
-    """Look at the pictures whose boxes leave the size that the labels give: is it theirs? Changes ``sizes``.
+def corners(numbers: np.ndarray, convention: str) -> np.ndarray:
+    """Boxes (n, 4) as xyxy, from any convention of `LabelTables`."""
+    first, second = numbers[:, :2], numbers[:, 2:]
+    if convention == "xyxy":
+        return numbers.copy()
+    low = first if convention == "xywh" else first - second / 2
+    return np.concatenate([low, low + second], 1)
 
-    Returns:
-        whether a size was changed.
-    """
-    leaving = ((boxes < -CLIP_TOLERANCE) | (boxes > sizes[owners][:, [0, 1, 0, 1]] + CLIP_TOLERANCE)).any(1)
-    given = np.array(tables.sizes, dtype=np.int64).reshape(-1, 2)
-    suspects = np.unique(owners[leaving])
-    suspects = suspects[(given[suspects] > 0).all(1)]  # else it is the picture's own already
-    changed = False
-    for index, size in zip(suspects, _header_sizes([tables.paths[i] for i in suspects]), strict=True):
-        if isinstance(size, ImageError) or tuple(given[index]) == size:
-            continue
-        text = f"{tables.paths[index]}: {given[index][0]}x{given[index][1]}, the picture is {size[0]}x{size[1]}"
-        theirs = boxes[owners == index]
-        if (theirs >= -CLIP_TOLERANCE).all() and (theirs <= np.array(size * 2) + CLIP_TOLERANCE).all():
-            problems.add("wrong size in the labels", text)
-            sizes[index] = size
-            changed = True
+
+CONVENTIONS = {
+    "xyxy": "two corners, x1 y1 x2 y2",
+    "xywh": "a corner, width and height, x y w h",
+    "cxcywh": "centre, width and height, cx cy w h",
+    "exchanged": "two corners in any order",
+}
+UNITS = {False: "in pixels", True: "in parts of the image's size"}
+SUSPICIOUS = 0.2
+"""If more than this share of all boxes does not fit its image, perhaps they were written in another convention."""
+
+
+def _check_convention(
+    tables: LabelTables,
+    numbers: np.ndarray,
+    owners: np.ndarray,
+    sizes: np.ndarray,
+    pictures: np.ndarray,
+    relevant: np.ndarray,
+    source: Path,
+) -> None:
+    """Raise `UserError` if boxes were clearly written in another convention than the file's form asks for."""
+
+    def fits(convention: str, normalised: bool, sizes: np.ndarray) -> np.ndarray:
+        bounds = sizes[owners][:, [0, 1, 0, 1]].astype(np.float64)
+        if convention == "exchanged":
+            both = numbers[:, :2], numbers[:, 2:]
+            boxes = np.concatenate([np.minimum(*both), np.maximum(*both)], 1)
         else:
-            problems.add("size differs from the picture's", text)
-    return changed
+            boxes = corners(numbers, convention)
+        boxes = boxes * bounds if normalised else boxes
+        slack = np.maximum(CLIP_TOLERANCE, 0.01 * bounds)
+        thick = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(1)
+        return thick & (boxes >= -slack).all(1) & (boxes <= bounds + slack).all(1)
+
+    own = (tables.convention, tables.normalised)
+    wrong = relevant & ~fits(*own, sizes) & ~fits(*own, pictures)
+    if wrong.sum() < 3 or wrong.sum() < SUSPICIOUS * relevant.sum():
+        return
+    others = [(name, unit) for unit in (own[1], not own[1]) for name in CONVENTIONS if (name, unit) != own]
+    possible = [(name, unit) for name, unit in others if fits(name, unit, sizes)[relevant].all()]
+    # Corners that are in order need no other.
+    possible = [(name, unit) for name, unit in possible if name != "exchanged" or ("xyxy", unit) not in possible]
+    if possible:
+        fitting = [f"{CONVENTIONS[name]} {UNITS[unit]}" for name, unit in possible]
+        raise UserError(
+            f"{source}: {wrong.sum()} of {relevant.sum()} boxes do not fit their image as {CONVENTIONS[own[0]]} "
+            f"{UNITS[own[1]]}, which this form of labels asks for; all fit as {' or as '.join(fitting)}: convert the "
+            "boxes"
+        )
+
+
+def _picture_sizes(paths: Sequence[str], given: np.ndarray, present: np.ndarray, problems: Problems) -> np.ndarray:
+    """int64 (n, 2): width and height of each picture, upright, from its header; of one that cannot be read, the size
+    given. Without that, too, the image is left out: changes ``present``."""
+    sizes = np.maximum(given, 1)
+    wanted = np.flatnonzero(present).tolist()
+    for index, size in zip(wanted, _header_sizes([paths[i] for i in wanted]), strict=True):
+        if not isinstance(size, ImageError):
+            sizes[index] = size
+        elif (given[index] <= 0).any():
+            present[index] = False
+            problems.add("unreadable image", f"{size.path}: {size.reason}")
+    return sizes
+
+
+def _compare_sizes(
+    paths: Sequence[str],
+    sizes: np.ndarray,
+    pictures: np.ndarray,
+    present: np.ndarray,
+    owners: np.ndarray,
+    boxes: np.ndarray,
+    problems: Problems,
+) -> None:
+    """Two sources of one fact: the size in the labels, and the picture's. Changes ``sizes``, ``boxes`` and
+    ``present``."""
+    for i in np.flatnonzero(present & (sizes != pictures).any(1)).tolist():
+        (width, height), (own_width, own_height) = sizes[i].tolist(), pictures[i].tolist()
+        text = f"{paths[i]}: {width}x{height}, the picture is {own_width}x{own_height}"
+        its = np.flatnonzero(owners == i)
+        low, high = boxes[its].min(initial=0.0), boxes[its].reshape(-1, 2, 2).max((0, 1), initial=0.0)
+        leaves = low < -CLIP_TOLERANCE or (high > sizes[i] + CLIP_TOLERANCE).any()
+        orientation = read_orientation(paths[i]) if (width, height) == (own_height, own_width) else 1
+        if leaves and low >= -CLIP_TOLERANCE and (high <= pictures[i] + CLIP_TOLERANCE).all():
+            problems.add("wrong size in the labels", text)
+            sizes[i] = pictures[i]
+        elif orientation >= 5:
+            problems.add("labels of the picture before its EXIF turn", text)
+            boxes[its] = turned(boxes[its], width, height, orientation)
+            sizes[i] = pictures[i]
+        elif abs(width * own_height - height * own_width) <= max(width, height, own_width, own_height):
+            problems.add("labels of a larger or smaller copy", text)
+        else:
+            problems.add("labels of a picture of another shape", text)
+            present[i] = False
+
+
+def turned(boxes: np.ndarray, width: int, height: int, orientation: int) -> np.ndarray:
+    """Boxes (n, 4) xyxy of stored pixels, in the upright picture.
+
+    Args:
+        boxes: in pixels of the stored picture.
+        width, height: of the stored picture.
+        orientation: its EXIF orientation, 5 to 8: those that exchange width and height.
+    """
+    x1, y1, x2, y2 = boxes.T
+    if orientation in (6, 7):
+        y1, y2 = height - y2, height - y1
+    if orientation in (7, 8):
+        x1, x2 = width - x2, width - x1
+    return np.stack([y1, x1, y2, x2], 1)
 
 
 def _present(paths: Sequence[str]) -> np.ndarray:

@@ -21,18 +21,26 @@ def read_yolo(path: Path, images: str | None, split: str, problems: Problems) ->
 
     The labels of ``.../images/x.jpg`` are in ``.../labels/x.txt``; where no folder is called ``images``, beside the
     image. An image without a label file has no objects. Lines with more numbers are polygons, replaced by the box
-    around them.
+    around them, or, where the YAML has ``kpt_shape``, a box with key points, which are passed over.
+
+    Args:
+        path: a ``data.yaml``, darknet's ``obj.data``, or Label Studio's ``classes.txt`` (beside ``images`` and
+            ``labels``).
 
     Raises:
         UserError: the YAML is unusable, the split is not in it or leads to no image, or not one label file is found.
     """
-    content = _read_yaml(path)
+    content = read_description(path)
+    shape = content.get("kpt_shape")
+    points = math.prod(shape) if isinstance(shape, list) and all(type(side) is int for side in shape) else 0
     names = _names(path, content)
     class_index = {id_: index for index, id_ in enumerate(sorted(names))}
     files = sorted({file for source in _sources(path, content, split, images) for file in _files(source, problems)})
     root = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
     tables = LabelTables([], [], [], [names[i] for i in class_index], list(class_index), normalised=True)
+    tables.convention = "cxcywh"
     absent = []
+    odd: list[tuple[str, list[float]]] = []
     for number, file in enumerate(files, 1):
         label = label_file(file)
         try:
@@ -47,7 +55,8 @@ def read_yolo(path: Path, images: str | None, split: str, problems: Problems) ->
         tables.paths.append(file)
         tables.ids.append(number)
         tables.sizes.append((0, 0))
-        _add_lines(tables, owner, label, text, class_index, problems)
+        odd += _add_lines(tables, owner, label, text, class_index, points, problems)
+    _refuse_key_points(path, odd)
     if len(absent) == len(files):
         raise UserError(f"{path}: no image of split {split!r} has a label file (looked for such as {absent[0]})")
     for label in absent:
@@ -69,14 +78,30 @@ def _read_text(path: str | Path) -> str:
     return text
 
 
-def _read_yaml(path: Path) -> dict:
+def read_description(path: Path) -> dict:
+    """The content of a data.yaml, or what stands for it in darknet's and Label Studio's folders."""
     try:
-        content = yaml.safe_load(_read_text(path))
+        text = _read_text(path)
+        if path.suffix == ".data":
+            pairs = (line.partition("=") for line in text.splitlines())
+            content = {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
+            listed = next((p for p in _places(path, content.get("names", "")) if p.is_file()), None)
+            if listed is None:
+                raise UserError(f"{path}: its file of class names, {content.get('names')!r}, is not there")
+            return {**content, "names": _read_text(listed).splitlines()}
+        if path.name == "classes.txt":
+            return {"names": [line for line in text.splitlines() if line.strip()], "train": "images"}
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, dict) or not ({"names", "nc"} & content.keys()):
         raise UserError(f"{path} has no 'names': a YOLO data.yaml has 'names' and 'train'/'val'")
     return content
+
+
+def _places(path: Path, name: str) -> list[Path]:
+    """Where a file of a darknet description may be: below its folder, which its own paths may repeat ("data/...")."""
+    return [path.parent / name, path.parent / Path(name).name, path.parent.parent / name]
 
 
 def _names(path: Path, content: dict) -> dict[int, str]:
@@ -119,7 +144,8 @@ def _sources(path: Path, content: dict, split: str, images: str | None) -> list[
     sources = []
     for item in items:
         # Some exporters write ../train/images for a folder that lies beside the YAML.
-        candidates = [b / i for b in bases for i in (item, item.removeprefix("../"))]
+        short = item.replace("\\", "/").removeprefix("../")
+        candidates = [b / i for b in bases for i in (item, short, short.removeprefix("data/"))]
         found = next((c for c in candidates if os.path.exists(c)), None)
         if found is None:
             looked = ", ".join(dict.fromkeys(os.path.normpath(c) for c in candidates))
@@ -136,15 +162,30 @@ def _files(source: Path, problems: Problems) -> list[str]:
 
 
 def _add_lines(
-    tables: LabelTables, owner: int, label: str, text: str, class_index: dict[int, int], problems: Problems
-) -> None:
+    tables: LabelTables,
+    owner: int,
+    label: str,
+    text: str,
+    class_index: dict[int, int],
+    points: int,
+    problems: Problems,
+) -> list[tuple[str, list[float]]]:
+    """Add the boxes of one label file; returns the lines, with their place, that have more numbers than a box."""
     seen = set()
+    longer = []
     for line_number, line in enumerate(text.splitlines(), 1):
-        values = _parse(line)
+        where = f"{label}, line {line_number}: {line.strip()}"
+        values = _parse(line, where, problems)
         if values == []:
             continue
-        where = f"{label}, line {line_number}: {line.strip()}"
-        if values is None:
+        if values is not None and points and len(values) == 5 + points:
+            values = values[:5]
+        if values is not None and len(values) == 6:
+            problems.add("number after the box", where)
+            values = values[:5]
+        if values is not None and len(values) > 6:
+            longer.append((where, values))
+        if values is None or (len(values) > 6 and len(values) % 2 == 0):
             problems.add("malformed box", where)
         elif values[0] not in class_index:
             problems.add("box of an unknown class", where)
@@ -157,21 +198,47 @@ def _add_lines(
             tables.boxes.append(_box(values[1:]))
             tables.crowd.append(False)
             tables.areas.append(math.nan)
+    return longer
 
 
-def _parse(line: str) -> list[float] | None:
-    """The numbers of a line; [] of a blank one; None unless they are a class and a box or a polygon."""
+def _parse(line: str, where: str, problems: Problems) -> list[float] | None:
+    """The numbers of a line; [] of a blank one; None unless they are a class and at least four numbers more."""
+    tokens = line.split()
+    if len(tokens) == 1 and line.count(",") >= 4:
+        tokens = line.split(",")
+    elif any("," in token for token in tokens):
+        tokens = [token.replace(",", ".") for token in tokens]
+        problems.add("decimal comma", where)
     try:
-        values = [float(token) for token in line.split()]
+        values = [float(token) for token in tokens]
     except ValueError:
         return None
-    fits = len(values) == 5 or (len(values) >= 7 and len(values) % 2 == 1)
-    usable = fits and all(abs(v) < 1e6 for v in values) and values[0].is_integer()
+    usable = len(values) >= 5 and all(abs(v) < 1e6 for v in values) and values[0].is_integer()
     return values if usable or not values else None
 
 
 def _box(values: list[float]) -> tuple[float, float, float, float]:
+    """cx, cy, width and height: as they are, or of the box around a polygon."""
     if len(values) == 4:
-        x, y, width, height = values
-        return x - width / 2, y - height / 2, x + width / 2, y + height / 2
-    return min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
+        return values[0], values[1], values[2], values[3]
+    x1, y1, x2, y2 = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
+    return (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
+
+
+def _refuse_key_points(path: Path, lines: list[tuple[str, list[float]]]) -> None:
+    """Raise `UserError` if all longer lines look like a box with key points in it, which are no polygon."""
+
+    def inside(values: list[float], step: int) -> bool:
+        _, x, y, width, height, *rest = values
+        points = list(zip(rest[::step], rest[1::step], strict=False))
+        near = [abs(px - x) <= 0.55 * width and abs(py - y) <= 0.55 * height for px, py in points if px or py]
+        return len(rest) % step == 0 and all(near)
+
+    lengths = {len(values) for _, values in lines}
+    for step in (2, 3):
+        if len(lengths) == 1 and all(inside(values, step) for _, values in lines):
+            count = (lengths.pop() - 5) // step
+            raise UserError(
+                f"{path}: lines with more numbers than a box look like a box and {count} key points ({lines[0][0]}), "
+                f"not like polygons: add the line kpt_shape: [{count}, {step}]"
+            )

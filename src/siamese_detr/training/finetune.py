@@ -90,7 +90,12 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
     for left_out in unlabelled.problems[:3] if unlabelled is not None else ():
         console.print(f"left out: {left_out}", markup=False, highlight=False)
     if validation is not None:
-        class_map(dataset.class_names, validation.class_names)  # fails now, not after hours of training
+        known = class_map(dataset.class_names, validation.class_names)  # fails now, not after hours of training
+        counts = validation.class_counts()[:, 0]
+        alien = [name for k, name in enumerate(validation.class_names) if k not in known and counts[k]]
+        if alien:
+            text = f"classes without training labels are not evaluated: {', '.join(alien)}"
+            console.print(f"{config.val}: {text}", markup=False, highlight=False)
     detector, origin = starting_detector(config, dataset.class_names)
     detector.set_trainable(backbone=config.backbone_lr > 0, class_head=True)
     freeze(detector, config.freeze)

@@ -1,0 +1,62 @@
+"""File names that travelled through other systems: found again where only one file can be meant."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote
+
+_FOREIGN = re.compile(r"(?:[A-Za-z]:)?/|\w+://")
+"""Beginnings of a path of another machine: /data/..., C:/..., file:///... ."""
+
+
+def locate(root: Path, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names of files below ``root``, as they are written there.
+
+    A name that leads to no file is compared without what systems change about it: backslashes, %20 and the like, case,
+    the two ways in which Unicode writes an accent, and first folders that are not there (of another machine). If
+    exactly one file is left, it is meant.
+
+    Args:
+        root: folder that the names start from.
+        names: relative or absolute, as a label file gives them.
+
+    Returns:
+        for each name the file's name, relative to ``root`` (or absolute, where such a file exists); the name itself if
+        none was found. And an example "written → found" of each that was found under another name.
+    """
+    located, renamed = list(names), []
+    files: dict[str, list[str]] | None = None
+    for index, name in enumerate(names):
+        # Joined as text: what the label file names may be absolute.
+        if "\\" not in name and os.path.exists(os.path.join(root, name)):
+            continue
+        files = _by_plain_name(root) if files is None else files
+        tail = name.replace("\\", "/")
+        foreign = _FOREIGN.match(tail) or not os.path.exists(os.path.join(root, tail.partition("/")[0]))
+        found = files.get(_plain(tail), [])
+        while not found and foreign and "/" in tail:
+            tail = tail.partition("/")[2]
+            found = files.get(_plain(tail), [])
+        if len(found) == 1:
+            located[index] = found[0]
+            renamed.append(f"{name} → {found[0]}")
+    return located, renamed
+
+
+def _plain(name: str) -> str:
+    name = unicodedata.normalize("NFC", unquote(name.replace("\\", "/")))
+    return os.path.normpath(name).casefold()
+
+
+def _by_plain_name(root: Path) -> dict[str, list[str]]:
+    """Files below a folder, relative to it, by their plain names."""
+    files: dict[str, list[str]] = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = os.path.relpath(os.path.join(folder, name), root)
+            files.setdefault(_plain(path), []).append(path)
+    return files
