@@ -52,9 +52,11 @@ class Options:
     effect beside the values of others, and why; :func:`resolve` refuses those that the user gives.
 
     COMMON: the options that ``--help`` shows first; none: all.
+    recipe_used: the recipe that values come from, for hints at what to run next.
     """
 
     COMMON: ClassVar[tuple[str, ...]] = ()
+    recipe_used: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -295,7 +297,9 @@ def resolve(
     for name, why in idle.items():
         if name in file and file[name] != plain(default_value(config_class, name)):
             print(f"{name} in {config} has no effect: {why}", file=sys.stderr)
-    return validate(config_class, {key: value for key, value in values.items() if key not in idle}, source, form)
+    made = validate(config_class, {key: value for key, value in values.items() if key not in idle}, source, form)
+    vars(made)["recipe_used"] = recipe
+    return made
 
 
 def idle_options(config: Any) -> dict[str, str]:

@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
+from label_files import write_yolo
 from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
+from siamese_detr.images import read_labels
 from siamese_detr.runtime.signals import Preempted
 from siamese_detr.training.detection_task import is_due
 from siamese_detr.training.finetune import finetune
@@ -162,6 +164,32 @@ def test_a_share_of_what_was_pretrained_is_kept_but_all_of_a_detector_with_class
     assert torch.equal(load_file(again / "last" / "model.safetensors")[name], weights[1.0][name])
     with pytest.raises(UserError, match="kept_share has no effect: the detector starts from scratch"):
         finetune(out=str(tmp_path / "scratch"), kept_share=0.5, **options)
+
+
+def test_the_validation_split_of_a_data_yaml_is_found(labels, tmp_path, capsys):
+    path = write_yolo(tmp_path / "yolo", read_labels(labels))
+    result = finetune(train=str(path), out=str(tmp_path / "run"), steps=1, **TINY, **QUICK)
+    assert len(result.history) == 1
+    assert f"2 validation images in {tmp_path / 'yolo/images/val'}" in capsys.readouterr().err
+    finetune(train=labels, out=str(tmp_path / "other"), steps=1, **TINY, **QUICK)
+    assert "no validation labels (--val)" in capsys.readouterr().err
+
+
+def test_classes_that_only_validation_knows_are_named(labels, tmp_path, capsys):
+    content = json.loads(Path(labels).read_text())
+    content["categories"][1]["name"] = "rings"
+    other = Path(labels).with_name("other.json")
+    other.write_text(json.dumps(content))
+    finetune(
+        train=labels,
+        val=str(other),
+        val_images=labels.removesuffix(".json"),
+        out=str(tmp_path / "run"),
+        steps=1,
+        **TINY,
+        **QUICK,
+    )
+    assert "classes without training labels are not evaluated: rings" in capsys.readouterr().err
 
 
 @pytest.mark.promise("same-inputs")

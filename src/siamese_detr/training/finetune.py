@@ -149,6 +149,11 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
         )
     else:
         console.print(f"the detector: {out / 'last'}", markup=False)
+    console.print(
+        f"look at what it finds: siamese-detr predict --model {out} --images PHOTOS --out PICTURES; at curves and the "
+        f"best and worst pictures: siamese-detr report {out}",
+        markup=False,
+    )
     return result
 
 
@@ -220,7 +225,9 @@ def describe(origin: dict[str, Any], dataset: DetectionDataset, validation: Dete
     boxes = int(dataset.class_counts()[:, 0].sum())
     lines = [f"{len(dataset)} training images, {boxes} boxes, {len(dataset.class_names)} classes"]
     if validation is not None:
-        lines[0] += f"; {len(validation)} validation images"
+        lines[0] += f"; {len(validation)} validation images in {validation.root}"
+    else:
+        lines[0] += "; no validation labels (--val): nothing will be measured, and only last/ be written"
     if origin["from"] == "scratch":
         lines.append(f"from scratch: {origin['detector']} on {origin['backbone']}")
     else:

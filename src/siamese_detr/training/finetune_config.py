@@ -29,7 +29,8 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         train: labels to learn from: COCO JSON, VOC folder or YOLO data.yaml.
         out: run directory: best/ and last/ (Hugging Face detectors), metrics.json, history.jsonl, log.jsonl,
             tensorboard/.
-        val: labels to evaluate on; without them only last/ is written.
+        val: labels to evaluate on; default: those of TRAIN, where it has a split for it (a data.yaml, Roboflow's
+            folders). Without any only last/ is written.
         model: where to start from: a run, a Hugging Face directory of a known family, a name on the Hub, or a .pth of
             the papers' codes; the class head is re-made for the labels' classes, everything else kept. Without it the
             detector starts from scratch.
@@ -111,6 +112,10 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
     save_every: int | None = None
 
     def check(self) -> None:
+        from siamese_detr.images.labels import has_split
+
+        if self.val is None and has_split(self.train, "val"):
+            self.val, self.val_images = self.train, self.val_images or self.train_images
         if self.model is not None and self.init is not None and self.model != self.init:
             raise UserError("model and init both say where to start from: give one of them")
         check_numbers(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from siamese_detr.config import verb
+from siamese_detr.config import recipe_names, verb
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.loading import load_detector
@@ -29,6 +29,7 @@ from siamese_detr.runtime.lock import locked
 from siamese_detr.runtime.processes import Team, lost_process_explained, meet
 from siamese_detr.runtime.rundir import begin, check_place, check_session, sessions
 from siamese_detr.training.checks import check_batch_size, check_callbacks, check_precision, check_trackers
+from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.loop import Loop
 from siamese_detr.training.nonfinite import replay
 from siamese_detr.training.optimizer import adamw
@@ -170,9 +171,10 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
     done = dataclasses.replace(result(out), steps=loop.state.step)
     if team.main:
         skipped = f", without {done.skipped} unreadable images ({out / 'skipped.jsonl'})" if done.skipped else ""
+        recipe = f" --recipe {config.recipe_used}" if config.recipe_used in recipe_names(FinetuneConfig) else ""
         print(
             f"pre-trained for {done.steps} updates{skipped}. The detector is {done.detector}; fine-tune it with: "
-            f"siamese-detr finetune TRAIN.json OUT --val VAL.json --model {out}",
+            f"siamese-detr finetune{recipe} --train TRAIN.json --val VAL.json --model {out} --out OUT",
             file=sys.stderr,
         )
     return done
