@@ -67,13 +67,37 @@ def dispatch(argv: list[str]) -> int:
         print(__version__)
         return 0
     name, rest = argv[0], argv[1:]
+    if name == "recipes":
+        print(recipes(rest))
+        return 0
     if name not in VERBS:
         from siamese_detr.config import nearest
 
-        raise UserError(f"unknown command {name!r}{nearest(name, VERBS)}; the commands are {', '.join(VERBS)}")
+        known = [*VERBS, "recipes"]
+        raise UserError(f"unknown command {name!r}{nearest(name, known)}; the commands are {', '.join(known)}")
     with stoppable() if VERBS[name].continued else contextlib.nullcontext():
         run(name, rest)
     return 0
+
+
+def recipes(names: list[str]) -> str:
+    """The shipped recipes, a line each; or, of those named, the whole content for every verb that has them."""
+    from siamese_detr.config import nearest, read_recipe, recipe_comment, recipe_names
+
+    shipped = [(verb, name) for verb in VERBS for name in recipe_names(load_config(verb))]
+    if unknown := [name for name in names if name not in {name for _, name in shipped}]:
+        known = sorted({name for _, name in shipped})
+        raise UserError(f"there is no recipe {unknown[0]!r}{nearest(unknown[0], known)}; there are {', '.join(known)}")
+    if names:
+        texts = [(verb, name, read_recipe(load_config(verb), name)[0]) for verb, name in shipped if name in names]
+        return "\n".join(f"# siamese-detr {verb} --recipe {name}\n{text}" for verb, name, text in texts).rstrip()
+    lines = []
+    for verb, name in shipped:
+        about = " ".join(recipe_comment(load_config(verb), name).split("\n\n")[0].split()).partition(". ")[0]
+        lines.append(f"{verb:<9} --recipe {name:<22} {about.rstrip('.')}.")
+    return "\n".join(
+        [*lines, "", "siamese-detr recipes NAME prints one; copy it to a file to change it (--recipe FILE)."]
+    )
 
 
 def run(name: str, argv: list[str]) -> Any:
@@ -89,7 +113,7 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
         UserError: a mistake in them; one line.
         SystemExit: the help has been printed.
     """
-    from siamese_detr.config import ordered, read_sources, resolve
+    from siamese_detr.config import is_required, ordered, read_sources, resolve
 
     kinds = get_type_hints(config_class)
     flags = {name for name, kind in kinds.items() if bool in (kind, *get_args(kind)) and get_origin(kind) is not dict}
@@ -108,6 +132,7 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
         parser.describe(files)
         print(parser.format_help(), end="")
         raise SystemExit(0)
+    print_only = given.pop("print_config", False)
     for word in rest:
         if word.startswith("-") and not re.fullmatch(r"-[\d.]+", word):
             parser.unknown(word)
@@ -134,10 +159,32 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
     given = {
         key: None if value == "None" and type(None) in get_args(kinds[key]) else value for key, value in given.items()
     }
+    if print_only:  # what must still be given stands there in capitals
+        given = {f.name: f.name.upper() for f in fields if is_required(f) and f.name not in files} | given
     try:
-        return resolve(config_class, given, form=option, **sources)
+        config = resolve(config_class, given, form=option, **sources)
     except UserError as error:
         raise UserError(f"{error}; {parser.hint}") from None
+    if print_only:
+        print(explained_yaml(config))
+        raise SystemExit(0)
+    return config
+
+
+def explained_yaml(config: Any) -> str:
+    """The values that have an effect, as YAML with a comment before each, to edit and read back with ``--config``."""
+    import textwrap
+
+    import yaml
+
+    from siamese_detr.config import effective, explained
+
+    lines = []
+    for name, value in effective(config).items():
+        text = explained(type(config))[name][1]
+        lines += textwrap.wrap(text, 100, initial_indent="# ", subsequent_indent="# ")
+        lines.append(yaml.safe_dump({name: value}, sort_keys=False).rstrip())
+    return "\n".join(lines)
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,6 +227,9 @@ class Parser(argparse.ArgumentParser):
         if "recipe" not in kinds:
             names = ", ".join(recipe_names(config_class)) or "none is shipped"
             groups[""].add_argument("--recipe", metavar="NAME", help=f"values to start from: {names}; or a YAML file.")
+        groups[""].add_argument(
+            "--print-config", action="store_true", help="print these options as YAML, to edit and give as --config."
+        )
         groups[""].add_argument("-h", "--help", action="store_true", help="Show this help.")
         for word in dict.fromkeys(word.partition("=")[0] for word in dotted):
             if word[2:].partition(".")[0].replace("-", "_") in mappings:
@@ -283,7 +333,14 @@ def usage() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {name:<{width}}  {command.about}" for name, command in VERBS.items()]
     return "\n".join(
-        ["usage: siamese-detr VERB [options]", "", *lines, "", "siamese-detr VERB --help shows a verb's options."]
+        [
+            "usage: siamese-detr VERB [options]",
+            "",
+            *lines,
+            f"  {'recipes':<{width}}  the shipped settings, by name",
+            "",
+            "siamese-detr VERB --help shows a verb's options.",
+        ]
     )
 
 

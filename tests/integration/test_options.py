@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from siamese_detr import VERBS, load_config
+from siamese_detr import VERBS, cli, load_config
 from siamese_detr.config import explained, ordered, recipe_names, resolve, write_config
 from siamese_detr.errors import UserError
 from siamese_detr.training.finetune_config import FinetuneConfig
@@ -108,3 +108,27 @@ def test_recipes_leave_out_what_has_no_effect(verb: str, capsys: pytest.CaptureF
         config = resolve(load_config(verb), REQUIRED[verb] | start, recipe)
         assert config.num_queries is None
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_printed_configuration_is_read_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.read_arguments(name, load_config(name), ["--print-config"])
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert "\n# " in file.read_text()
+    with pytest.raises(SystemExit):
+        cli.read_arguments(name, load_config(name), ["--config", str(file), "--print-config"])
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(file.read_text())
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("finetune  --recipe laptop ") for line in lines)
+    assert cli.main(["recipes", "laptop-methods"]) == 0
+    text = capsys.readouterr().out
+    assert "# siamese-detr compare --recipe laptop-methods" in text
+    assert "pretrain_recipe: laptop" in text
+    assert cli.main(["recipes", "labtop"]) == 2
+    assert "did you mean 'laptop'?" in capsys.readouterr().err
