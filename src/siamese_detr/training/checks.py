@@ -64,7 +64,9 @@ def check_callbacks(callbacks: Sequence[object]) -> None:
     """Raise :class:`UserError` for what is no :class:`~siamese_detr.training.task.Callback`."""
     for callback in callbacks:
         if not isinstance(callback, Callback):
-            raise UserError(f"callbacks: {callback!r} is no Callback: derive its class from siamese_detr.training.task")
+            raise UserError(
+                f"callbacks: {callback!r} is no Callback: derive its class from siamese_detr.training.task.Callback"
+            )
 
 
 def check_batch_size(batch_size: int, accumulate: int, processes: int) -> None:
