@@ -55,7 +55,11 @@ def both(*edits: Edit) -> Edit:
 )
 def test_identifiers_are_names(coco: Path, edit: Edit) -> None:
     expected = read_labels(coco)
-    assert_same_labels(read_labels(edited(coco, edit)), expected)
+    dataset = read_labels(edited(coco, edit))
+    assert_same_labels(dataset, expected)
+    ids = [image.id for image in dataset.images]
+    assert np.array(ids, np.float64).tolist() == ids  # as evaluation passes them on
+    assert len(set(ids)) == len(ids)
 
 
 def test_one_file_under_several_ids_is_one_image(coco: Path) -> None:

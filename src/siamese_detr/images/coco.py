@@ -16,6 +16,9 @@ from siamese_detr.images.listing import image_root, is_name, json_table, read_js
 from siamese_detr.images.names import locate
 from siamese_detr.images.problems import LabelTables, Problems, number, size
 
+MAX_ID = 2**53
+"""Up to here floats hold integers exactly, and detections travel between processes as rows of floats."""
+
 
 def read_coco(path: Path, images: str | None, problems: Problems) -> tuple[Path, LabelTables]:
     """The root of the images, and the tables. Classes come in ascending order of their ids.
@@ -38,8 +41,9 @@ def read_coco(path: Path, images: str | None, problems: Problems) -> tuple[Path,
     rows, row_of = _unite(entries, located, problems)
     keys = [entries[i]["id"] for i in rows]
     ids = keys
-    if not all(type(key) is int for key in keys):
-        problems.add("image ids are no integers", repr(next(key for key in keys if type(key) is not int)))
+    odd = [key for key in keys if type(key) is not int or not -MAX_ID <= key <= MAX_ID]
+    if odd:
+        problems.add("image ids are no integers, or very large", repr(odd[0]))
         ids = list(range(1, len(keys) + 1))
     result = LabelTables(
         paths=[os.path.normpath(os.path.join(root, located[i])) for i in rows],

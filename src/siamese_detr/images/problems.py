@@ -42,7 +42,7 @@ ACTIONS = {
     "box of zero size": "dropped",
     "box outside the image": "dropped",
     "box partly outside the image": "clipped to the image",
-    "image ids are no integers": "renumbered from 1",
+    "image ids are no integers, or very large": "renumbered from 1",
     "repeated class name": "kept apart, the id appended to the name",
     "malformed class": "left out with its boxes",
     "class that only groups others": "left out: it has no boxes",
