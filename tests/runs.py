@@ -70,7 +70,7 @@ def child(log: str, options: dict[str, Any], env: dict[str, str], kill_at_flush:
     if "POISON" in env:
         from siamese_detr.training import loop
 
-        loop.estimate = lambda run: None  # it tries steps, too
+        loop.report_needs = lambda run: None  # it tries steps, too
     if env.get("POISON", "none") == env.get("RANK", "0"):
         poison(step=3)
     try:

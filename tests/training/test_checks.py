@@ -40,7 +40,7 @@ def test_a_run_says_what_it_takes_and_learns_the_same(
     monkeypatch.setattr(checks, "free_memory", lambda device: 1e6)
     assert finetune(out=str(tmp_path / "warned"), **options).last == one.last
     assert "warning: this run needs up to" in capsys.readouterr().err
-    monkeypatch.setattr("siamese_detr.training.loop.estimate", lambda loop: None)
+    monkeypatch.setattr("siamese_detr.training.loop.report_needs", lambda loop: None)
     other = finetune(out=str(tmp_path / "other"), **options)
     assert "GB of memory" not in capsys.readouterr().err
     assert other.history == one.history

@@ -111,7 +111,7 @@ def test_a_nan_stops_before_the_update(
     monkeypatch.setattr(module, "build_pretext", lambda method, detector, config: Poison(detector, config))
     monkeypatch.setattr(Poison, "where", where)
     monkeypatch.setattr(Poison, "calls", 0)
-    monkeypatch.setattr(loop_module, "estimate", lambda loop: None)  # it tries steps, too
+    monkeypatch.setattr(loop_module, "report_needs", lambda loop: None)  # it tries steps, too
     out = tmp_path / "run"
     with pytest.raises(UserError, match=r"not finite at step 3: stopped before the update.*--replay") as stopped:
         pretrain(**{**base, "out": str(out), "save_every": 1, "keep": 0})
@@ -263,7 +263,7 @@ def test_every_micro_batch_of_every_process_draws_its_own_dropout(
 
     monkeypatch.setattr(Loop, "gradients", gradients_of_rank)
     monkeypatch.setattr(SiamesePretext, "forward", noted)
-    monkeypatch.setattr(loop_module, "estimate", lambda loop: None)  # it tries steps, too
+    monkeypatch.setattr(loop_module, "report_needs", lambda loop: None)  # it tries steps, too
     for rank in range(2):
         pretrain(**{**base, "out": str(tmp_path / str(rank)), "steps": 2, "accumulate": 2})
     assert len(drawn) == len(set(drawn)) == 2 * 2 * 2

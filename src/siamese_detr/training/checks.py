@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -156,6 +157,15 @@ def estimate(loop: Loop) -> Estimate | None:
     fixed = peaks[1] - per_image + ADAMW_BYTES * learned
     trained = loop.steps * config.batch_size + FORWARD_SHARE * task.evaluated
     return Estimate(fixed, per_image, free, trained * seconds / team.size)
+
+
+def report_needs(loop: Loop) -> None:
+    """Say, before the first update, what the run takes. A collective."""
+    if loop.state.step > 0:
+        return
+    takes = estimate(loop)
+    if takes is not None and loop.team.main:
+        print(takes.text(loop.config.batch_size // loop.team.size, loop.config.accumulate), file=sys.stderr)
 
 
 def free_memory(device: torch.device) -> float:

@@ -231,7 +231,7 @@ class DetectionTask(Task):
         self.note_unreadable(evaluation.skipped)
         records = self.history.read()
         write_json(self.out / "metrics.json", {"best": best_of(records), "last": records[-1]})
-        loop.notify("on_evaluation", known)
+        loop.callbacks.call("on_evaluation", loop.state.step, known)
 
     def note_unreadable(self, problems: list[tuple[str, str]]) -> None:
         """List the validation images that could not be read; report them when they are not the same as before."""

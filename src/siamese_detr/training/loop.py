@@ -33,12 +33,12 @@ from siamese_detr.runtime.loading import Loader
 from siamese_detr.runtime.processes import Team, default_workers, machine_explained
 from siamese_detr.runtime.progress import ProgressBar
 from siamese_detr.runtime.signals import Preempted, StopRequest
-from siamese_detr.training.checks import check_batch_size, estimate
+from siamese_detr.training.checks import check_batch_size, report_needs
 from siamese_detr.training.nonfinite import keep_for_replay
 from siamese_detr.training.optimizer import OptimizerConfig, lr_factor
 from siamese_detr.training.run_config import RunConfig
 from siamese_detr.training.state import Averages, RunState, newest_checkpoint, note_first
-from siamese_detr.training.task import Callback, RankBatches, Task, Update
+from siamese_detr.training.task import Callback, Callbacks, RankBatches, Task, Update
 from siamese_detr.training.unreadable import UnreadableImages
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -109,7 +109,7 @@ class Loop:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         task.averages = Averages(task.model, config.ema) if config.ema else None
         self.state = RunState(task.model, optimizer, self.scheduler, self.accelerator.scaler, task.averages)
-        self.callbacks, self._failed = callbacks, ""
+        self.callbacks = Callbacks(callbacks, team)
         self.unreadable = UnreadableImages(config, task.epoch_size)
         self.stop = StopRequest()
         self.journal: Journal | None = None
@@ -196,12 +196,14 @@ class Loop:
         if evaluates or last or step % self.config.log_every == 0:
             epoch = step * self.config.batch_size / self.task.epoch_size
             self.log({**self.state.means.drain(), "learning_rate": rate, "epoch": epoch})
-            self._end_if_failed()
         if evaluates:
             self._evaluate()
             last = self.team.any(self.team.main and self.task.stopped_early(step)) or last
-        if stop or last or step % self.save_every == 0:
+        failure = self.callbacks.failure()
+        if stop or last or failure or step % self.save_every == 0:
             self.save()
+        if failure:
+            raise UserError(f"{failure}; saved at step {step} in {self.out}: fix the callback and continue with resume")
         if stop and not last:
             raise self._preempted()
         return last
@@ -213,7 +215,6 @@ class Loop:
             if self.state.saved_step != self.state.step:
                 self.save()
             raise
-        self._end_if_failed()
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
         """This process's share of the micro-batches, from update ``start`` on."""
@@ -245,9 +246,7 @@ class Loop:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(machine_explained(f"continue {self.out} with --resume"))
                 stack.enter_context(self.stop)
-                if step == 0 and (takes := estimate(self)) is not None and team.main:
-                    own = self.config.batch_size // team.size
-                    print(takes.text(own, self.config.accumulate), file=sys.stderr)
+                report_needs(self)
                 if team.main:
                     self.journal = stack.enter_context(contextlib.closing(Journal(self.out, step)))
                     if self.config.progress:
@@ -304,25 +303,6 @@ class Loop:
             f"{self.steps} in {self.out}; continue with the same command and --resume"
         )
 
-    def notify(self, event: str, values: Mapping[str, float]) -> None:
-        """Call a method of the callbacks; the loop ends the run if one fails."""
-        for callback in self.callbacks if self.team.main else ():
-            try:
-                getattr(callback, event)(self.state.step, values)
-            except Exception as error:
-                traceback.print_exc()
-                self._failed = self._failed or f"{type(callback).__name__}.{event} failed: {error!r}"
-
-    def _end_if_failed(self) -> None:
-        """Save and end the run if a callback failed. A collective."""
-        if self.callbacks and self.team.any(bool(self._failed)):
-            if self.state.saved_step != self.state.step:
-                self.save()
-            raise UserError(
-                f"{self._failed or 'a callback failed in the main process'}; the run is saved at step "
-                f"{self.state.step} in {self.out}: fix the callback and continue with resume"
-            )
-
     # ---- numbers
 
     def log(self, values: Mapping[str, float]) -> None:
@@ -331,7 +311,7 @@ class Loop:
         if self.journal is not None:
             self.journal.lines.append([{"step": self.state.step, **values}])
         self.track(values)
-        self.notify("on_log", values)
+        self.callbacks.call("on_log", self.state.step, values)
         if self.bar is not None:
             self.bar.step(self.state.step, values.get("loss"))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
+    from siamese_detr.runtime.processes import Team
     from siamese_detr.training.loop import Loop
     from siamese_detr.training.state import Averages
 
@@ -36,6 +38,33 @@ class Callback:
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """After an evaluation, with AP, AP50, ... in [0, 1]; fine-tuning only."""
+
+
+class Callbacks:
+    """Calls the run's callbacks, and remembers the first that failed.
+
+    Args:
+        callbacks: in their order, the same in all processes; the main process calls them.
+        team: the processes.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback], team: Team) -> None:
+        self._callbacks, self._team, self._failure = callbacks, team, ""
+
+    def call(self, event: str, step: int, values: Mapping[str, float]) -> None:
+        """Call the method ``event`` of all callbacks; one that raises does not keep the others from being called."""
+        for callback in self._callbacks if self._team.main else ():
+            try:
+                getattr(callback, event)(step, values)
+            except Exception as error:
+                traceback.print_exc()
+                self._failure = self._failure or f"{type(callback).__name__}.{event} failed: {error!r}"
+
+    def failure(self) -> str:
+        """What failed; empty if nothing did. A collective, if there are callbacks."""
+        if not self._callbacks or not self._team.any(bool(self._failure)):
+            return ""
+        return self._failure or "a callback failed in the main process"
 
 
 class Task:
