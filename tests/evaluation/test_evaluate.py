@@ -55,8 +55,8 @@ def test_perfect_detections():
 
 
 def test_numbers_worked_out_by_hand():
-    # Class seven has two boxes. The surest detection is right with IoU 0.8, so at 7 of the 10 thresholds; the next one
-    # is wrong, the third right with IoU 1. Precision at recall 1/2 is 1, at recall 1 it is 2/3.
+    # Class seven has two boxes. The highest-scored detection is right with IoU 0.8, so at 7 of the 10 thresholds; the
+    # next is wrong, the third right with IoU 1. Precision at recall 1/2 is 1, at recall 1 it is 2/3.
     metrics = coco_metrics(
         truth(box(11, 7, 0, 0, 100, 100), box(4, 7, 0, 0, 50, 50)),
         found((11, 0, 0.9, 0, 0, 100, 80), (11, 0, 0.8, 150, 150, 190, 190), (4, 0, 0.7, 0, 0, 50, 50)),

@@ -159,7 +159,7 @@ def test_a_prediction_killed(labels: str, tmp_path: Path) -> None:
 @slow
 @pytest.mark.promise("exact-resume")
 def test_a_comparison_killed_and_started_again(labels: str, tmp_path: Path) -> None:
-    """Killed in its second cell, and at once begun anew: the first is kept, the second ends as if nothing had been."""
+    """Killed in its second cell, and started again at once: the first is kept, the second ends as if uninterrupted."""
     import yaml
 
     from siamese_detr.training.finetune import finetune

@@ -57,7 +57,7 @@ def draw_detections(
     line = max(2, round(max(picture.size) / 320))
     letters = font(max(12, round(max(picture.size) / 48)))
     draw = ImageDraw.Draw(picture)
-    # The surest last, so that it lies on top.
+    # The highest score last, so that it lies on top.
     order = np.arange(len(boxes)) if scores is None else np.argsort(scores, kind="stable")
     for k in order:
         x1, y1, x2, y2 = boxes[k]

@@ -46,7 +46,7 @@ class FrozenBackbone:
 
     Args:
         backbone: gives one or several (B, C, h, w) maps, as a list or as ``feature_maps``; it is not changed. Its
-            weights may be loaded anew or moved at any time.
+            weights may be loaded again or moved at any time.
         side: sides of an image it can take, in pixels.
     """
 
@@ -71,7 +71,7 @@ class FrozenBackbone:
         return chunks[0] if len(chunks) == 1 else [torch.cat(level) for level in zip(*chunks, strict=True)]
 
     def network(self, dtype: torch.dtype) -> nn.Module:
-        """The folded and fused copy in ``dtype``, made anew when the backbone's weights have changed."""
+        """The folded and fused copy in ``dtype``, made again when the backbone's weights have changed."""
         state = [*self.backbone.parameters(), *self.backbone.buffers()]
         made_from = (dtype, *((x.data_ptr(), x._version, x.dtype, x.device) for x in state))
         if self._folded is None or made_from != self._made_from:
@@ -95,7 +95,7 @@ def chunk_size(images: Tensor, late: int = 1) -> int:
 
 def even(count: int, most: int) -> int:
     """A size of chunks, up to ``most``, that leaves no smaller last one of ``count``, if there is one not too small:
-    cuDNN plans anew, for 3 ms a layer, for every new size."""
+    cuDNN plans again, for 3 ms a layer, for every new size."""
     return next((size for size in range(most, most // 2, -1) if count % size == 0), most)
 
 

@@ -156,7 +156,7 @@ def newest_checkpoint(config: RunConfig) -> int | None:
     if (out / FIRST).exists():
         raise UserError(
             f"no checkpoint is left in {config.checkpoints}, though the run saved some and its log goes to step "
-            f"{last}: bring them back (is a disk not mounted?), or begin anew in another directory"
+            f"{last}: bring them back (is a disk not mounted?), or start again in another directory"
         )
     if last:
         print(f"{out} has no checkpoint yet: the {last} steps of its log are done again", file=sys.stderr)
