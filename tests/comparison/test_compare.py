@@ -156,7 +156,7 @@ def test_the_budget_is_the_same_for_all(options: dict[str, Any]) -> None:
     configurations = [yaml.safe_load(file.read_text()) for file in sorted(cells.glob("*/1/0/run-*.yaml"))]
     assert len(configurations) == 4
     for configuration in configurations:
-        for name in ("model", "out", *OF_NEW):  # a detector to start from has its own
+        for name in ("model", "kept_share", "out", *OF_NEW):  # a detector to start from has its own
             configuration.pop(name, None)
     assert all(configuration == configurations[0] for configuration in configurations)
     backbones = {
