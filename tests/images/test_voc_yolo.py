@@ -11,6 +11,7 @@ from conftest import textured
 from label_files import assert_same_labels, kinds, write_voc, write_yolo
 from siamese_detr.errors import UserError
 from siamese_detr.images import read_labels
+from siamese_detr.images.labels import has_split
 
 
 def test_voc_details(coco: Path, tmp_path: Path) -> None:
@@ -111,6 +112,15 @@ def test_yolo_paths(coco: Path, tmp_path: Path) -> None:
     (beside / "a.txt").write_text("1 0.5 0.5 0.5 0.5")
     (tmp_path / "beside.yaml").write_text(names + "train: beside\n")
     assert len(read_labels(tmp_path / "beside.yaml").images[0].boxes) == 1
+
+
+def test_splits_that_are_there(coco: Path, tmp_path: Path) -> None:
+    path = write_yolo(tmp_path / "yolo", read_labels(coco))
+    assert [has_split(path, split) for split in ("train", "val", "test")] == [True, True, False]
+    (tmp_path / "yolo/images/val").rename(tmp_path / "elsewhere")
+    assert not has_split(path, "val")
+    assert not has_split(coco, "val")
+    assert not has_split(tmp_path / "nowhere", "val")
 
 
 BOMB = "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 31))  # a billion leaves

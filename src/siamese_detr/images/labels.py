@@ -17,7 +17,7 @@ from siamese_detr.images.coco import read_coco
 from siamese_detr.images.listing import existing
 from siamese_detr.images.problems import LabelledImage, LabelTables, Problem, Problems, assemble
 from siamese_detr.images.voc import is_voc, read_voc
-from siamese_detr.images.yolo import read_description, read_yolo
+from siamese_detr.images.yolo import read_yolo, split_sources
 from siamese_detr.randomness import rng
 
 __all__ = ["DetectionDataset", "LabelledImage", "Problem", "dataset_key", "read_labels"]
@@ -218,11 +218,11 @@ def find_labels(path: Path, split: str = "train") -> Path | None:
 
 
 def has_split(path: str | Path, split: str) -> bool:
-    """Whether labels name their splits themselves (a data.yaml, Roboflow's folders), and this is one of them."""
+    """Whether labels name their splits themselves (a data.yaml, Roboflow's folders), and this one is there."""
     try:
         source, other = find_labels(existing(path), split), find_labels(existing(path), "train")
         if source is not None and source.suffix.lower() in (".yaml", ".yml", ".data"):
-            return any(key in read_description(source) for key in SPLITS[split])
+            return bool(split_sources(source, split))
     except UserError:
         return False
     return source != other

@@ -35,7 +35,7 @@ def read_yolo(path: Path, images: str | None, split: str, problems: Problems) ->
     points = math.prod(shape) if isinstance(shape, list) and all(type(side) is int for side in shape) else 0
     names = _names(path, content)
     class_index = {id_: index for index, id_ in enumerate(sorted(names))}
-    files = sorted({file for source in _sources(path, content, split, images) for file in _files(source, problems)})
+    files = sorted({file for source in split_sources(path, split, images) for file in _files(source, problems)})
     root = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
     tables = LabelTables([], [], [], [names[i] for i in class_index], list(class_index), normalised=True)
     tables.convention = "cxcywh"
@@ -124,8 +124,13 @@ def _names(path: Path, content: dict) -> dict[int, str]:
     return result
 
 
-def _sources(path: Path, content: dict, split: str, images: str | None) -> list[Path]:
-    """The folders or lists that a split names."""
+def split_sources(path: Path, split: str, images: str | None = None) -> list[Path]:
+    """The folders or lists that a split names.
+
+    Raises:
+        UserError: the description is unusable, or names no such split, or a folder that does not exist.
+    """
+    content = read_description(path)
     given = content.get(split)
     if given is None and split == "val":
         given = content.get("valid")
