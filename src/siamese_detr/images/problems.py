@@ -267,9 +267,9 @@ def _check_convention(
     if wrong.sum() < 3 or wrong.sum() < SUSPICIOUS * relevant.sum():
         return
     others = [(name, unit) for unit in (own[1], not own[1]) for name in CONVENTIONS if (name, unit) != own]
+    # Only of a form with two corners can these be exchanged; else any box of no size would fit so.
+    others = [(name, unit) for name, unit in others if name != "exchanged" or own[0] == "xyxy"]
     possible = [(name, unit) for name, unit in others if fits(name, unit, sizes)[relevant].all()]
-    # Corners that are in order need no other.
-    possible = [(name, unit) for name, unit in possible if name != "exchanged" or ("xyxy", unit) not in possible]
     if possible:
         fitting = [f"{CONVENTIONS[name]} {UNITS[unit]}" for name, unit in possible]
         raise UserError(
