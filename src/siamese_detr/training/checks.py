@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ADAMW_BYTES = 8
 """Of AdamW's two averages, for each parameter."""
+TRIAL_SECONDS = 20.0
+"""A trial step on a whole micro-batch, which tells time better than two images do, is made if it takes no longer."""
 FORWARD_SHARE = 1 / 3
 """Of a training step's time, that an evaluation takes for as many images: a backward pass costs about two forward."""
 
@@ -80,7 +82,7 @@ def check_batch_size(batch_size: int, accumulate: int, processes: int) -> None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes, from trial steps on one and two of its largest images.
+    """What a run takes, from trial steps on one, two and, if they are quick, a whole micro-batch of its largest images.
 
     Args:
         fixed: bytes of memory in use whatever the batch: weights, their gradients, the optimiser's averages.
@@ -122,7 +124,8 @@ def estimate(loop: Loop) -> Estimate | None:
     """
     task, team, config = loop.task, loop.team, loop.config
     images = config.batch_size // (config.accumulate * team.size)  # of this process in a micro-batch
-    batches = [task.largest(n) for n in (1, min(2, images))]
+    numbers = sorted({1, min(2, images), images})
+    batches = [task.largest(n) for n in numbers]
     # Compiling for other sizes takes minutes.
     if team.any(config.compile or any(batch is None for batch in batches)):
         return None
@@ -131,9 +134,12 @@ def estimate(loop: Loop) -> Estimate | None:
     task.model.train()
     try:
         reset_peak(team.device)
-        peaks, seconds = [peak_memory(team.device)], 0.0
-        for number, batch in enumerate(batches, 1):
-            if number == 2 and team.any(2 * peaks[-1] - peaks[0] > free):  # two would be killed: one must do
+        peaks, seconds = {0: peak_memory(team.device)}, 0.0
+        for number, batch in zip(numbers, batches, strict=True):
+            expected = peaks[max(peaks)] + (number - max(peaks)) * slope(peaks)
+            # More would be killed, or keep the user waiting: fewer must do.
+            too_slow = number > 2 and number * seconds > TRIAL_SECONDS
+            if number > 1 and team.any(expected > free or too_slow):
                 break
             reset_peak(team.device)
             began = time.monotonic()
@@ -141,8 +147,8 @@ def estimate(loop: Loop) -> Estimate | None:
             loss, _ = task.step(task.model, send_to_device(batch, team.device))
             loop.accelerator.backward(loss)
             loss.item()  # wait for the device
-            seconds = (time.monotonic() - began) / min(number, images)
-            peaks.append(peak_memory(team.device))
+            seconds = (time.monotonic() - began) / number
+            peaks[number] = peak_memory(team.device)
             loop.optimizer.zero_grad()
     # The first update says what is wrong, batch norms of one cell want more than one image, or there is no /proc.
     except (NonFiniteError, ValueError, OSError):
@@ -153,10 +159,17 @@ def estimate(loop: Loop) -> Estimate | None:
             for buffer, before in buffers:
                 buffer.copy_(before)
     learned = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
-    per_image = max(peaks[-1] - peaks[-2], 0.0)
+    per_image = slope(peaks)
     fixed = peaks[1] - per_image + ADAMW_BYTES * learned
     trained = loop.steps * config.batch_size + FORWARD_SHARE * task.evaluated
     return Estimate(fixed, per_image, free, trained * seconds / team.size)
+
+
+def slope(peaks: Mapping[int, float]) -> float:
+    """Bytes that each further image takes, from the peaks (number of images -> bytes; 0: before) seen so far."""
+    known = sorted(peaks)
+    first, last = known[min(1, len(known) - 2)] if len(known) > 1 else 0, known[-1]
+    return max((peaks[last] - peaks[first]) / (last - first), 0.0) if last > first else 0.0
 
 
 def report_needs(loop: Loop) -> None:
