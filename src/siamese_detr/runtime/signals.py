@@ -60,8 +60,8 @@ def stoppable() -> Iterator[None]:
 
 
 class StopRequest:
-    """Context in which SIGTERM and SIGUSR1 only set ``requested``; one that comes later than :data:`ECHO` after the
-    first ends the process.
+    """Context in which SIGTERM, SIGUSR1 and Ctrl-C only set ``requested``; one that comes later than :data:`ECHO` after
+    the first ends the process.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._note) for number in (*SIGNALS, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -83,16 +83,16 @@ class StopRequest:
         if self.requested is None:
             self.requested, self._since = signal.Signals(number).name, now
         elif now - self._since > ECHO:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
 
 
 def ignore_signals() -> None:
-    """In a data process: clusters signal whole process groups, and it must outlive the step being finished.
+    """In a data process: clusters and terminals signal whole groups, and it must outlive the step being finished.
 
     Only its parent ends it by SIGTERM, having waited in vain; else a process that hangs would keep it from ending.
     """
-    for number in SIGNALS:
+    for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # Linux: tells who sends
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
