@@ -27,7 +27,7 @@ SIDE = 160
 
 @dataclass
 class DemoConfig(Options):
-    """Run the whole workflow on a small example, in some eight minutes on two CPU cores.
+    """Run the whole workflow on a small example, in some ten minutes on two CPU cores.
 
     Args:
         out: folder for all results.
@@ -66,7 +66,7 @@ class DemoResult:
 
 @verb(DemoConfig)
 def demo(config: DemoConfig) -> DemoResult:
-    """Run the whole workflow on a small example, in some eight minutes on two CPU cores."""
+    """Run the whole workflow on a small example, in some ten minutes on two CPU cores."""
     # Imported here so that --help does not wait for PyTorch to load.
     from siamese_detr import finetune, predict, pretrain, propose
     from siamese_detr.evaluation.coco import percent
