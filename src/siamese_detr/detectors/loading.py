@@ -210,20 +210,22 @@ def _open_research_checkpoint(path: Path) -> StoredDetector:
     return StoredDetector(path, config, plan.adapter, provenance, checkpoint.tensors, checkpoint.unused)
 
 
-def load_detector(source: str | Path, class_names: list[str] | None = None, **overrides: Any) -> DetectorAdapter:
+def load_detector(
+    source: str | Path | StoredDetector, class_names: list[str] | None = None, **overrides: Any
+) -> DetectorAdapter:
     """A detector of a known family behind its adapter, with a frozen backbone.
 
     What could not be loaded is in the adapter's `load_report`.
 
     Args:
-        source: see `find_detector`.
+        source: see `find_detector`; or what `open_detector` gave, which is not read again.
         class_names: if given and other than those stored, the class head is re-made for them; all else is kept.
         **overrides: values of the configuration to change (`dropout=0.0`).
 
     Raises:
         UserError: no detector there, a family without adapter, damaged or unsafe weights.
     """
-    stored = open_detector(source)
+    stored = source if isinstance(source, StoredDetector) else open_detector(source)
     path, config, adapter = stored.path, stored.config, stored.adapter
     if adapter is None:
         raise UserError(

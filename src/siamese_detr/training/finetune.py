@@ -17,7 +17,7 @@ from rich.console import Console
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector
-from siamese_detr.detectors.loading import find_detector, load_detector, open_detector
+from siamese_detr.detectors.loading import load_detector, open_detector
 from siamese_detr.detectors.weights import quiet
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.evaluate import class_map
@@ -177,11 +177,11 @@ def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[D
             config.detector, config.backbone, class_names=class_names, seed=config.seed, **config.sizes()
         )
         return detector, {"from": "scratch", "detector": config.detector, "backbone": config.backbone}
-    path = find_detector(config.start)
     with torch.random.fork_rng(), quiet(), warnings.catch_warnings(action="ignore"):  # the report says it
         torch.manual_seed(config.seed)
-        detector = load_detector(path, class_names, **config.dropouts())
-        share = config.kept_share if open_detector(path).only_pretrained else 1.0
+        stored = open_detector(config.start)
+        share = config.kept_share if stored.only_pretrained else 1.0
+        detector = load_detector(stored, class_names, **config.dropouts())
         if share < 1:
             detector.shrink_and_perturb(share)
         added = detector.complete()
@@ -189,7 +189,7 @@ def starting_detector(config: FinetuneConfig, class_names: list[str]) -> tuple[D
     tensors = len(detector.model.state_dict())
     made = {"class_head": list(report.remade), "missing": [*report.missing, *added], "ignored": list(report.unexpected)}
     kept = tensors - len(made["class_head"]) - len(made["missing"])
-    return detector, {"from": str(path), "kept": kept, "kept_share": share, **made}
+    return detector, {"from": str(stored.path), "kept": kept, "kept_share": share, **made}
 
 
 def freeze(detector: DetectorAdapter, parts: Sequence[str]) -> None:
