@@ -137,6 +137,8 @@ def check(config: CheckConfig) -> CheckReport:
         raise UserError("workers, min_side and min_labels must not be negative")
     report = CheckReport()
     data, paths = _read(report, "data", config.data, config.images, config.split)
+    if config.fix is not None and data is None:
+        raise UserError(f"fix has no effect: {config.data} holds no labels; leave it out")
     parts = {"data": paths}
     datasets = {"data": data}
     val = config.val
@@ -156,9 +158,7 @@ def check(config: CheckConfig) -> CheckReport:
     written: dict[str, dict[str, Any]] = {}
     if config.out is not None:
         written[config.out] = report.to_dict()
-    if config.fix is not None:
-        if data is None:
-            raise UserError(f"fix has no effect: {config.data} holds no labels; leave it out")
+    if config.fix is not None and data is not None:
         readable = {item.path for item in prints["data"]}
         kept = [image for image in data.images if str(image.path) in readable]
         root = Path(config.fix).absolute().parent

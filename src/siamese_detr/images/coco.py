@@ -50,7 +50,7 @@ def read_coco(path: Path, images: str | None, problems: Problems) -> tuple[Path,
         ids=ids,
         sizes=[size(entries[i].get("width"), entries[i].get("height")) for i in rows],
         class_names=names,
-        category_ids=list(category_ids),
+        category_ids=category_ids,
         convention="xywh",
     )
     _add_boxes(result, tables["annotations"], row_of, class_index, problems)

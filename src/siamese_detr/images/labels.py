@@ -17,7 +17,7 @@ from siamese_detr.images.coco import read_coco
 from siamese_detr.images.listing import existing
 from siamese_detr.images.problems import LabelledImage, LabelTables, Problem, Problems, assemble
 from siamese_detr.images.voc import is_voc, read_voc
-from siamese_detr.images.yolo import read_yolo, split_sources
+from siamese_detr.images.yolo import is_yolo, read_description, read_yolo, split_sources
 from siamese_detr.randomness import rng
 
 __all__ = ["DetectionDataset", "LabelledImage", "Problem", "dataset_key", "read_labels"]
@@ -148,7 +148,7 @@ def read_labels(
     problems = Problems()
     if source.suffix.lower() == ".json":
         root, tables = read_coco(source, images, problems)
-    elif source.suffix.lower() in (".yaml", ".yml", ".data") or source.name == "classes.txt":
+    elif is_yolo(source):
         root, tables = read_yolo(source, images, split or default_split, problems)
     else:
         root, tables = read_voc(source, images, split, problems)
@@ -189,8 +189,7 @@ def find_labels(path: Path, split: str = "train") -> Path | None:
         UserError: the folder holds several, or none of that split.
     """
     if path.is_file():
-        wanted = path.suffix.lower() in (".json", ".yaml", ".yml", ".data") or path.name == "classes.txt"
-        return path if wanted or is_voc(path) else None
+        return path if path.suffix.lower() == ".json" or is_yolo(path) or is_voc(path) else None
     try:
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
         if is_voc(path):
@@ -221,8 +220,8 @@ def has_split(path: str | Path, split: str) -> bool:
     """Whether labels name their splits themselves (a data.yaml, Roboflow's folders), and this one is there."""
     try:
         source, other = find_labels(existing(path), split), find_labels(existing(path), "train")
-        if source is not None and source.suffix.lower() in (".yaml", ".yml", ".data"):
-            return bool(split_sources(source, split))
+        if source is not None and is_yolo(source):
+            return bool(split_sources(source, read_description(source), split))
     except UserError:
         return False
     return source != other

@@ -103,8 +103,7 @@ def list_images(source: str | Path, images: str | Path | None = None) -> ImageLi
         usable, renamed = locate(root, usable)
         missing = len(names) - sum(map(is_name, names))
         problems = [f"{path}: {missing} images without a usable 'file_name'"] if missing else []
-        problems += [f"{path}: {len(renamed)} images have another name there, {renamed[0]}"] if renamed else []
-        return _relative(root, (os.path.join(root, name) for name in usable), problems)
+        return _relative(root, (os.path.join(root, name) for name in usable), [*problems, *_renamed(path, renamed)])
     raise UserError(
         f"{path} is no folder, no shard (.tar, .parquet), no list of images (.txt) and no COCO JSON (.json): give one "
         "of these"
@@ -274,13 +273,17 @@ def _read_list(path: Path) -> ImageList:
     if not names or not all(map(is_name, names)):
         raise UserError(f"{path} lists no images: give one image path per line")
     names, renamed = locate(path.parent, names)
-    problems = [f"{path}: {len(renamed)} images have another name there, {renamed[0]}"] if renamed else []
     paths = sorted({os.path.normpath(os.path.join(path.parent, name)) for name in names})
     if not any(os.path.isfile(m.shard if (m := member_of(name)) else name) for name in islice(paths, 100)):
         raise UserError(
             f"{path}: none of the files it lists exists (such as {paths[0]}): relative paths start at the list's folder"
         )
-    return _relative(path.parent, paths, problems)
+    return _relative(path.parent, paths, _renamed(path, renamed))
+
+
+def _renamed(path: Path, renamed: Sequence[str]) -> list[str]:
+    """The line about images that a file names in another way than they are called, if there are any."""
+    return [f"{path}: {len(renamed)} images have another name there, {renamed[0]}"] if renamed else []
 
 
 def _relative(folder: Path, paths: Iterable[str], problems: list[str]) -> ImageList:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -29,18 +31,17 @@ def locate(root: Path, names: Sequence[str]) -> tuple[list[str], list[str]]:
         none was found. And an example "written → found" of each that was found under another name.
     """
     located, renamed = list(names), []
-    files: dict[str, list[str]] | None = None
+    entries = cache(_entries)
     for index, name in enumerate(names):
         # Joined as text: what the label file names may be absolute.
         if "\\" not in name and os.path.exists(os.path.join(root, name)):
             continue
-        files = _by_plain_name(root) if files is None else files
         tail = name.replace("\\", "/")
         foreign = _FOREIGN.match(tail) or not os.path.exists(os.path.join(root, tail.partition("/")[0]))
-        found = files.get(_plain(tail), [])
+        found = _alike(root, tail, entries)
         while not found and foreign and "/" in tail:
             tail = tail.partition("/")[2]
-            found = files.get(_plain(tail), [])
+            found = _alike(root, tail, entries)
         if len(found) == 1:
             located[index] = found[0]
             renamed.append(f"{name} → {found[0]}")
@@ -52,11 +53,19 @@ def _plain(name: str) -> str:
     return os.path.normpath(name).casefold()
 
 
-def _by_plain_name(root: Path) -> dict[str, list[str]]:
-    """Files below a folder, relative to it, by their plain names."""
-    files: dict[str, list[str]] = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = os.path.relpath(os.path.join(folder, name), root)
-            files.setdefault(_plain(path), []).append(path)
-    return files
+def _alike(root: Path, name: str, entries: Callable[[str], dict[str, list[str]]]) -> list[str]:
+    """Files, relative to ``root``, whose plain names are that of ``name``. Only folders on the way to them are read: a
+    root may have millions of files beside."""
+    places = [""]
+    for part in _plain(name).split("/"):
+        places = [os.path.join(p, entry) for p in places for entry in entries(os.path.join(root, p)).get(part, ())]
+    return [place for place in places if os.path.isfile(os.path.join(root, place))]
+
+
+def _entries(folder: str) -> dict[str, list[str]]:
+    """What is in a folder, by plain name; nothing, where it cannot be listed."""
+    found: dict[str, list[str]] = {}
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            found.setdefault(_plain(name), []).append(name)
+    return found

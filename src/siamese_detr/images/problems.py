@@ -304,10 +304,12 @@ def _compare_sizes(
 ) -> None:
     """Two sources of one fact: the size in the labels, and the picture's. Changes ``sizes``, ``boxes`` and
     ``present``."""
+    order = np.argsort(owners, kind="stable")
+    ends = np.searchsorted(owners[order], np.arange(len(sizes) + 1))
     for i in np.flatnonzero(present & (sizes != pictures).any(1)).tolist():
         (width, height), (own_width, own_height) = sizes[i].tolist(), pictures[i].tolist()
         text = f"{paths[i]}: {width}x{height}, the picture is {own_width}x{own_height}"
-        its = np.flatnonzero(owners == i)
+        its = order[ends[i] : ends[i + 1]]
         low, high = boxes[its].min(initial=0.0), boxes[its].reshape(-1, 2, 2).max((0, 1), initial=0.0)
         leaves = low < -CLIP_TOLERANCE or (high > sizes[i] + CLIP_TOLERANCE).any()
         orientation = read_orientation(paths[i]) if (width, height) == (own_height, own_width) else 1

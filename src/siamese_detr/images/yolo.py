@@ -16,6 +16,12 @@ from siamese_detr.images.problems import LabelTables, Problems
 _MAX_BYTES = 10_000_000
 
 
+def is_yolo(path: Path) -> bool:
+    """Whether it is a ``data.yaml``, darknet's ``obj.data``, or Label Studio's ``classes.txt`` (beside ``images`` and
+    ``labels``)."""
+    return path.suffix.lower() in (".yaml", ".yml", ".data") or path.name == "classes.txt"
+
+
 def read_yolo(path: Path, images: str | None, split: str, problems: Problems) -> tuple[Path, LabelTables]:
     """The common folder of the images, and the tables (boxes in parts of the image's size).
 
@@ -24,8 +30,7 @@ def read_yolo(path: Path, images: str | None, split: str, problems: Problems) ->
     around them, or, where the YAML has ``kpt_shape``, a box with key points, which are passed over.
 
     Args:
-        path: a ``data.yaml``, darknet's ``obj.data``, or Label Studio's ``classes.txt`` (beside ``images`` and
-            ``labels``).
+        path: see :func:`is_yolo`.
 
     Raises:
         UserError: the YAML is unusable, the split is not in it or leads to no image, or not one label file is found.
@@ -35,7 +40,9 @@ def read_yolo(path: Path, images: str | None, split: str, problems: Problems) ->
     points = math.prod(shape) if isinstance(shape, list) and all(type(side) is int for side in shape) else 0
     names = _names(path, content)
     class_index = {id_: index for index, id_ in enumerate(sorted(names))}
-    files = sorted({file for source in split_sources(path, split, images) for file in _files(source, problems)})
+    files = sorted(
+        {file for source in split_sources(path, content, split, images) for file in _files(source, problems)}
+    )
     root = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
     tables = LabelTables([], [], [], [names[i] for i in class_index], list(class_index), normalised=True)
     tables.convention = "cxcywh"
@@ -124,13 +131,18 @@ def _names(path: Path, content: dict) -> dict[int, str]:
     return result
 
 
-def split_sources(path: Path, split: str, images: str | None = None) -> list[Path]:
+def split_sources(path: Path, content: dict, split: str, images: str | None = None) -> list[Path]:
     """The folders or lists that a split names.
 
+    Args:
+        path: of the description.
+        content: what :func:`read_description` read there.
+        split: its name.
+        images: folder that the names start from, where it is not the description's.
+
     Raises:
-        UserError: the description is unusable, or names no such split, or a folder that does not exist.
+        UserError: no such split, or a folder that does not exist.
     """
-    content = read_description(path)
     given = content.get(split)
     if given is None and split == "val":
         given = content.get("valid")
@@ -183,14 +195,17 @@ def _add_lines(
         values = _parse(line, where, problems)
         if values == []:
             continue
-        if values is not None and points and len(values) == 5 + points:
+        if values is None:
+            problems.add("malformed box", where)
+            continue
+        if len(values) == 5 + points:
             values = values[:5]
-        if values is not None and len(values) == 6:
+        elif len(values) == 6:
             problems.add("number after the box", where)
             values = values[:5]
-        if values is not None and len(values) > 6:
+        elif len(values) > 6:
             longer.append((where, values))
-        if values is None or (len(values) > 6 and len(values) % 2 == 0):
+        if len(values) % 2 == 0:
             problems.add("malformed box", where)
         elif values[0] not in class_index:
             problems.add("box of an unknown class", where)
