@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from siamese_detr.detectors.structures import Targets
 from siamese_detr.errors import UserError
 from siamese_detr.training.finetune import finetune
-from siamese_detr.training.self_training import Teacher, fallen, pseudo_labels, strong_view
+from siamese_detr.training.self_training import Teacher, correct, fallen, pseudo_labels, strong_view
 from tiny_finetuning import QUICK, learned, write_scenes
 
 OPTIONS = {**QUICK, "image_size": 96, "eval_every": 0.5, "ema": 0.9, "lr": 1e-4}
@@ -50,6 +51,17 @@ def test_boxes_above_their_class_s_threshold_become_labels():
     boxes = torch.arange(24.0).view(2, 3, 4) / 24
     torch.testing.assert_close(found.boxes[0], boxes[0, [0, 2]])
     torch.testing.assert_close(found.boxes[1, 0], boxes[1, 2])
+
+
+def test_pseudo_labels_are_counted_as_correct_once_per_object_and_class():
+    box, far = [0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]
+    found = Targets(
+        torch.tensor([[0, 0, 1, -1], [1, 0, -1, -1]]), torch.tensor([[box, box, far, box], [box, far, far, far]])
+    )
+    true = Targets(torch.tensor([[0, 1], [0, -1]]), torch.tensor([[box, far], [box, far]]))
+    assert correct(found, true).tolist() == [2, 0]
+    nothing = Targets(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, 4))
+    assert correct(found, nothing).tolist() == correct(nothing, true).tolist() == [0, 0]
 
 
 def test_the_strong_view_changes_no_geometry():
@@ -101,6 +113,22 @@ def test_a_detector_goes_on_learning_from_unlabelled_images(photos, tmp_path, ca
     )
     assert ours == theirs
     assert again.history == whole.history
+
+
+def test_labels_of_unlabelled_images_only_tell_how_many_pseudo_labels_are_correct(tmp_path):
+    result, labels = learned()
+    more = write_scenes(tmp_path / "more", 4, seed=5)
+    bare = tmp_path / "more.txt"
+    bare.write_text("\n".join(map(str, sorted((tmp_path / "more").glob("*.jpg")))))
+    options = {**OPTIONS, "train": str(labels), "val": str(labels), "model": str(result.out), "steps": 2, "burn_in": 0}
+    logs = []
+    for name, source in (("labelled", more), ("bare", bare)):
+        finetune(out=str(tmp_path / name), unlabelled=str(source), pseudo_threshold=0.05, **options)
+        logs.append(lines(tmp_path / name / "log.jsonl"))
+    for labelled, without in zip(*logs, strict=True):
+        assert labelled["loss"] == without["loss"]
+        assert 0 <= labelled["pseudo_correct"] <= labelled["pseudo_boxes"] == without["pseudo_boxes"]
+        assert "pseudo_correct" not in without
 
 
 def test_self_training_needs_labels_to_be_watched_with(photos, tmp_path):

@@ -36,6 +36,9 @@ TERMS = {
     "loss_local": ("Edge distributions", "Weighted sum of the losses of where each edge of a box lies."),
     "learning_rate": ("Learning rate", "The step size of the optimiser."),
     "grad_norm": ("Gradient norm, before clipping", "Jumps and non-finite values are signs of trouble."),
+    "pseudo_boxes": ("Pseudo-labels per image", "Boxes that the averaged detector found on an unlabelled image."),
+    "pseudo_correct": ("Correct pseudo-labels per image", "How many of them overlap a label of their class by half; "
+                       "where the unlabelled images happen to have labels, which training does not use."),
     "padded_regions": ("Padded regions per image", "Jittered copies of other regions, where proposals are too few."),
 }  # fmt: skip
 """Title and explanation of each logged number, for a first-time reader."""

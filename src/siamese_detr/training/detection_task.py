@@ -24,7 +24,7 @@ from siamese_detr.evaluation.coco import CocoMetrics, percent
 from siamese_detr.evaluation.evaluate import class_map, evaluate_detector
 from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD, Detector
 from siamese_detr.files import write_json, write_text
-from siamese_detr.images.labels import DetectionDataset
+from siamese_detr.images.labels import DetectionDataset, LabelledImage
 from siamese_detr.images.listing import ImageList
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.finetune_config import FinetuneConfig
@@ -38,7 +38,7 @@ from siamese_detr.training.labelled_dataset import (
     prepare,
 )
 from siamese_detr.training.loop import Loop
-from siamese_detr.training.self_training import MixedBatches, MixedImages, Teacher, collate_mixed
+from siamese_detr.training.self_training import MixedBatches, MixedImages, Teacher, collate_mixed, correct, known_labels
 from siamese_detr.training.task import Task
 
 TRIED = 300
@@ -78,15 +78,16 @@ class DetectionTask(Task):
         micro, count = config.batch_size // config.accumulate, steps * config.accumulate
         batches = EpochBatches(len(images), micro, count, config.seed, repeats)
         self.teacher: Teacher | None = None
+        self.known: dict[str, LabelledImage] = {}
         if unlabelled is None:
             super().__init__(detector, images, batches, collate, epoch_size=batches.epoch_size)
         else:
             stored = getattr(detector.config, "score_thresholds", None)
             self.teacher = Teacher(detector, steps, config.burn_in, config.pseudo_threshold, stored)
             mixed = MixedBatches(batches, EpochBatches(len(unlabelled), micro, count, config.seed))
-            super().__init__(
-                detector, MixedImages(images, unlabelled), mixed, collate_mixed, epoch_size=batches.epoch_size
-            )
+            self.known = known_labels(str(config.unlabelled), detector.class_names)
+            samples = MixedImages(images, unlabelled, self.known)
+            super().__init__(detector, samples, mixed, collate_mixed, epoch_size=batches.epoch_size)
         self.detector, self.config, self.steps, self.images = detector, config, steps, images
         self.validation, self.input_size = validation, input_size
         self.evaluations = config.evaluations(batches.epoch_size) if validation is not None else 0
@@ -108,8 +109,11 @@ class DetectionTask(Task):
                 with self.averaged():
                     parts = self.teacher.join(pixel_values, pixel_mask, targets, unlabelled, thresholds)
                 pixel_values, pixel_mask, targets = parts
-                found = targets.classes[len(batch["images"]) :] >= 0
-                terms["pseudo_boxes"] = found.float().sum(1).mean()
+                found = Targets(*(part[len(batch["images"]) :] for part in (targets.classes, targets.boxes)))
+                terms["pseudo_boxes"] = (found.classes >= 0).sum(1).float().mean()
+                if self.known:
+                    true = Targets(unlabelled["classes"], unlabelled["boxes"])
+                    terms["pseudo_correct"] = correct(found, true).float().mean()
         if len(self.square_sides) > 1:  # a batch is of one size, so that nothing is padded
             side = batch.get("side") or self.square_sides[int(torch.randint(len(self.square_sides), ()))]
             pixel_values = F.interpolate(pixel_values, (side, side), mode="bilinear", antialias=True)

@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from siamese_detr.detection.boxes import box_corners, iou
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.structures import Targets
-from siamese_detr.errors import ImageError
+from siamese_detr.errors import ImageError, UserError
 from siamese_detr.images.decode import read_size
+from siamese_detr.images.labels import read_labels
 from siamese_detr.images.listing import ImageList
 from siamese_detr.images.problems import LabelledImage
 from siamese_detr.training.labelled_dataset import (
@@ -49,10 +51,12 @@ class MixedImages(Dataset):
     Args:
         labelled: augmented as in supervised training.
         unlabelled: of which only flip, crop and size are drawn, in the same way.
+        known: labels of unlabelled images by absolute path, see :func:`known_labels`. Their samples have these boxes,
+            for :func:`correct` alone.
     """
 
-    def __init__(self, labelled: TrainingImages, unlabelled: ImageList) -> None:
-        self.labelled, self.unlabelled = labelled, unlabelled
+    def __init__(self, labelled: TrainingImages, unlabelled: ImageList, known: Mapping[str, LabelledImage]) -> None:
+        self.labelled, self.unlabelled, self.known = labelled, unlabelled, known
         weak = replace(labelled.transform, strong=False, colour_jitter=0.0)
         self.weak = TrainingImages(labelled.dataset, weak, labelled.seed)
 
@@ -61,6 +65,8 @@ class MixedImages(Dataset):
         if labelled:
             return True, self.labelled[(epoch, index)]
         path = self.unlabelled.absolute(index)
+        if path in self.known:
+            return False, self.weak.sample(self.known[path], epoch, index)
         try:
             width, height = read_size(path)
         except ImageError as error:
@@ -99,6 +105,35 @@ def collate_mixed(samples: Sequence[tuple[bool, LabelledSample]]) -> dict[str, A
     batch, unlabelled = (collate([s for labelled, s in samples if labelled == wanted]) for wanted in (True, False))
     batch["skipped"] += unlabelled.pop("skipped")
     return batch | {"unlabelled": unlabelled}
+
+
+def known_labels(source: str, class_names: Sequence[str]) -> dict[str, LabelledImage]:
+    """Labels of "unlabelled" images, where their source has some: absolute path -> image. The run learns nothing from
+    them; they tell how many of the teacher's boxes are right.
+
+    Args:
+        source: of the unlabelled images, such as a COCO JSON.
+        class_names: of the detector; boxes of other classes are left out.
+    """
+    try:
+        dataset = read_labels(source, class_names=class_names)
+    except UserError:  # the usual case: a folder of photos
+        return {}
+    return {str(image.path): image for image in dataset.images}
+
+
+def correct(found: Targets, true: Targets, overlap: float = 0.5) -> Tensor:
+    """int64 (B,): how many of an image's found boxes are right. A true box makes one found box of its class right that
+    overlaps it by this IoU.
+
+    Args:
+        found, true: labels of the same images.
+        overlap: least IoU.
+    """
+    match = iou(box_corners(found.boxes).unsqueeze(2), box_corners(true.boxes).unsqueeze(1)) >= overlap
+    match &= (found.classes.unsqueeze(2) == true.classes.unsqueeze(1)) & (found.classes >= 0).unsqueeze(2)
+    # Of several boxes on one object one is right; boxes on different objects hardly ever compete for one.
+    return match.any(1).sum(1).minimum(match.any(2).sum(1))
 
 
 def strong_view() -> v2.Compose:
