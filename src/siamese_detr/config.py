@@ -14,7 +14,6 @@ import inspect
 import itertools
 import math
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
@@ -26,6 +25,7 @@ import yaml
 
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_text
+from siamese_detr.messages import quietly, say
 
 Config = TypeVar("Config")
 VerbConfig = TypeVar("VerbConfig", bound="Options")
@@ -98,11 +98,13 @@ def verb(config_class: type[VerbConfig]) -> Callable[[Callable[[VerbConfig], Res
         # A true function, because only of those `help` and editors show the signature.
         @functools.wraps(function)
         def call(*args: Any, config: str | Path | None = None, recipe: str | None = None, **options: Any) -> Result:
+            quiet = options.pop("quiet", False)
             objects = {name: options.pop(name) for name in beside if name in options}
             if len(args) == 1 and isinstance(args[0], config_class):
                 if config is not None or recipe is not None or options:
                     raise TypeError("give either a configuration object or its fields, not both")
-                return function(args[0], **objects)
+                with quietly(quiet):
+                    return function(args[0], **objects)
             if len(args) > len(names):
                 raise TypeError(f"{call.__name__}() takes at most {len(names)} positional arguments")
             given = dict(zip(names, args, strict=False))
@@ -110,7 +112,8 @@ def verb(config_class: type[VerbConfig]) -> Callable[[Callable[[VerbConfig], Res
                 raise TypeError(f"{', '.join(sorted(twice))} given twice")
             if "recipe" in names and recipe is not None:  # the verb applies it itself
                 options, recipe = options | {"recipe": recipe}, None
-            return function(resolve(config_class, given | options, recipe, config), **objects)
+            with quietly(quiet):
+                return function(resolve(config_class, given | options, recipe, config), **objects)
 
         made: Any = call
         made.config_class = config_class
@@ -138,6 +141,7 @@ def signature(config_class: type, result: Any, beside: Iterable[inspect.Paramete
         for name in ("config", "recipe")
         if name not in types
     ]
+    sources.append(inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool))
     return inspect.Signature([*fields, *sources, *beside], return_annotation=result)
 
 
@@ -151,6 +155,7 @@ def document(function: Callable, config_class: type) -> str:
     sources = [
         "config: path of a YAML file with values for these arguments.",
         f"recipe: values that those of ``config`` and the arguments override: {names}or the path of a YAML file.",
+        "quiet: leave out messages, tables and progress bars.",
     ]
     own = {field.name for field in dataclasses.fields(config_class)}
     lines = [f"    {line}" for line in sources if line.partition(":")[0] not in own]
@@ -296,7 +301,7 @@ def resolve(
     idle = idle_options(made)
     for name, why in idle.items():
         if name in file and file[name] != plain(default_value(config_class, name)):
-            print(f"{name} in {config} has no effect: {why}", file=sys.stderr)
+            say(f"{name} in {config} has no effect: {why}")
     made = validate(config_class, {key: value for key, value in values.items() if key not in idle}, source, form)
     vars(made)["recipe_used"] = recipe
     return made

@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.markup import escape
 
 from siamese_detr.comparison.compare_config import CompareConfig
 from siamese_detr.comparison.describe import describe
@@ -31,6 +30,7 @@ from siamese_detr.config import (
     write_config,
 )
 from siamese_detr.files import write_text
+from siamese_detr.messages import audible, say
 from siamese_detr.runtime.lock import Locked, locked
 from siamese_detr.runtime.rundir import record_session
 
@@ -69,20 +69,19 @@ def compare(config: CompareConfig) -> CompareResult:
     config = apply_recipe(config)
     plan = Plan(config)
     missing = unfinished(plan.tasks)
-    console = Console(stderr=True, soft_wrap=True)
     if config.dry_run:
         about = [recipe_comment(CompareConfig, config.recipe), ""] if config.recipe else []
         lines = [*about, *describe(plan), ""]
         lines += [f"{'to run' if task in missing else 'done  '}  {task.name}" for task in plan.tasks]
-        console.print("\n".join(lines), markup=False, highlight=False)
+        say("\n".join(lines))
         return CompareResult(plan.out, read_cells(plan))
     plan.out.mkdir(parents=True, exist_ok=True)
     with locked(plan.out):
         write_config(config, plan.out / "config.yaml")
         record_session(plan.out)
-        cells = run_missing(plan, missing, console)
-    console.print(Markdown(to_markdown(cells, METRIC)))
-    console.print(f"table, plots and all runs in {plan.out}", markup=False, highlight=False)
+        cells = run_missing(plan, missing)
+    Console(stderr=True, quiet=not audible()).print(Markdown(to_markdown(cells, METRIC)))
+    say(f"table, plots and all runs in {plan.out}")
     return CompareResult(plan.out, cells)
 
 
@@ -128,10 +127,10 @@ def read_cells(plan: Plan) -> list[CellResult]:
     return [read_cell(task, plan.config.evaluation) for task in plan.tasks if task.cell]
 
 
-def run_missing(plan: Plan, missing: Sequence[Task], console: Console) -> list[CellResult]:
+def run_missing(plan: Plan, missing: Sequence[Task]) -> list[CellResult]:
     """Run what is missing, and write table and plots, also if a run fails or a signal comes."""
     slots = device_slots(plan.config.parallel)
-    console.print(f"{len(missing)} of {len(plan.tasks)} runs to do, {len(slots)} at a time", highlight=False)
+    say(f"{len(missing)} of {len(plan.tasks)} runs to do, {len(slots)} at a time")
     for task in missing:
         if (task.run / ".lock").exists():  # a killed comparison's run may still be saving its last step
             with contextlib.suppress(Locked), locked(task.run, LAST_STEP):
@@ -141,9 +140,8 @@ def run_missing(plan: Plan, missing: Sequence[Task], console: Console) -> list[C
     def report(job: Job, ended: Ended) -> None:
         task = tasks[job.name]
         conclude(task, ended, plan.out)
-        colour = "green" if ended.outcome == "done" else "red"
         text = f"{ended.seconds:.0f} s" if ended.outcome == "done" else ended.reason
-        console.print(f"[{colour}]{ended.outcome}[/] {escape(task.name)}: {escape(text)}", highlight=False)
+        say(f"{ended.outcome} {task.name}: {text}")
         if task.cell:
             write_tables(plan.out, read_cells(plan))
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from siamese_detr.config import verb
 from siamese_detr.errors import UserError
@@ -26,6 +24,7 @@ from siamese_detr.evaluation.inference import (
 )
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, read_labels
+from siamese_detr.messages import output, say, track
 from siamese_detr.runtime.processes import join, lost_process_explained
 
 # PASCAL VOC's name -> COCO's name of the same thing.
@@ -72,25 +71,24 @@ def evaluate(config: EvaluateConfig) -> CocoMetrics:
             raise UserError(f"{out} is a folder; name the JSON file to write")
     detector = Detector.load(config.model, config.device)
     dataset = read_labels(config.labels, config.images, config.split, default_split="val")
-    console = Console(stderr=True, soft_wrap=True, quiet=not main)
     for problem in dataset.problems:
-        console.print(f"{config.labels}: {problem}", markup=False, highlight=False)
+        say(f"{config.labels}: {problem}", main)
     options = {"batch_size": config.batch_size, "workers": config.workers, "top_k": config.top_k}
     with lost_process_explained():
         result = evaluate_detector(detector, dataset, progress=True, **options)
     if not main:
         return result.metrics
     for path, reason in result.skipped[:5]:
-        console.print(f"cannot read {path}: {reason}", markup=False)
+        say(f"cannot read {path}: {reason}")
     if result.skipped:
-        console.print(f"{len(result.skipped)} of {len(dataset)} images cannot be read; their boxes count as missed")
+        say(f"{len(result.skipped)} of {len(dataset)} images cannot be read; their boxes count as missed")
     if out is not None:
         result.metrics.write(out)
         beside = out.with_name(f"{out.stem}.detections.json")
         ids = dataset.category_ids or list(range(len(dataset.class_names)))
         write_json(beside, result.detections.to_coco(ids), indent=None)
-        console.print(f"metrics in {out}, detections in {beside}", markup=False)
-    Console().print(result.metrics.table())
+        say(f"metrics in {out}, detections in {beside}")
+    output().print(result.metrics.table())
     return result.metrics
 
 
@@ -120,9 +118,7 @@ def evaluate_detector(
     jobs = [Job(image.id, str(image.path), (image.width, image.height)) for image in dataset.images]
     results: Iterable[ImageResult] = run(detector, jobs, rank=rank, world=world, **options)
     if progress and rank == 0:
-        console, total = Console(stderr=True), -(-len(jobs) // world)
-        hidden = not console.is_terminal
-        results = track(results, "evaluating", total=total, console=console, transient=True, disable=hidden)
+        results = track(results, "evaluating", -(-len(jobs) // world))
     parts, skipped = [], []
     for result in results:
         if result.problem is not None:

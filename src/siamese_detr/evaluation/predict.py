@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from siamese_detr.config import verb
 from siamese_detr.errors import ImageError, UserError
@@ -19,6 +17,7 @@ from siamese_detr.evaluation.predict_config import PredictConfig
 from siamese_detr.files import write_json, written_aside
 from siamese_detr.images.decode import read_image, read_size
 from siamese_detr.images.listing import EXTENSIONS, ImageList, list_images
+from siamese_detr.messages import say, track
 
 
 @dataclass
@@ -57,9 +56,8 @@ def predict(config: PredictConfig) -> PredictResult:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}; choose another place") from error
-    console = Console(stderr=True, soft_wrap=True)
     for problem in images.problems[:5]:
-        console.print(f"left out: {problem}", markup=False)
+        say(f"left out: {problem}")
 
     jobs, skipped = [], []
     for index in range(len(images)):
@@ -72,8 +70,7 @@ def predict(config: PredictConfig) -> PredictResult:
     originals = {os.path.realpath(job.path) for job in jobs} if config.draw else set()
     names = set(images.paths)
     highest, thresholds = 0.0, detector.thresholds(config.threshold)
-    hidden = not console.is_terminal
-    for result in track(detected, "predicting", total=len(jobs), console=console, transient=True, disable=hidden):
+    for result in track(detected, "predicting", len(jobs)):
         if result.problem is not None:
             skipped.append((result.job.path, result.problem))
             continue
@@ -92,11 +89,11 @@ def predict(config: PredictConfig) -> PredictResult:
     write(out / "predictions.json", document(outcome, images, config, thresholds))
     write(out / "coco_results.json", coco_results(outcome))
     for path, reason in skipped[:5]:
-        console.print(f"cannot read {path}: {reason}", markup=False)
+        say(f"cannot read {path}: {reason}")
     written = f"{out / 'predictions.json'}" + (f", {out / 'pictures'}" if config.draw else "")
-    console.print(f"{outcome.boxes} boxes in {len(results)} images, {len(skipped)} unreadable: {written}", markup=False)
+    say(f"{outcome.boxes} boxes in {len(results)} images, {len(skipped)} unreadable: {written}")
     if not outcome.boxes:
-        console.print(
+        say(
             f"no box scores {100 * thresholds.min():.1f} % or more; the highest score is {100 * highest:.1f} %. Use a "
             "lower --threshold."
         )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from siamese_detr.config import Options, verb
@@ -19,6 +17,7 @@ from siamese_detr.images.duplicates import Fingerprint, equal_groups, fingerprin
 from siamese_detr.images.labels import DetectionDataset, find_labels, has_split, read_labels
 from siamese_detr.images.listing import existing, list_images
 from siamese_detr.images.problems import ACTIONS, MAX_EXAMPLES, Problem
+from siamese_detr.messages import output, track
 from siamese_detr.runtime.cores import usable_cores
 
 
@@ -105,7 +104,7 @@ class CheckReport:
 
     def print(self, console: Console | None = None) -> None:
         """Print the report as tables."""
-        console = console or Console()
+        console = console or output()
         for part, count in self.images.items():
             console.print(f"{part}: {count} images, {self.readable[part]} readable", highlight=False)
         if self.classes:
@@ -200,7 +199,7 @@ def _read(
 def _decode(report: CheckReport, part: str, paths: list[str], config: CheckConfig) -> list[Fingerprint]:
     """Decode all images of one part; notes those that fail or are tiny."""
     found = fingerprints(paths, config.workers or usable_cores())
-    shown = track(found, f"decoding {part}", len(paths), console=Console(stderr=True), disable=not sys.stderr.isatty())
+    shown = track(found, f"decoding {part}", len(paths))
     prints, errors, tiny = [], [], []
     for item in shown:
         if isinstance(item, ImageError):

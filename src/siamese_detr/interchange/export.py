@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from siamese_detr.config import verb
@@ -26,6 +25,7 @@ from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.files import TEMPORARY, clean
 from siamese_detr.interchange.export_config import ExportConfig
+from siamese_detr.messages import say
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -73,10 +73,7 @@ def export(config: ExportConfig) -> ExportResult:
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror or error}") from error
     weights = out / {"hf": "model.safetensors", "onnx": "model.onnx", "research": "checkpoint.pth"}[config.format]
-    Console(stderr=True, soft_wrap=True).print(
-        f"{weights}: {weights.stat().st_size / 1e6:.1f} MB, differs from the original by at most {difference:.1e}",
-        markup=False,
-    )
+    say(f"{weights}: {weights.stat().st_size / 1e6:.1f} MB, differs from the original by at most {difference:.1e}")
     return ExportResult(out, difference, weights.stat().st_size)
 
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, fields, replace
 
 import cv2
 import pyarrow as pa
-from rich.console import Console
 
 from siamese_detr.config import Options, check_numbers, verb, write_config
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.files import write_text
 from siamese_detr.images.listing import ImageList, list_images
 from siamese_detr.images.shards import location
+from siamese_detr.messages import say
 from siamese_detr.proposals.methods import Method, find_method, make_method
 from siamese_detr.proposals.shard import StoredImage, StoreSettings
 from siamese_detr.proposals.store import ProposalStore, part_name
@@ -113,12 +113,11 @@ def propose(config: ProposeConfig) -> ProposeReport:
     images = list_images(config.images)
     if config.part is not None:
         config, images = _part(config, config.part, images)
-    console = Console(stderr=True)
     settings = StoreSettings(config.method, method.parameters(), location(images.root))
     with writing(config.out, settings, config.shard_size, config.flush_seconds, config.retry_failed) as writer:
         notes = [*images.problems, *writer.dropped]
         for note in notes[:_SHOWN]:
-            console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+            say(f"note: {note}")
         store = writer.known
         try:
             write_config(config, store.directory / "propose.yaml")
@@ -143,7 +142,7 @@ def propose(config: ProposeConfig) -> ProposeReport:
         )
     kept = len(paths) - len(todo)
     report = ProposeReport(str(store.directory), len(paths), computed, kept, failures, centred, notes)
-    _show(report, console)
+    _show(report)
     return report
 
 
@@ -225,17 +224,14 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _show(report: ProposeReport, console: Console) -> None:
-    def line(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-    line(
+def _show(report: ProposeReport) -> None:
+    say(
         f"proposals of {report.images - len(report.failures)} of {report.images} images in {report.store} "
         f"({report.computed} computed now, {report.kept} there before)"
     )
     if report.centred:
-        line(f"{report.centred} images without any edge got the centred box", "yellow")
+        say(f"{report.centred} images without any edge got the centred box")
     if report.failures:
-        line(f"{len(report.failures)} of them cannot be used, as listed in {report.store}/{FAILURES}:", "yellow")
+        say(f"{len(report.failures)} of them cannot be used, as listed in {report.store}/{FAILURES}:")
         for path, reason in list(report.failures.items())[:_SHOWN]:
-            line(f"  {path}: {reason}", "yellow")
+            say(f"  {path}: {reason}")

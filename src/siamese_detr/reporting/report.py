@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from siamese_detr.config import verb
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_text
+from siamese_detr.messages import say
 from siamese_detr.reporting.page import Missing, Page, render
 from siamese_detr.reporting.report_config import ReportConfig
 from siamese_detr.reporting.runs import read_config
@@ -44,10 +43,9 @@ def report(config: ReportConfig) -> ReportResult:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
     blocks = [block for section in page.sections for block in section.blocks]
     left_out = [f"{block.what}: {block.why}" for block in blocks if isinstance(block, Missing)]
-    console = Console(stderr=True, soft_wrap=True)
     for line in left_out:
-        console.print(f"left out: {line}", markup=False, highlight=False)
-    console.print(f"{kind}: {file} ({file.stat().st_size / 1e6:.1f} MB)", markup=False, highlight=False)
+        say(f"left out: {line}")
+    say(f"{kind}: {file} ({file.stat().st_size / 1e6:.1f} MB)")
     return ReportResult(file, kind, left_out)
 
 

@@ -7,6 +7,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from siamese_detr.messages import audible, say
+
 SECONDS_BETWEEN_LINES = 60
 FIRST_LINE = 10
 """Updates after which the first line says how long the run will take."""
@@ -27,7 +29,7 @@ class ProgressBar(Progress):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
-        super().__init__(*columns, *times, console=console, disable=not console.is_terminal)
+        super().__init__(*columns, *times, console=console, disable=not (console.is_terminal and audible()))
         self.run = self.add_task(title, total=total, completed=done, loss="")
         self._title, self._total, self._first, self._unit = title, total, done, unit
         self._began = self._last = time.monotonic()
@@ -46,7 +48,7 @@ class ProgressBar(Progress):
 
     def say(self, text: str) -> None:
         """Write a line, above the bar if there is one."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text)
 
 
 def duration(seconds: float) -> str:

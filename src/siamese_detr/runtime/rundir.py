@@ -17,6 +17,7 @@ import yaml
 from siamese_detr.config import write_config
 from siamese_detr.errors import UserError
 from siamese_detr.files import clean
+from siamese_detr.messages import say
 from siamese_detr.runtime.cores import usable_cores
 from siamese_detr.runtime.journal import JsonLines
 
@@ -88,10 +89,9 @@ def begin(out: Path, config: RunConfig) -> None:
         if config.schedule != "constant" and any(
             before.get(n, getattr(config, n)) != getattr(config, n) for n in ("steps", "epochs")
         ):
-            print(
+            say(
                 f"other steps or epochs than {out} began with: from here on, the learning rate's schedule "
                 f"({config.schedule}) is that of the new length",
-                file=sys.stderr,
             )
         for folder in (out, out / "checkpoints"):
             clean(folder)

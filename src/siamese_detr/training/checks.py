@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from accelerate.utils import send_to_device
 
 from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError
+from siamese_detr.messages import say
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime.hardware import emulates_bf16
 from siamese_detr.runtime.processes import on_cpu
@@ -178,7 +178,7 @@ def report_needs(loop: Loop) -> None:
         return
     takes = estimate(loop)
     if takes is not None and loop.team.main:
-        print(takes.text(loop.config.batch_size // loop.team.size, loop.config.accumulate), file=sys.stderr)
+        say(takes.text(loop.config.batch_size // loop.team.size, loop.config.accumulate))
 
 
 def free_memory(device: torch.device) -> float:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD, Detector
 from siamese_detr.files import write_json, write_text
 from siamese_detr.images.labels import DetectionDataset, LabelledImage
 from siamese_detr.images.listing import ImageList
+from siamese_detr.messages import say
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.labelled_dataset import (
@@ -164,9 +164,8 @@ class DetectionTask(Task):
             return False
         since = len(records) - 1 - records.index(dict(best_of(records)))
         if since >= patience:
-            print(
+            say(
                 f"AP has not risen for {since} evaluations: stopped after {step} of {self.steps} updates",
-                file=sys.stderr,
             )
         return since >= patience
 
@@ -244,10 +243,9 @@ class DetectionTask(Task):
         if text == (file.read_text(encoding="utf-8") if file.exists() else ""):
             return
         write_text(file, text)
-        print(
+        say(
             f"{len(problems)} of {len(self.validation or ())} validation images cannot be read (listed in {file}): "
             "their boxes count as missed",
-            file=sys.stderr,
         )
 
     def thresholds(self, metrics: CocoMetrics) -> list[float]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from siamese_detr.config import verb
 from siamese_detr.detectors.adapter import DetectorAdapter
@@ -24,6 +23,7 @@ from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
 from siamese_detr.images.listing import list_images
+from siamese_detr.messages import say
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.runtime.lock import locked
 from siamese_detr.runtime.processes import Team, lost_process_explained, meet
@@ -79,23 +79,22 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
     check_precision(config.precision, config.device, team.main)
     check_trackers(config.report_to)
     check_callbacks(callbacks)
-    console = Console(stderr=True, quiet=not team.main, soft_wrap=True)
     dataset = read_labels(config.train, config.train_images)
     validation = read_labels(config.val, config.val_images, default_split="val") if config.val is not None else None
     for source, read in ((config.train, dataset), (config.val, validation)):
         for problem in read.problems if read is not None else ():
-            console.print(f"{source}: {problem}", markup=False, highlight=False)
+            say(f"{source}: {problem}", team.main)
     dataset = dataset.take(config.fraction, config.seed)
     unlabelled = list_images(config.unlabelled) if config.unlabelled is not None else None
     for left_out in unlabelled.problems[:3] if unlabelled is not None else ():
-        console.print(f"left out: {left_out}", markup=False, highlight=False)
+        say(f"left out: {left_out}", team.main)
     if validation is not None:
         known = class_map(dataset.class_names, validation.class_names)  # fails now, not after hours of training
         counts = validation.class_counts()[:, 0]
         alien = [name for k, name in enumerate(validation.class_names) if k not in known and counts[k]]
         if alien:
             text = f"classes without training labels are not evaluated: {', '.join(alien)}"
-            console.print(f"{config.val}: {text}", markup=False, highlight=False)
+            say(f"{config.val}: {text}", team.main)
     detector, origin = starting_detector(config, dataset.class_names)
     detector.set_trainable(backbone=config.backbone_lr > 0, class_head=True)
     freeze(detector, config.freeze)
@@ -123,9 +122,9 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
             write_json(out / "start.json", origin)
             if config.fraction < 1:
                 write_json(out / "train.json", dataset.to_coco(original_ids=True))
-        console.print(describe(origin, dataset, validation), markup=False)
+        say(describe(origin, dataset, validation), team.main)
         repeats = repeat_factors(dataset, config.repeat_factor)
-        console.print(config.budget(round(repeats.sum())), markup=False)
+        say(config.budget(round(repeats.sum())), team.main)
         steps = config.total_steps(round(repeats.sum()))
         images = TrainingImages(dataset, config.transform(size), config.seed)
         task = DetectionTask(detector, config, steps, images, validation, size, unlabelled, repeats)
@@ -133,7 +132,7 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
         loop = Loop(task, config, optimizer, config, team, steps, often, callbacks)
         if config.replay is not None:
             diagnosis = replay(loop, Path(config.replay))
-            console.print(diagnosis, markup=False)
+            say(diagnosis, team.main)
             return FinetuneResult(out, replay=diagnosis)
         loop.run()
         if team.main:
@@ -142,17 +141,17 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
     result = read_result(out)
     if result.history:
         best = best_of(result.history)
-        console.print(
+        say(
             f"AP {100 * (best['AP'] or 0):.1f}  AP50 {100 * (best['AP50'] or 0):.1f} at epoch {best['epoch']:.1f} of "
             f"{result.history[-1]['epoch']:.1f}: {out / 'best'}",
-            markup=False,
+            team.main,
         )
     else:
-        console.print(f"the detector: {out / 'last'}", markup=False)
-    console.print(
+        say(f"the detector: {out / 'last'}", team.main)
+    say(
         f"look at what it finds: siamese-detr predict --model {out} --images PHOTOS --out PICTURES; at curves and the "
         f"best and worst pictures: siamese-detr report {out}",
-        markup=False,
+        team.main,
     )
     return result
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from torch import nn
 from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError
 from siamese_detr.kernels import accelerate
+from siamese_detr.messages import say
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime import checkpoint as checkpoints
 from siamese_detr.runtime.gpu import send
@@ -102,7 +102,7 @@ class Loop:
         )
         exchanged = accelerate(task.model, team.device, config.kernels)
         if config.kernels == "hub" and team.main:
-            print(f"kernels: {', '.join(exchanged)}", file=sys.stderr)
+            say(f"kernels: {', '.join(exchanged)}")
         self.model: nn.Module = self.accelerator.prepare(task.model)  # on the device, in autocast, in DDP, compiled
         self.optimizer: Any = self.accelerator.prepare(optimizer)  # lowers the loss scale where fp16 overflows
         factor = lr_factor(schedule.schedule, steps, schedule.drop_at, schedule.warmup)

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from siamese_detr.detection.matching import NonFiniteError
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json
+from siamese_detr.messages import say
 from siamese_detr.runtime.checkpoint import PREFIX, verify
 from siamese_detr.runtime.lock import Locked, locked
 from siamese_detr.runtime.processes import Team
@@ -109,10 +109,9 @@ def replay(loop: Loop, document: Path) -> str:
         raise UserError(f"cannot read {document}: give the nonfinite.json of a run ({error})") from error
     verify(checkpoint)
     if values.get("processes", 1) != loop.team.size:
-        print(
+        say(
             f"the step was done by {values['processes']} processes, and this is {loop.team.size}: dropout is drawn "
             "otherwise",
-            file=sys.stderr,
         )
     loop.state.restore(checkpoint, loop.team.device)
     loop.model.train()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.loading import load_detector
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import list_images
+from siamese_detr.messages import say
 from siamese_detr.pretext import build_pretext
 from siamese_detr.pretext.base import Pretext, PretextOutput
 from siamese_detr.proposals.methods import find_method
@@ -132,7 +132,7 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
     images = list_images(config.images)
     if team.main and config.proposals is not None:  # else propose reports them
         for problem in images.problems[:3]:
-            print(f"left out: {problem}", file=sys.stderr)
+            say(f"left out: {problem}")
     seed_torch(config.seed)
     check_trackers(config.report_to)
     check_callbacks(callbacks)
@@ -162,20 +162,19 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
         optimizer = adamw(pretext, config.lr, config.weight_decay, config.decay_all)
         loop = Loop(task, config, optimizer, config, team, steps, callbacks=callbacks)
         if team.main:
-            print(f"{len(rows)} images; {config.budget(len(rows))}", file=sys.stderr)
+            say(f"{len(rows)} images; {config.budget(len(rows))}")
         if config.replay is not None:
             diagnosis = replay(loop, Path(config.replay))
-            print(diagnosis)
+            say(diagnosis, team.main)
             return result(out, diagnosis)
         loop.run()
     done = dataclasses.replace(result(out), steps=loop.state.step)
     if team.main:
         skipped = f", without {done.skipped} unreadable images ({out / 'skipped.jsonl'})" if done.skipped else ""
         recipe = f" --recipe {config.recipe_used}" if config.recipe_used in recipe_names(FinetuneConfig) else ""
-        print(
+        say(
             f"pre-trained for {done.steps} updates{skipped}. The detector is {done.detector}; fine-tune it with: "
             f"siamese-detr finetune{recipe} --train TRAIN.json --val VAL.json --model {out} --out OUT",
-            file=sys.stderr,
         )
     return done
 
@@ -204,9 +203,8 @@ def complete_proposals(config: PretrainConfig, out: Path, begun: bool) -> None:
     except UserError:  # none yet, or a damaged one, which propose explains
         there = None
     if begun and there is not None and there.images_gone:
-        print(
+        say(
             f"the images were in {there.image_root}, which is gone: those there are now must be the same",
-            file=sys.stderr,
         )
         return
     method: str = config.proposal_method

@@ -8,7 +8,6 @@ of each (Mean Teacher, Tarvainen & Valpola 2017; for detectors Unbiased Teacher,
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from siamese_detr.images.decode import read_size
 from siamese_detr.images.labels import read_labels
 from siamese_detr.images.listing import ImageList
 from siamese_detr.images.problems import LabelledImage
+from siamese_detr.messages import say
 from siamese_detr.training.labelled_dataset import (
     EpochBatches,
     LabelledSample,
@@ -212,15 +212,13 @@ class Teacher:
         if old is None and new is not None:
             names = zip(self.detector.class_names, new, strict=True)
             shown = ", ".join(f"{name} {100 * score:.0f} %" for name, score in list(names)[:5])
-            print(
+            say(
                 f"self-training begins, with the averaged detector's boxes from these scores on: {shown}",
-                file=sys.stderr,
             )
         elif old is not None and new is None:
-            print(
+            say(
                 f"the averaged detector's AP fell below {100 * GUARD:.0f} % of its best: self-training ends, and "
                 "training goes on with the labelled images alone",
-                file=sys.stderr,
             )
 
     def join(

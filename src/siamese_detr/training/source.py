@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rich.progress
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from siamese_detr.errors import UserError
+from siamese_detr.messages import say, track
 from siamese_detr.pretext.base import Pretext
 from siamese_detr.pretext.features import FrozenFeatures
 from siamese_detr.runtime.processes import Team, default_workers
@@ -92,19 +90,18 @@ def find_bank(
     if team.main:
         if not bank.directory.exists():
             size = f"{len(dataset)} images x {sets} view sets, {sum(bank.sizes.values()) / 1e6:.0f} MB"
-            print(f"feature bank: {size} in {bank.directory}", file=sys.stderr)
+            say(f"feature bank: {size} in {bank.directory}")
         bank.create()
     team.wait()
     slots = bank.missing()[team.rank :: team.size]
     team.wait()  # before any process adds entries: all divide the same ones
 
-    def track(batches: Any) -> Any:
-        shown = config.progress and len(batches) > 0
-        return rich.progress.track(batches, "feature bank", console=Console(stderr=True)) if shown else batches
+    def tracked(batches: Any) -> Any:
+        return track(batches, "feature bank", len(batches)) if config.progress and len(batches) > 0 else batches
 
     workers = default_workers() if config.workers is None else config.workers
     batch_size = config.batch_size // (config.accumulate * team.size)  # what this process trains on at a time
-    fill(bank, dataset, slots, on_device, batch_size, workers, config.max_bad_share, track)
+    fill(bank, dataset, slots, on_device, batch_size, workers, config.max_bad_share, tracked)
     team.wait()
     return bank
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from siamese_detr.errors import UserError
 from siamese_detr.files import write_json
+from siamese_detr.messages import say
 from siamese_detr.runtime import checkpoint as checkpoints
 from siamese_detr.runtime.journal import JsonLines, WindowMeans
 from siamese_detr.training.run_config import RunConfig
@@ -159,5 +159,5 @@ def newest_checkpoint(config: RunConfig) -> int | None:
             f"{last}: bring them back (is a disk not mounted?), or start again in another directory"
         )
     if last:
-        print(f"{out} has no checkpoint yet: the {last} steps of its log are done again", file=sys.stderr)
+        say(f"{out} has no checkpoint yet: the {last} steps of its log are done again")
     return None

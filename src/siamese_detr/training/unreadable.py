@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from siamese_detr.errors import UserError, too_many_unreadable
+from siamese_detr.messages import say
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.run_config import RunConfig
 
@@ -55,10 +55,10 @@ class UnreadableImages:
             self.lines.append({"step": step, "path": path, "reason": reason} for path, reason in new.items())
             self._reasons |= new
             for path in list(new)[: max(0, SHOWN - self._found)]:
-                print(f"skipping an image that cannot be read: {path}: {new[path]}", file=sys.stderr)
+                say(f"skipping an image that cannot be read: {path}: {new[path]}")
             self._found += len(new)
             if self._found - len(new) <= SHOWN < self._found:
-                print(f"further ones are only listed, in {self.lines.path}", file=sys.stderr)
+                say(f"further ones are only listed, in {self.lines.path}")
         return readable
 
     def counts(self) -> list[int]:
