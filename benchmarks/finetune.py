@@ -37,7 +37,8 @@ from transformers import pipeline as make_pipeline
 
 from siamese_detr.detectors import build_detector
 from siamese_detr.evaluation.evaluate import evaluate
-from siamese_detr.evaluation.inference import Detector, Job, run
+from siamese_detr.evaluation.inference import Detector, run
+from siamese_detr.evaluation.results import Job
 from siamese_detr.images.labels import DetectionDataset, read_labels
 from siamese_detr.training.finetune import finetune
 from siamese_detr.training.task import Callback

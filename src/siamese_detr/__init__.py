@@ -6,6 +6,7 @@ The verbs are functions of this package and commands of ``siamese-detr``, with t
 
     siamese_detr.pretrain(images="photos", out="runs/pretrained")
     siamese_detr.finetune(train="train.json", val="val.json", model="runs/pretrained", out="runs/detector")
+    siamese_detr.load("runs/detector").predict("photo.jpg")[0].plot()
 
 ``help(siamese_detr.pretrain)`` explains the arguments.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from siamese_detr.comparison.compare import compare as compare
     from siamese_detr.demonstration import demo as demo
     from siamese_detr.evaluation.evaluate import evaluate as evaluate
+    from siamese_detr.evaluation.inference import Detector
     from siamese_detr.evaluation.predict import predict as predict
     from siamese_detr.images.check import check as check
     from siamese_detr.interchange.export import export as export
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from siamese_detr.reporting.report import report as report
     from siamese_detr.training.finetune import finetune as finetune
     from siamese_detr.training.pretrain import pretrain as pretrain
+
+    load = Detector.load
 
 __version__ = "0.1.0"
 
@@ -70,7 +74,7 @@ VERBS = {
     "export": _command("interchange.export", "to ONNX, or a lighter Hugging Face directory"),
 }
 
-__all__ = ["VERBS", "__version__", "load_config", "load_verb", *VERBS]
+__all__ = ["VERBS", "__version__", "load", "load_config", "load_verb", *VERBS]
 
 
 def load_verb(name: str) -> Any:
@@ -84,12 +88,15 @@ def load_config(name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in VERBS:
+    if name == "load":
+        function = importlib.import_module("siamese_detr.evaluation.inference").Detector.load
+    elif name in VERBS:
+        function = load_verb(name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = load_verb(name)
     globals()[name] = function
     return function
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *VERBS])
+    return sorted({*globals(), *__all__})

@@ -18,7 +18,7 @@ from siamese_detr.images.listing import list_images
 from siamese_detr.scenes import make_scenes
 
 if TYPE_CHECKING:
-    from siamese_detr.evaluation.inference import ImageResult
+    from siamese_detr.evaluation.results import ImageResult
     from siamese_detr.images.labels import DetectionDataset
 
 SIDE = 160

@@ -135,7 +135,7 @@ class Backbone:
             )
         module.load_state_dict({name: weights[name] for name in wanted}, strict=False)
         if unused := [n for n in weights if n not in target and not n.endswith("num_batches_tracked")]:
-            log.info("backbone %s: %d tensors are not used, e.g. %s", self.name, len(unused), ", ".join(unused[:3]))
+            log.debug("backbone %s: %d tensors are not used, e.g. %s", self.name, len(unused), ", ".join(unused[:3]))
 
     def _fresh(self, config: Any) -> Mapping[str, Tensor]:
         """Downloaded weights; without a source, the network's own random ones (not those its container draws)."""

@@ -15,13 +15,8 @@ from siamese_detr.config import verb
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import CocoMetrics, Detections, coco_metrics
 from siamese_detr.evaluation.evaluate_config import EvaluateConfig
-from siamese_detr.evaluation.inference import (
-    Detector,
-    ImageResult,
-    Job,
-    gather,
-    run,
-)
+from siamese_detr.evaluation.inference import Detector, gather, run
+from siamese_detr.evaluation.results import ImageResult, Job
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, read_labels
 from siamese_detr.messages import output, say, track

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 
 from siamese_detr.detectors.loading import open_detector
 from siamese_detr.errors import ImageError, UserError
-from siamese_detr.evaluation.coco import Detections
-from siamese_detr.images.decode import read_image
+from siamese_detr.evaluation.results import ImageResult, Job, Predictions
+from siamese_detr.evaluation.sources import jobs_of
 from siamese_detr.kernels import accelerate
+from siamese_detr.messages import say, track
 from siamese_detr.runtime.loading import Loader
 from siamese_detr.runtime.processes import machine_explained
 
@@ -31,55 +32,7 @@ DEFAULT_THRESHOLD = 0.5
 """Of detectors that store none."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One image in which to detect objects.
-
-    Args:
-        id: carried over to the detections.
-        path: of the file.
-        size: (width, height) to which the boxes shall refer; None: the file's own.
-    """
-
-    id: int
-    path: str
-    size: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class ImageResult:
-    """The detections in one image, best first.
-
-    Args:
-        job: the image.
-        size: (width, height) to which the boxes refer.
-        classes: (N,) int64 indices into the detector's class names.
-        scores: (N,) float64 in [0, 1].
-        boxes: (N, 4) float64 xyxy in pixels, as the image processor gives them: they may stick out of the image.
-        problem: why there are no detections: the file cannot be read, or the image processor refuses it.
-    """
-
-    job: Job
-    size: tuple[int, int] = (0, 0)
-    classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
-    problem: str | None = None
-
-    def above(self, thresholds: np.ndarray) -> ImageResult:
-        """Only the boxes that score at least what ``thresholds`` holds for their class."""
-        keep = self.scores >= thresholds[self.classes]
-        return replace(self, classes=self.classes[keep], scores=self.scores[keep], boxes=self.boxes[keep])
-
-    def detections(self, class_map: np.ndarray | None = None) -> Detections:
-        """As rows; ``class_map`` translates class indices, −1 drops a class."""
-        classes = self.classes if class_map is None else class_map[self.classes]
-        keep = classes >= 0
-        images = np.full(int(keep.sum()), self.job.id, np.int64)
-        return Detections(images, classes[keep], self.scores[keep], self.boxes[keep])
-
-
-@dataclass
+@dataclass(repr=False)
 class Detector:
     """A model with its image processor and class names.
 
@@ -93,13 +46,25 @@ class Detector:
     processor: Any
     device: torch.device
 
+    def __repr__(self) -> str:
+        names = self.class_names
+        shown = ", ".join(names[:5]) + ", …" * (len(names) > 5)
+        return f"<{self.model.config.model_type} detector of {len(names)} classes ({shown}) on {self.device}>"  # type: ignore[union-attr]
+
     @property
     def class_names(self) -> list[str]:
+        """The classes, in the order of their indices."""
         names: dict[int, str] = self.model.config.id2label  # type: ignore[union-attr,assignment]
         return [names.get(k, f"LABEL_{k}") for k in range(max(names, default=-1) + 1)]
 
     def thresholds(self, wanted: float | None = None) -> np.ndarray:
-        """(classes,) scores from which on a box counts: ``wanted`` for all, else those that fine-tuning stored."""
+        """(classes,) scores from which on a box counts: ``wanted`` for all, else those that fine-tuning stored.
+
+        Raises:
+            UserError: ``wanted`` is outside [0, 1].
+        """
+        if wanted is not None and not 0 <= wanted <= 1:
+            raise UserError(f"threshold must be between 0 and 1, not {wanted}")
         stored = getattr(self.model.config, "score_thresholds", None)
         count = len(self.class_names)
         if wanted is None and isinstance(stored, list) and len(stored) == count:
@@ -108,12 +73,15 @@ class Detector:
 
     @classmethod
     def load(cls, source: str | Path, device: str = "auto", *, without_classes: bool = False) -> Detector:
-        """From whatever :func:`find_detector` finds.
+        """Load a detector, once for any number of images.
 
         Args:
-            source: where it is.
-            device: where to put it, see :func:`choose_device`.
+            source: a run, a Hugging Face directory, a name on the Hub, or a .pth of the papers' codes.
+            device: auto, cpu, cuda, mps ...
             without_classes: also take a detector that has only been pre-trained: its class head says nothing.
+
+        Returns:
+            the detector, whose ``predict`` finds objects in images.
 
         Raises:
             UserError: no detector there, none with classes, or damaged or unsafe (pickled) weights.
@@ -132,6 +100,54 @@ class Detector:
         model = model.to(place).eval()  # type: ignore[arg-type]  # a device is what it takes
         accelerate(model, place)
         return cls(model, processor, place)
+
+    def predict(
+        self,
+        images: Any,
+        threshold: float | None = None,
+        *,
+        top_k: int = 100,
+        batch_size: int = 8,
+        workers: int = 0,
+        each: Callable[[ImageResult], None] | None = None,
+    ) -> Predictions:
+        """Find objects in images.
+
+        Args:
+            images: the path or URL of an image, a folder (searched recursively), a list file (.txt), a COCO JSON, a
+                Pillow image, an array (height, width, 3) of uint8 in RGB order, or a list of these.
+            threshold: boxes must score at least this, 0 to 1; default: for each class the score of highest F1 on the
+                validation images, which fine-tuning stores with the detector, else 0.5.
+            top_k: most boxes per image.
+            batch_size: images per forward pass.
+            workers: data processes.
+            each: called with every result as soon as it is there, in no particular order.
+
+        Returns:
+            a list with one result per readable image, in the order given, with ``skipped`` for the others.
+
+        Raises:
+            UserError: no image, or none that can be read.
+        """
+        jobs, skipped, problems = jobs_of(images)
+        for problem in problems[:5]:
+            say(f"left out: {problem}")
+        results, highest, thresholds = [], 0.0, self.thresholds(threshold)
+        detected = run(self, jobs, batch_size=batch_size, workers=workers, top_k=top_k)
+        for result in track(detected, "predicting", len(jobs)):
+            if result.problem is not None:
+                skipped.append((result.job.path, result.problem))
+                continue
+            highest = max(highest, result.scores.max(initial=0.0))
+            results.append(result.above(thresholds))
+            if each is not None:
+                each(results[-1])
+        skipped.sort()
+        if not results and skipped:
+            path, reason = skipped[0]
+            raise UserError(f"none of the {len(skipped)} images can be read, e.g. {path}: {reason}")
+        results.sort(key=lambda result: result.job.id)
+        return Predictions(results, thresholds, highest, skipped)
 
     @torch.no_grad()  # not inference_mode: position embeddings that models cache must stay usable in training
     def detect(self, inputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], top_k: int) -> list:
@@ -187,7 +203,7 @@ class InferenceImages(Dataset):
     def __getitem__(self, index: int) -> tuple[int, tuple[int, int], dict[str, Tensor] | str]:
         """Index, (width, height) of the file, and the processor's output, or why there is none (str)."""
         try:
-            image = read_image(self.jobs[index].path)
+            image = self.jobs[index].read()
         except ImageError as error:
             return index, (0, 0), error.reason
         height, width = image.shape[:2]
@@ -237,6 +253,7 @@ def run(
     all_batches = same_shape_batches(shapes, batch_size)
     batches = all_batches[rank::world]
     idle = -(-len(all_batches) // world) - len(batches)  # rounds in which only other processes have a batch
+    names = detector.class_names
     loader = Loader(InferenceImages(jobs, detector.processor), batches, list, min(workers, len(batches)))
     explained = machine_explained("start it again (with --resume, where the command has that)")
     with explained:
@@ -255,7 +272,7 @@ def run(
                 inputs = {name: torch.cat([item[2][name] for item in group]) for name in group[0][2]}
                 outputs = detector.detect(inputs, sizes, top_k)
                 for (index, _, _), image_size, (classes, scores, boxes) in zip(group, sizes, outputs, strict=True):
-                    yield ImageResult(jobs[index], image_size, classes, scores, boxes)
+                    yield ImageResult(jobs[index], image_size, classes, scores, boxes, names)
 
 
 def gather(mine: list[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +25,7 @@ from PIL import (
     GifImagePlugin,
     Image,
     ImageFile,
+    ImageOps,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
@@ -33,7 +34,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from siamese_detr.errors import ImageError
+from siamese_detr.errors import ImageError, UserError
 from siamese_detr.images.listing import HEIF
 from siamese_detr.images.shards import is_plain_file, read_bytes
 
@@ -100,6 +101,30 @@ def read_image(path: str | Path, *, min_side: int | None = None, max_pixels: int
         if orientation in _TRANSPOSE:
             rgb = rgb.transpose(_TRANSPOSE[orientation])
         return np.array(rgb)
+
+
+def as_pixels(image: Any, name: str) -> np.ndarray:
+    """An image in memory as RGB, upright according to its EXIF orientation if it is Pillow's.
+
+    Args:
+        image: Pillow's, or an array (height, width) or (height, width, 1, 3 or 4) of uint8.
+        name: what messages call it.
+
+    Returns:
+        uint8 array (height, width, 3).
+
+    Raises:
+        UserError: something else.
+    """
+    if not isinstance(image, Image.Image):
+        pixels = np.asarray(image)
+        if pixels.ndim == 3 and pixels.shape[2] == 1:
+            pixels = pixels[..., 0]
+        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,), (4,)):
+            what = f"an array {pixels.shape} of {pixels.dtype}" if pixels.ndim else f"a {type(image).__name__}"
+            raise UserError(f"{name} is {what}: give (height, width, 3) of uint8 in RGB order, or a Pillow image")
+        image = Image.fromarray(pixels)
+    return np.array(_to_rgb(ImageOps.exif_transpose(image)))
 
 
 def decoded_scale(original: ArrayLike, decoded: ArrayLike) -> NDArray[np.float64]:
