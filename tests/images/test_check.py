@@ -179,3 +179,9 @@ def test_similarity_search_copes_with_many_alike(tmp_path: Path) -> None:
         for n in range(3000)
     ]
     assert similar_groups(noisy) == [list(range(3000))]
+
+
+def test_pictures_of_one_colour_are_no_duplicates_of_each_other(tmp_path):
+    for shade in (0, 90):
+        Image.new("RGB", (100, 90), (shade,) * 3).save(tmp_path / f"{shade}.png")
+    assert check(data=str(tmp_path)).ok

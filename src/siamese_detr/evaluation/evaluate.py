@@ -19,6 +19,7 @@ from siamese_detr.evaluation.inference import Detector, gather, run
 from siamese_detr.evaluation.results import ImageResult, Job
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, read_labels
+from siamese_detr.images.memory import from_memory
 from siamese_detr.messages import output, say, track
 from siamese_detr.runtime.processes import join, lost_process_explained
 
@@ -46,6 +47,7 @@ class Evaluation:
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
+@from_memory("labels")
 @verb(EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> CocoMetrics:
     """COCO AP, AP50, AP75, AP by size and AR, overall and per class, of a detector on labelled images.

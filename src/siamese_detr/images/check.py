@@ -16,6 +16,7 @@ from siamese_detr.files import write_json
 from siamese_detr.images.duplicates import Fingerprint, equal_groups, fingerprints, similar_groups
 from siamese_detr.images.labels import DetectionDataset, find_labels, has_split, read_labels
 from siamese_detr.images.listing import existing, list_images
+from siamese_detr.images.memory import from_memory
 from siamese_detr.images.problems import ACTIONS, MAX_EXAMPLES, Problem
 from siamese_detr.messages import output, track
 from siamese_detr.runtime.cores import usable_cores
@@ -125,6 +126,7 @@ class CheckReport:
                 console.print(f"{number}  {_plain(example)}", highlight=False, soft_wrap=True)
 
 
+@from_memory("data", "val")
 @verb(CheckConfig)
 def check(config: CheckConfig) -> CheckReport:
     """Look for corrupt, tiny and repeated images, faulty boxes, scarce classes and images shared by training and

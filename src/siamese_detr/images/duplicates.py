@@ -93,6 +93,8 @@ def similar_groups(prints: Sequence[Fingerprint]) -> list[list[int]]:
     pictures, which = np.unique(thumbs, axis=0, return_inverse=True)
     values = pictures - pictures.mean(axis=1, keepdims=True, dtype=np.float32)
     usable = np.flatnonzero(values.std(axis=1) >= _MIN_CONTRAST)
+    if not len(usable):
+        return []
     # Vectors of length one: their product is the correlation, and it decides their distance.
     vectors = values[usable] / np.linalg.norm(values[usable], axis=1, keepdims=True)
     distance = np.sqrt(2 * (1 - MIN_CORRELATION))

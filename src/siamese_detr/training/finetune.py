@@ -23,6 +23,7 @@ from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
 from siamese_detr.images.listing import list_images
+from siamese_detr.images.memory import from_memory
 from siamese_detr.messages import say
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.runtime.lock import locked
@@ -60,6 +61,7 @@ class FinetuneResult:
     replay: str | None = None
 
 
+@from_memory("train", "val", "unlabelled")
 @verb(FinetuneConfig)
 def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> FinetuneResult:
     """Train a detector on labels, from a pre-trained detector or from scratch, and measure it on validation images.

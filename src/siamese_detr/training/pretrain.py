@@ -18,6 +18,7 @@ from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.loading import load_detector
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import list_images
+from siamese_detr.images.memory import from_memory
 from siamese_detr.messages import say
 from siamese_detr.pretext import build_pretext
 from siamese_detr.pretext.base import Pretext, PretextOutput
@@ -110,6 +111,7 @@ class PretextTask(Task):
         self.pretext.detector.save(out / "detector", provenance=provenance, **input_size(self.config))
 
 
+@from_memory("images")
 @verb(PretrainConfig)
 def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> PretrainResult:
     """Pre-train a detector's Transformer on unlabelled images (Siamese DETR, UP-DETR or DETReg).
