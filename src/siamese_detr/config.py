@@ -147,7 +147,7 @@ def signature(config_class: type, result: Any, beside: Iterable[inspect.Paramete
 
 def document(function: Callable, config_class: type) -> str:
     """The docstring of a verb: the function's own, with the arguments that its configuration explains."""
-    about, raises, errors = inspect.cleandoc(function.__doc__ or "").partition("\n\nRaises:")
+    about, *rest = re.split(r"(?=\n\n(?:Returns|Raises):)", inspect.cleandoc(function.__doc__ or ""), maxsplit=1)
     about, _, beside = about.partition("\n\nArgs:\n")
     texts = [f"{name}: {text}" for name, (_, text) in explained(config_class).items()]
     arguments = "\n".join(textwrap.fill(text, 120, initial_indent=" " * 4, subsequent_indent=" " * 8) for text in texts)
@@ -159,7 +159,7 @@ def document(function: Callable, config_class: type) -> str:
     ]
     own = {field.name for field in dataclasses.fields(config_class)}
     lines = [f"    {line}" for line in sources if line.partition(":")[0] not in own]
-    return "\n".join([f"{about}\n\nArgs:\n{arguments}", *lines, *filter(None, [beside])]) + raises + errors
+    return "\n".join([f"{about}\n\nArgs:\n{arguments}", *lines, *filter(None, [beside])]) + "".join(rest)
 
 
 def explained(config_class: type) -> dict[str, tuple[type, str]]:

@@ -6,6 +6,7 @@ Programs that want the messages elsewhere replace the logger's handler; ``quiet=
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track as rich_track
+from rich.table import Table
 
 Item = TypeVar("Item")
 LOGGER = logging.getLogger("siamese_detr")
@@ -69,3 +71,10 @@ def track(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
 def output() -> Console:
     """Standard output, for the tables that a verb ends with."""
     return Console(quiet=not audible())
+
+
+def as_html(table: Table) -> str:
+    """A table for notebooks, as HTML."""
+    console = Console(record=True, file=io.StringIO(), width=120)
+    console.print(table)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")

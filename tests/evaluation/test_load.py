@@ -14,6 +14,7 @@ from PIL import Image
 import siamese_detr
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.errors import UserError
+from siamese_detr.evaluation.coco import CocoMetrics
 from tiny_finetuning import learned
 
 
@@ -79,6 +80,15 @@ def test_results_are_drawn_shown_and_converted(detector, photos):
     assert list(detections.data["class_name"]) == found[0].labels
     np.testing.assert_allclose(detections.xyxy, found[0].boxes, rtol=1e-5)
     assert len(detector.predict(photos / "0.jpg", 1.0)[0].to_supervision()) == 0
+
+
+def test_metrics_are_shown_in_notebooks():
+    result, labels = learned()
+    metrics = siamese_detr.evaluate(model=str(result.out), labels=str(labels), workers=0, quiet=True)
+    assert f"{100 * metrics.ap50:.1f}" in metrics._repr_html_()
+    assert "stripes" in metrics._repr_html_()
+    assert f"{100 * result.metrics['AP50']:.1f}" in result._repr_html_()
+    assert CocoMetrics.from_dict(metrics.to_dict()).to_dict() == metrics.to_dict()
 
 
 def test_what_cannot_be_looked_at(detector, photos, tmp_path):

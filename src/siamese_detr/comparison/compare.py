@@ -62,6 +62,9 @@ def compare(config: CompareConfig) -> CompareResult:
 
     If it was killed, the same command continues it. With a changed configuration, only the affected runs are repeated.
 
+    Returns:
+        the metrics of every fine-tuned detector.
+
     Raises:
         UserError: bad input, reported before anything is run.
         Stopped: a signal came; the runs are saved (a SystemExit with code 75).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from siamese_detr.files import write_json
+from siamese_detr.messages import as_html
 
 MAX_DETECTIONS = (1, 10, 100)
 AREAS = ("all", "small", "medium", "large")
@@ -126,9 +128,18 @@ class CocoMetrics:
         """:meth:`overall`, and ``classes``: see :meth:`ClassMetrics.to_dict`."""
         return {**self.overall(), "classes": [row.to_dict() for row in self.per_class]}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CocoMetrics:
+        """The metrics that :meth:`to_dict` wrote, as in a line of history.jsonl."""
+        classes = [ClassMetrics(**{name.lower(): value for name, value in row.items()}) for row in values["classes"]]
+        return cls(*(values[name] for name in cls().overall()), per_class=classes)  # type: ignore[misc]
+
     def write(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(path), self.to_dict(), indent=2)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
 
     def table(self) -> Table:
         """A table for the terminal, in percent: the overall line, then the classes."""

@@ -54,6 +54,9 @@ def evaluate(config: EvaluateConfig) -> CocoMetrics:
 
     Several processes started by torchrun share the images; the metrics are those of a single process.
 
+    Returns:
+        the metrics, in [0, 1].
+
     Raises:
         UserError: no usable detector, labels or images, or ``out`` cannot be written.
     """

@@ -133,6 +133,9 @@ def check(config: CheckConfig) -> CheckReport:
     validation.
 
     Every image is decoded. Says for each problem what a run would do about it; changes nothing.
+
+    Returns:
+        what was found; its ``ok`` is whether nothing was.
     """
     if config.workers < 0 or config.min_side < 0 or config.min_labels < 0:
         raise UserError("workers, min_side and min_labels must not be negative")

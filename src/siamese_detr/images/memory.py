@@ -46,7 +46,8 @@ def from_memory(*names: str) -> Callable[[Function], Function]:
             by_name = {name: on_disk(name, value) if name in names else value for name, value in options.items()}
             return function(*positional, *args[len(positional) :], **by_name)
 
-        call.__doc__ = f"{call.__doc__}\n\n{' and '.join(names)} may also be data sets in memory (docs/python.md)."
+        note = f"{', '.join(names)} may also be in memory: a list of rows, or a Hugging Face data set (docs/python.md)."
+        call.__doc__ = (call.__doc__ or "").replace("\n\nArgs:", f"\n\n{note}\n\nArgs:", 1)
         return cast(Function, call)
 
     return decorate

@@ -49,6 +49,9 @@ class ExportResult:
 def export(config: ExportConfig) -> ExportResult:
     """Write a detector for use elsewhere, and check that it computes the same.
 
+    Returns:
+        where the files are, and how far their outputs are from the original's.
+
     Raises:
         UserError: no detector there, packages missing, a folder that cannot be written, or an export that computes
             something else.

@@ -106,6 +106,9 @@ def propose(config: ProposeConfig) -> ProposeReport:
 
     Rows are added in the order of the sorted paths, whatever the number of workers.
 
+    Returns:
+        where the store is, and how many images have boxes in it.
+
     Raises:
         UserError: no images, none readable, settings that differ from the store's, a worker killed, a full disk.
     """

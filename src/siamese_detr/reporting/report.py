@@ -27,6 +27,9 @@ class ReportResult:
 def report(config: ReportConfig) -> ReportResult:
     """Write a self-contained HTML page about a run or a comparison.
 
+    Returns:
+        where the page is, and what it lacks.
+
     Raises:
         UserError: there is neither, or the page cannot be written.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import html
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.loading import load_detector, open_detector
 from siamese_detr.detectors.weights import quiet
 from siamese_detr.errors import UserError
+from siamese_detr.evaluation.coco import CocoMetrics
 from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
@@ -60,6 +62,10 @@ class FinetuneResult:
     skipped: int = 0
     replay: str | None = None
 
+    def _repr_html_(self) -> str:
+        table = CocoMetrics.from_dict(best_of(self.history))._repr_html_() if self.history else ""
+        return f"<p>{html.escape(str(self.out))}</p>{table}"
+
 
 @from_memory("train", "val", "unlabelled")
 @verb(FinetuneConfig)
@@ -71,6 +77,9 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
 
     Args:
         callbacks: objects that follow the run, see :class:`siamese_detr.training.task.Callback`.
+
+    Returns:
+        where the detectors are, and all evaluations.
 
     Raises:
         UserError: bad input or a run that cannot go on; one line with the remedy.

@@ -122,6 +122,9 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
     Args:
         callbacks: objects that follow the run, see :class:`siamese_detr.training.task.Callback`.
 
+    Returns:
+        where the detector is, and how the run went.
+
     Raises:
         UserError: bad input or a run that cannot go on; one line with the remedy.
         Preempted: asked to stop; the run is saved (a SystemExit with code 75).
