@@ -365,8 +365,8 @@ def test_an_allocation_too_large(base: dict[str, Any], tmp_path: Path, monkeypat
 
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES.values()))
 REFUSED = {("lw-detr", "up-detr"), ("rf-detr", "up-detr")}  # they cannot keep queries from each other
-METHODS = ("siamese", "up-detr", "detreg")
-QUICK = {("deformable-detr", "siamese"), ("conditional-detr", "up-detr"), ("detr", "detreg")}
+METHODS = ("siamese", "up-detr", "detreg", "clusters")
+QUICK = {("deformable-detr", "siamese"), ("conditional-detr", "up-detr"), ("detr", "detreg"), ("rt-detr", "clusters")}
 
 
 @pytest.mark.parametrize(
@@ -390,6 +390,7 @@ def test_every_detector_and_method_continues_exactly(
         "save_every": 1,
         "view_size": 64,
         "hidden_size": 32,
+        **({"classes": 4} if method == "clusters" else {}),
     }
     if detector in ("lw-detr", "rf-detr"):  # these need a backbone of their own kind
         start = tiny_detector(detector, classes=1, dropout=0.1)

@@ -309,7 +309,7 @@ def test_bad_input():
         siamese()(random_features(regions=13))
     with pytest.raises(UserError, match="two views"):
         siamese()(random_features(views=1))
-    with pytest.raises(UserError, match="there are: siamese, up-detr, detreg"):
+    with pytest.raises(UserError, match="there are: siamese, up-detr, detreg, clusters"):
         build_pretext("moco", small_detector())
     with pytest.raises(UserError, match="takes a UpDetrConfig, not a SiameseConfig"):
         build_pretext("up-detr", small_detector(), SiameseConfig())

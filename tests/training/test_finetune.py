@@ -511,7 +511,7 @@ def recipe(name: str) -> FinetuneConfig:
 
 def test_every_recipe_is_valid() -> None:
     names = recipe_names(FinetuneConfig)
-    assert set(names) == {"paper", "paper-10-percent", "laptop"}
+    assert set(names) == {"paper", "paper-10-percent", "laptop", "gpu"}
     for name in names:
         recipe(name)
 

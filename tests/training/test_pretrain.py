@@ -157,9 +157,16 @@ def test_a_new_detector_has_its_familys_sizes_and_an_old_one_its_own(base: dict[
     assert (again["dropout"], again["attention_dropout"]) == (0.0, 0.1)
 
 
-@pytest.mark.parametrize("method", ["up-detr", "detreg"])
-def test_the_older_methods(base: dict[str, Any], tmp_path: Path, method: str) -> None:
-    options = {**base, "method": method, "num_regions": 3, "out": str(tmp_path / "run"), "steps": 2}
+@pytest.mark.parametrize("method", ["up-detr", "detreg", "clusters"])
+def test_the_other_methods(base: dict[str, Any], tmp_path: Path, method: str) -> None:
+    options = {
+        **base,
+        "method": method,
+        **({"classes": 4} if method == "clusters" else {}),
+        "num_regions": 3,
+        "out": str(tmp_path / "run"),
+        "steps": 2,
+    }
     result = pretrain(**{**options, "view_size": None, "short_sides": (40, 48), "max_size": 64})
     assert np.isfinite(result.loss)
 

@@ -84,7 +84,7 @@ def recipe(name: str) -> PretrainConfig:
 def test_every_recipe_is_valid() -> None:
     """The shipped YAML files name existing settings with valid values."""
     names = recipe_names(PretrainConfig)
-    assert set(names) == {*RECIPES, "laptop"}
+    assert set(names) == {*RECIPES, "laptop", "gpu"}
     for config in map(recipe, names):
         assert config.batch_size % config.accumulate == 0
 

@@ -27,7 +27,8 @@ __all__ = ["Decoded", "DetectorAdapter", "DetectorSize", "Memory", "only_pretrai
 
 def only_pretrained(provenance: dict[str, Any], class_names: list[str]) -> bool:
     """Whether a detector of this origin has never been shown classes: its class head says nothing yet."""
-    return "method" in provenance and "finetuned" not in provenance and class_names == ["object"]
+    shown_none = class_names == ["object"] or provenance.get("pseudo_classes", False)
+    return "method" in provenance and "finetuned" not in provenance and shown_none
 
 
 class DetectorAdapter(nn.Module):
@@ -344,7 +345,11 @@ class DetectorAdapter(nn.Module):
             pixel_values, pixel_mask: as in `features`.
             targets: the labels; in training, some families also learn to recover them from noisy copies (denoising).
         """
-        memory = self.encode(self.features(pixel_values, pixel_mask), pixel_mask)
+        return self.detect(self.features(pixel_values, pixel_mask), pixel_mask, targets)
+
+    def detect(self, maps: list[Tensor], pixel_mask: Tensor, targets: Targets | None = None) -> Predictions:
+        """As `forward`, from the backbone's maps."""
+        memory = self.encode(maps, pixel_mask)
         decoded = self.decode(memory, None, **({"targets": targets} if self.denoises else {}))  # type: ignore[arg-type]
         logits = self.classify(decoded.states) if decoded.logits is None else decoded.logits
         groups = decoded.boxes.shape[2] // self.num_queries

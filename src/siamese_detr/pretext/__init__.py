@@ -1,4 +1,4 @@
-"""The self-supervised tasks: Siamese DETR and the two methods it is compared with."""
+"""The self-supervised tasks: Siamese DETR, the two methods it is compared with, and k-means classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from siamese_detr import plugins
 from siamese_detr.errors import UserError
-from siamese_detr.pretext.config import DetRegConfig, PretextConfig, SiameseConfig, UpDetrConfig
+from siamese_detr.pretext.config import ClustersConfig, DetRegConfig, PretextConfig, SiameseConfig, UpDetrConfig
 
 if TYPE_CHECKING:
     from siamese_detr.detectors.adapter import DetectorAdapter
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRETEXTS",
+    "ClustersConfig",
     "DetRegConfig",
     "PretextConfig",
     "SiameseConfig",
@@ -31,6 +32,7 @@ PRETEXTS: dict[str, type[PretextConfig]] = {
     "siamese": SiameseConfig,
     "up-detr": UpDetrConfig,
     "detreg": DetRegConfig,
+    "clusters": ClustersConfig,
 }
 """The built-in methods, by their configuration classes."""
 

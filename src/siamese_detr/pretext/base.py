@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ class Pretext(nn.Module):
         super().__init__()
         self.detector = detector
         self.config = config
-        self.class_head = heads.class_head(detector.hidden_size)
+        self.class_head: nn.Module = heads.class_head(detector.hidden_size)
 
     @property
     def needs_crops(self) -> bool:
@@ -74,6 +75,9 @@ class Pretext(nn.Module):
     def frozen_features(self, inputs: ViewInputs) -> FrozenFeatures:
         """Everything :meth:`forward` needs, computed without gradient by the frozen backbone."""
         return freeze(self.detector, inputs, crops=self.needs_crops)
+
+    def begin(self, samples: Iterator[FrozenFeatures]) -> None:
+        """Called once, before the first step, with features of the run's images, computed as they are asked for."""
 
     def predict(self, features: FrozenFeatures) -> tuple[Memory, Decoded]:
         """Encode a batch and decode this task's queries; the decoder's batch is view-major."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from siamese_detr.config import Options, check_numbers
@@ -61,6 +61,11 @@ class PretextConfig(Options):
     def needs_crops(self) -> bool:
         """Whether batches must hold the regions' crops."""
         return True
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Classes of the task's own, which the detector is to have; None: its class heads do not learn."""
+        return None
 
 
 @dataclass(kw_only=True)
@@ -179,3 +184,32 @@ class DetRegConfig(PretextConfig):
 
     def check(self) -> None:
         check_numbers(self, not_negative=("embedding_weight",))
+
+
+@dataclass(kw_only=True)
+class ClustersConfig(PretextConfig):
+    """Detection of k-means classes.
+
+    Args:
+        classes: number of clusters of the regions' features (clusters alone).
+    """
+
+    task = "siamese_detr.pretext.clusters:ClustersPretext"
+    title = "k-means classes"
+    view_kind = "proposals"
+    paper_regions = 10
+    paper_proposals = "edge-boxes"
+
+    classes: int = 64
+
+    def check(self) -> None:
+        if self.classes < 2:
+            raise UserError(f"classes must be at least 2, not {self.classes}")
+
+    def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        weights = tuple(field.name for field in fields(PretextConfig))
+        yield weights, "the method clusters has the losses of the detector's family"
+
+    @property
+    def class_names(self) -> list[str]:
+        return [f"cluster {number}" for number in range(self.classes)]

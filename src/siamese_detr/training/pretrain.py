@@ -107,14 +107,14 @@ class PretextTask(Task):
         """Write OUT/detector; an interrupted save leaves the one before."""
         out = Path(self.config.out)
         made = {"method": self.config.method, "pretrained_steps": step, "run": str(out.absolute())}
-        provenance = {**made, "init": self.config.init}
+        provenance = {**made, "init": self.config.init, "pseudo_classes": self.pretext.config.class_names is not None}
         self.pretext.detector.save(out / "detector", provenance=provenance, **input_size(self.config))
 
 
 @from_memory("images")
 @verb(PretrainConfig)
 def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> PretrainResult:
-    """Pre-train a detector's Transformer on unlabelled images (Siamese DETR, UP-DETR or DETReg).
+    """Pre-train a detector's Transformer on unlabelled images (Siamese DETR, UP-DETR, DETReg or k-means classes).
 
     Writes OUT/detector, which `transformers` and `siamese-detr finetune` load. Killed at any moment, the same command
     with --resume continues exactly. On SIGTERM or SIGUSR1 the run saves itself and exits with code 75.
@@ -161,6 +161,7 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
         if team.main and config.replay is None:
             check_session(out, facts(config, store, rows, pretext.detector))
         source = find_source(config, pretext, dataset, team)
+        pretext.begin(source.samples(len(dataset), config.batch_size // config.accumulate, team.device))
         batch_size, count = config.batch_size // config.accumulate, steps * config.accumulate
         batches = ViewBatchSampler(chosen, config.views(), batch_size, count, config.seed)
         task = PretextTask(pretext, config, source, dataset, batches)
@@ -186,11 +187,17 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
 
 def build(config: PretrainConfig) -> Pretext:
     """The pretext task around a new detector, or around the one to start from."""
+    class_names = config.pretext().class_names
     if config.init is None:
-        detector = build_detector(config.detector, config.backbone, seed=config.seed, **config.sizes())
+        detector = build_detector(
+            config.detector, config.backbone, class_names=class_names, seed=config.seed, **config.sizes()
+        )
     else:
-        detector = load_detector(config.init, **config.dropouts())
-    detector.reduce()
+        detector = load_detector(config.init, class_names, **config.dropouts())
+    if class_names is None:
+        detector.reduce()
+    else:
+        detector.complete()
     config.check_queries(detector.num_queries)
     if config.checkpoint_activations:
         model = detector.model  # the newer name first: the older one warns where both exist

@@ -10,7 +10,15 @@ from typing import Any, ClassVar
 from siamese_detr.config import check_numbers
 from siamese_detr.detectors.structures import DetectorOptions
 from siamese_detr.errors import UserError
-from siamese_detr.pretext import PRETEXTS, DetRegConfig, PretextConfig, SiameseConfig, UpDetrConfig, find_pretext
+from siamese_detr.pretext import (
+    PRETEXTS,
+    ClustersConfig,
+    DetRegConfig,
+    PretextConfig,
+    SiameseConfig,
+    UpDetrConfig,
+    find_pretext,
+)
 from siamese_detr.training.optimizer import OptimizerConfig
 from siamese_detr.training.run_config import RunConfig
 from siamese_detr.views.config import ViewConfig, ViewOptions
@@ -18,9 +26,9 @@ from siamese_detr.views.config import ViewConfig, ViewOptions
 
 @dataclass
 class PretrainConfig(  # type: ignore[misc]  # of the methods, only the chosen one's facts count: see `pretext`
-    RunConfig, OptimizerConfig, DetectorOptions, ViewOptions, SiameseConfig, UpDetrConfig, DetRegConfig
+    RunConfig, OptimizerConfig, DetectorOptions, ViewOptions, SiameseConfig, UpDetrConfig, DetRegConfig, ClustersConfig
 ):
-    """Pre-train a detector's Transformer on unlabelled images (Siamese DETR, UP-DETR or DETReg).
+    """Pre-train a detector's Transformer on unlabelled images (Siamese DETR, UP-DETR, DETReg or k-means classes).
 
     OUT/detector is what `siamese-detr finetune --model OUT` and `transformers` load. Killed at any moment, the same
     command with --resume continues exactly. On SIGTERM or SIGUSR1 the run saves itself and exits with code 75.
@@ -30,7 +38,7 @@ class PretrainConfig(  # type: ignore[misc]  # of the methods, only the chosen o
         out: run directory: config.yaml, log.jsonl, tensorboard/, checkpoints/, detector/ (a Hugging Face directory).
         proposals: proposal store; computed first into OUT/proposals if not given (random boxes where none are used).
         proposal_method: how: edge-boxes, selective-search, random, or one that a plug-in adds.
-        method: siamese, up-detr, detreg, or one that a plug-in adds.
+        method: siamese, up-detr, detreg, clusters, or one that a plug-in adds.
         init: detector to start from, any that finetune takes: of any family, and of its own sizes.
         num_regions: regions per image (default: the method's).
         crop_size: side of the regions' crops, pixels.

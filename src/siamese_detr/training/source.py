@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from siamese_detr.errors import UserError
 from siamese_detr.messages import say, track
 from siamese_detr.pretext.base import Pretext
 from siamese_detr.pretext.features import FrozenFeatures
+from siamese_detr.randomness import rng
 from siamese_detr.runtime.processes import Team, default_workers
 from siamese_detr.training.feature_bank import FeatureBank, fill, fingerprint
 from siamese_detr.training.pretrain_config import PretrainConfig
@@ -38,6 +39,15 @@ class Source:
     dataset: Dataset
     collate: Callable[[list[Any]], Any]
     freeze: Callable[[dict[str, Any]], FrozenFeatures]
+
+    def samples(self, images: int, batch_size: int, device: torch.device) -> Iterator[FrozenFeatures]:
+        """The features of the first epoch's views of all readable images, in a random order that is always the same."""
+        order = rng(0).permutation(images).tolist()
+        for start in range(0, images, batch_size):
+            numbers = order[start : start + batch_size]
+            batch = self.collate([self.dataset[(0, number)] for number in numbers])
+            if len(batch["skipped"]) < len(numbers):
+                yield self.freeze({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
 
 def find_source(config: PretrainConfig, pretext: Pretext, dataset: TwoViewDataset, team: Team) -> Source:
