@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from siamese_detr.kernels import gpu_assign, gpu_photometric, gpu_sampling, gpu_stem
+from siamese_detr.kernels import gpu_assign, gpu_photometric, gpu_sampling
 
 HOPPER = GPUTarget("cuda", 90, 32)
 
@@ -48,11 +48,6 @@ def main() -> None:
             source |= dict.fromkeys(("of_image", "of_channel", "of_row", "of_column"), size)
             build(gpu_photometric._brightness, parts="*fp32", **source)
             build(gpu_photometric._augment, means="*fp32", out="*fp32", **normal, **source)
-        for kind in ("*bf16", "*fp32"):
-            maps = {"x": kind, "out": kind, "VALUES": gpu_stem.VALUES}
-            maps |= dict.fromkeys(("tall", "wide", "height", "width"), size)
-            build(gpu_stem._arrange, colours=size, first="i32", CHANNELS=16, **maps)
-            build(gpu_stem._pool, channels=size, KERNEL=3, STRIDE=2, PADDING=1, **maps)
         for rows in (False, True):
             blurred = {"images": "*fp32", "between": "*fp32", "which": "*fp32", "count": size}
             build(gpu_photometric._blur_lines, ROWS=rows, **blurred, **extent)

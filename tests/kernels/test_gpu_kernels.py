@@ -17,8 +17,7 @@ pytest.importorskip("triton", reason="this system has no Triton")
 
 from conftest import textured
 from siamese_detr.detection.matching import assign
-from siamese_detr.kernels import gpu_assign, gpu_photometric, gpu_sampling, gpu_stem
-from siamese_detr.kernels.fused import Blocks
+from siamese_detr.kernels import gpu_assign, gpu_photometric, gpu_sampling
 from siamese_detr.views import photometric
 from siamese_detr.views.config import ViewConfig
 from siamese_detr.views.plan import draw_photometric
@@ -60,27 +59,6 @@ def test_costs_that_are_no_numbers_are_taken_last(value: float) -> None:
     assert not set(found[1].tolist()) & {2, 3}
 
 
-@pytest.mark.parametrize(("kernel", "padding"), [(7, 3), (3, 1), (2, 0), (4, 1)])
-@pytest.mark.parametrize("size", [(32, 48), (33, 47), (9, 10)])
-def test_pixels_are_arranged_as_without_a_kernel(kernel: int, padding: int, size: tuple[int, int]) -> None:
-    images, blocks = torch.randn(2, 3, *size), Blocks(torch.nn.Conv2d(3, 5, kernel, 2, padding))
-    expected = blocks.image(images)
-    found = gpu_stem.arrange(images.to(DEVICE), blocks.first, tuple(expected.shape[2:]), blocks.channels)
-    assert torch.equal(found.cpu(), expected)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 9, 12), (1, 16, 7, 7), (2, 3, 2, 3)])
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (5, 1, 2)])
-def test_pooling_is_the_stock_one(shape: tuple[int, ...], kernel: int, stride: int, padding: int) -> None:
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    images[0, 0, 0, 0] = float("nan")
-    layer = torch.nn.MaxPool2d(kernel, stride, padding)
-    assert gpu_stem.MaxPool.suits(layer)
-    found = gpu_stem.MaxPool(layer)(images.to(DEVICE)).cpu()
-    torch.testing.assert_close(found, layer(images), rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 def test_the_augmentation_is_the_reference(kind: torch.dtype) -> None:
     parameters = draw_photometric(ViewConfig(), np.random.default_rng(0), (16,))
@@ -118,7 +96,6 @@ def test_no_batch_is_too_large_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> No
     for module, kernels in (
         (gpu_sampling, ("_sum", "_spread")),
         (gpu_photometric, ("_brightness", "_augment", "_blur_lines")),
-        (gpu_stem, ("_arrange", "_pool")),
     ):
         for name in kernels:
             monkeypatch.setattr(module, name, launches)
@@ -130,9 +107,7 @@ def test_no_batch_is_too_large_for_a_grid(monkeypatch: pytest.MonkeyPatch) -> No
     parameters[:, 6] = 1  # blurred
     sizes = torch.ones(many, 2, dtype=torch.int64)
     gpu_photometric.augment(torch.zeros(many, 3, 1, 1), torch.from_numpy(parameters), sizes, [0.0] * 3, [1.0] * 3)
-    gpu_stem.arrange(torch.zeros(many, 1, 1, 1), 0, (1, 1), 8)
-    gpu_stem.pool(torch.zeros(many, 1, 1, 1), 1, 1, 0)
-    assert len(launches.grids) == 8
+    assert len(launches.grids) == 6
     assert all(size <= 65_535 for grid in launches.grids for size in grid[1:]), launches.grids
 
 

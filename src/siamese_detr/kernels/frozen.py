@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
-from torch.fx.passes.split_module import split_module
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from siamese_detr.detectors.functional import product_dtype
 from siamese_detr.kernels.fused import ConvolutionTracer, CudnnConv2d, FusedConv2d, drop_identities, fuse_convolutions
-from siamese_detr.runtime.gpu import runs_triton
 from siamese_detr.runtime.hardware import emulates_bf16
 
 log = logging.getLogger(__name__)
@@ -32,13 +30,6 @@ CHUNK_PIXELS = 8 * 128 * 128
 MOST_PIXELS = 1 << 25
 """Pixels at once elsewhere: a network's largest maps then have some 2^29 values, and cuDNN's fused convolutions take no
 more than 2^31."""
-
-LATE = 6
-"""This many times as many pixels pass the later layers at once: there activations are smaller and weights larger, and
-weights are read once for all of them. (Without, a step of the laptop recipe on fresh views took 1.15 times as long.)"""
-
-LATE_STRIDE = 16
-"""From maps of this stride on, layers are late ones."""
 
 
 class FrozenBackbone:
@@ -62,11 +53,11 @@ class FrozenBackbone:
         dtype = product_dtype(pixel_values)  # under autocast the weights are cast once, here, and not at every call
         with torch.autocast(device, enabled=False):
             network = self.network(dtype)
+            area = math.prod(pixel_values.shape[-2:])
             if device == "cpu":
-                staged = any(isinstance(module, InChunks) for module in network.modules())
-                size = chunk_size(pixel_values, LATE if staged else 1)
+                size = max(1, CHUNK_PIXELS // area)
             else:
-                size = even(len(pixel_values), max(1, MOST_PIXELS // math.prod(pixel_values.shape[-2:])))
+                size = even(len(pixel_values), max(1, MOST_PIXELS // area))
             chunks = [run(network, chunk) for chunk in split(pixel_values, size, dtype)]
         return chunks[0] if len(chunks) == 1 else [torch.cat(level) for level in zip(*chunks, strict=True)]
 
@@ -86,13 +77,6 @@ def run(network: nn.Module, pixel_values: Tensor) -> list[Tensor]:
     return list(maps if isinstance(maps, list | tuple) else maps.feature_maps)
 
 
-def chunk_size(images: Tensor, late: int = 1) -> int:
-    """How many of ``images`` (B, C, H, W) are a chunk; ``late`` times as many pixels: a number of whole chunks."""
-    area = math.prod(images.shape[-2:])
-    size = max(1, CHUNK_PIXELS // area)
-    return max(1, late * CHUNK_PIXELS // area) // size * size
-
-
 def even(count: int, most: int) -> int:
     """A size of chunks, up to ``most``, that leaves no smaller last one of ``count``, if there is one not too small:
     cuDNN plans again, for 3 ms a layer, for every new size."""
@@ -104,30 +88,6 @@ def split(images: Tensor, size: int, dtype: torch.dtype) -> Iterator[Tensor]:
     layout: Any = {"memory_format": torch.channels_last}
     # In one pass: `to` alone leaves gaps between rows where nothing else is to change.
     return (chunk.to(dtype, **layout).contiguous(**layout) for chunk in images.split(size))
-
-
-class InChunks(nn.Module):
-    """Runs the first layers of a network on fewer images at a time.
-
-    Args:
-        layers: gives one or several maps.
-        position: of the images among its arguments; the others are weights.
-    """
-
-    def __init__(self, layers: nn.Module, position: int) -> None:
-        super().__init__()
-        self.layers, self.position = layers, position
-
-    def forward(self, *arguments: Tensor) -> Tensor | list[Tensor]:
-        """The maps of images (B, C, H, W)."""
-        images, at = arguments[self.position], self.position
-        chunks = [
-            self.layers(*arguments[:at], chunk, *arguments[at + 1 :])
-            for chunk in split(images, chunk_size(images), images.dtype)
-        ]
-        if isinstance(chunks[0], Tensor):
-            return torch.cat(chunks)
-        return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
 
 
 def probe(like: Tensor, side: int) -> Tensor:
@@ -153,14 +113,12 @@ def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
     expected = run(folded, images)
     for convolution, norm_name in conv_norm_pairs(folded, images).items():
         norm: Any = folded.get_submodule(norm_name)
-        scale = norm.weight * torch.rsqrt(norm.running_var + getattr(norm, "eps", 1e-5))
-        shift = norm.bias - norm.running_mean * scale
-        bias = convolution.bias if convolution.bias is not None else torch.zeros_like(shift)
-        convolution.weight.copy_(convolution.weight * scale[:, None, None, None])
-        convolution.bias = nn.Parameter(bias * scale + shift, requires_grad=False)
+        convolution.weight, convolution.bias = fuse_conv_bn_weights(
+            convolution.weight, convolution.bias, norm.running_mean, norm.running_var,
+            getattr(norm, "eps", 1e-5), norm.weight, norm.bias,
+        )  # fmt: skip
         # timm's batch norms carry the activation that follows them.
-        parent, _, name = norm_name.rpartition(".")
-        setattr(folded.get_submodule(parent), name, getattr(norm, "act", nn.Identity()))
+        folded.set_submodule(norm_name, getattr(norm, "act", nn.Identity()))
     if not close(run(folded, images), expected, 1e-3):
         folded = copy.deepcopy(backbone).eval().requires_grad_(False)
     return folded.to(weight.dtype).to(weight.device).to(memory_format=torch.channels_last)
@@ -168,8 +126,7 @@ def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
 
 @torch.no_grad()
 def fuse(network: nn.Module, side: int = 64) -> nn.Module:
-    """A copy of the folded ``network`` whose convolutions add residuals and apply activations themselves, and, on a
-    CPU, whose first layers run in smaller chunks than the late ones.
+    """A copy of the folded ``network`` whose convolutions add residuals and apply activations themselves.
 
     Only where oneDNN or cuDNN computes in its precision, its graph can be traced, and the result is the same; else
     ``network`` itself. In half precision, rounding alone can add up to much: whether the result is the same is looked
@@ -186,7 +143,7 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
         plain, seen = network if dtype == weight.dtype else copy.deepcopy(network).to(dtype), images.to(dtype)
         expected = run(plain, seen)
         try:
-            fused = rewritten(plain, fused_kind, seen)
+            fused = rewritten(plain, fused_kind)
             found = run(fused, seen)
         except Exception as error:  # tracing calls the network's own code with what are no tensors: anything may come
             log.debug("the frozen backbone stays as it is: %s", error)
@@ -208,20 +165,14 @@ def as_exact(found: list[Tensor], expected: list[Tensor], exact: list[Tensor], t
     )
 
 
-def rewritten(network: nn.Module, kind: type[FusedConv2d] | type[CudnnConv2d], images: Tensor) -> nn.Module:
-    """A copy of ``network`` with convolutions of ``kind``, staged on a CPU, and with kernels of ours on a GPU."""
+def rewritten(network: nn.Module, kind: type[FusedConv2d] | type[CudnnConv2d]) -> nn.Module:
+    """A copy of ``network`` with convolutions of ``kind``."""
     copied: Any = copy.deepcopy(network)
     wrapped = hasattr(copied, "_backbone")  # by Transformers
     inner = copied._backbone if wrapped else copied
     traced = fx.GraphModule(inner, ConvolutionTracer().trace(inner))
     drop_identities(traced)
     fuse_convolutions(traced, kind)
-    if kind is FusedConv2d:
-        traced = in_stages(traced, images)
-    elif runs_triton(images.device):
-        from siamese_detr.kernels.gpu_stem import replace_pools
-
-        replace_pools(traced)
     if not wrapped:
         return traced
     copied._backbone = traced
@@ -238,32 +189,6 @@ def convolution_of(weight: Tensor) -> type[FusedConv2d] | type[CudnnConv2d] | No
     return None
 
 
-def in_stages(network: fx.GraphModule, images: Tensor) -> fx.GraphModule:
-    """The network with its first layers :class:`InChunks`, if there is a place to part it: where all that is computed
-    later comes from one map, the last such place before the first map of ``LATE_STRIDE``."""
-    pair = torch.cat((images, images))
-    ShapeProp(network).propagate(pair)
-    order = {node: n for n, node in enumerate(network.graph.nodes)}
-    last = {node: max((order[u] for u in node.users if u.op != "output"), default=-1) for node in order}
-    parting = None
-    for node, n in order.items():
-        shape: Sequence[int] = getattr(node.meta.get("tensor_meta"), "shape", ())
-        if len(shape) != 4 or len(pair) != shape[0]:
-            continue  # no map of each image
-        if shape[-1] == images.shape[-1] // LATE_STRIDE:
-            break
-        if node.op != "placeholder" and [x for x in order if order[x] <= n < last[x]] == [node]:
-            parting = n
-    else:  # no late layers
-        parting = None
-    if parting is None:
-        return network
-    parted: Any = split_module(network, network, lambda node: int(order[node] > parting))
-    first = next(node for node in parted.graph.nodes if node.op == "call_module")
-    parted.submod_0 = InChunks(parted.submod_0, [x.op for x in first.args].index("placeholder"))
-    return parted
-
-
 def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a batch norm, of whatever class, that can be folded."""
     return getattr(module, "running_mean", None) is not None and getattr(module, "weight", None) is not None
@@ -271,21 +196,17 @@ def is_norm(module: nn.Module) -> bool:
 
 def conv_norm_pairs(network: nn.Module, images: Tensor) -> dict[nn.Conv2d, str]:
     """Every convolution whose output a batch norm, by its name, takes in as it is, seen in one forward pass."""
-    producers: dict[int, tuple[nn.Conv2d, Tensor]] = {}
+    makers: dict[int, tuple[nn.Module, Tensor]] = {}  # the reference to the output keeps its id unique
     pairs: dict[nn.Conv2d, str] = {}
     hooks = []
-
-    def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        producers[id(output)] = (module, output)  # type: ignore[assignment]  # the reference keeps the id unique
-
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(remember))
+            hooks.append(module.register_forward_hook(lambda made, _, x: makers.update({id(x): (made, x)})))
         elif is_norm(module):
 
             def pair(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                if id(inputs[0]) in producers:
-                    pairs[producers[id(inputs[0])][0]] = name
+                if id(inputs[0]) in makers:
+                    pairs[makers[id(inputs[0])][0]] = name  # type: ignore[index]
 
             hooks.append(module.register_forward_pre_hook(pair))
     try:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
-
-from siamese_detr.runtime.gpu import runs_triton
 
 
 class ConvolutionTracer(fx.Tracer):
@@ -26,9 +23,6 @@ ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
     nn.SiLU: ("swish", []),
 }
 """Names and arguments in oneDNN."""
-
-MULTIPLE = 8
-"""Of input channels, which tensor cores do well: where there are fewer, zeros are added."""
 
 
 class CudnnConv2d(nn.Module):
@@ -49,21 +43,14 @@ class CudnnConv2d(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry: Any = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-        weight, self.bias = convolution.weight.detach(), convolution.bias
+        self.weight, self.bias = convolution.weight.detach(), convolution.bias
         self.blocks = Blocks(convolution) if Blocks.suit(convolution) else None
-        few = convolution.groups == 1 and self.blocks is None
-        self.added = max(0, MULTIPLE - convolution.in_channels) if few else 0
-        if self.blocks is None:
-            self.weight = self._filled(weight)
-        else:
-            self.geometry, self.weight = ((1, 1), (0, 0), (1, 1), 1), self.blocks.weight(weight)
-
-    def _filled(self, x: Tensor) -> Tensor:
-        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.added)) if self.added else x
+        if self.blocks is not None:
+            self.geometry, self.weight = ((1, 1), (0, 0), (1, 1), 1), self.blocks.weight(self.weight)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """ReLU of the convolution of ``x`` (B, C, H, W) plus ``other``, which has the result's shape."""
-        x = self._filled(x) if self.blocks is None else self.blocks.image(x)
+        x = x if self.blocks is None else self.blocks.image(x)
         if other is None:
             return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
         return torch.cudnn_convolution_add_relu(x, self.weight, other, 1.0, self.bias, *self.geometry)
@@ -80,7 +67,7 @@ class Blocks:
         self.kernel, self.padding = convolution.kernel_size[0], int(convolution.padding[0])
         self.first = -self.padding // 2  # of the blocks that the first output looks at
         self.blocks = (self.kernel - 1 - self.padding) // 2 - self.first + 1
-        self.channels = -(-4 * convolution.in_channels // MULTIPLE) * MULTIPLE
+        self.filled = -4 * convolution.in_channels % 8  # tensor cores do multiples of 8 channels well
 
     @staticmethod
     def suit(convolution: nn.Conv2d) -> bool:
@@ -94,28 +81,22 @@ class Blocks:
         )
 
     def weight(self, weight: Tensor) -> Tensor:
-        """(O, C, k, k) -> (O, channels, blocks, blocks), channels last."""
+        """(O, C, k, k) -> (O, 4 C and zeros, blocks, blocks), channels last."""
         before = -self.padding - 2 * self.first
         after = 2 * self.blocks - before - self.kernel
         return self._arranged(nn.functional.pad(weight, (before, after, before, after)))
 
     def image(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, channels, height, width), channels last, with the blocks of zeros around."""
+        """(B, C, H, W) -> (B, 4 C and zeros, height, width), channels last, with the blocks of zeros around."""
         outputs = ((side + 2 * self.padding - self.kernel) // 2 + 1 for side in x.shape[2:])
         height, width = (size + self.blocks - 1 for size in outputs)
-        if runs_triton(x.device):
-            from siamese_detr.kernels.gpu_stem import arrange
-
-            return arrange(x, self.first, (height, width), self.channels)
         before = -2 * self.first
         below, right = (2 * size - before - side for size, side in zip((height, width), x.shape[2:], strict=True))
         return self._arranged(nn.functional.pad(x, (before, right, before, below)))
 
     def _arranged(self, x: Tensor) -> Tensor:
-        """What the kernel makes of whole blocks, (B, C, 2 h, 2 w) -> (B, channels, h, w)."""
-        parts = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-        filled = nn.functional.pad(parts, (0, 0, 0, 0, 0, self.channels - parts.shape[1]))
-        return filled.contiguous(memory_format=torch.channels_last)
+        blocks = nn.functional.pad(nn.functional.pixel_unshuffle(x, 2), (0, 0, 0, 0, 0, self.filled))
+        return blocks.contiguous(memory_format=torch.channels_last)
 
 
 class FusedConv2d(nn.Module):
@@ -220,20 +201,10 @@ def fuse_convolutions(network: fx.GraphModule, fused: type[FusedConv2d] | type[C
         # Whatever else reads the other summand must have done so before. Later readers of a view of it are not seen
         # here, but their numbers are wrong then, and whoever compares them keeps the network as it was.
         readers = set() if other is None else other.users.keys() - set(replaced)
-        bias = None
-        if fused.needs_activation and type(module(other)) is nn.Conv2d and other is not None and len(other.users) == 1:
-            # A convolution that is not fused adds its bias in a pass of its own: that of the sum takes it.
-            bias = module(other).bias
-            network.add_submodule(f"unbiased_{number}", _without_bias(module(other)))
-            other.target = f"unbiased_{number}"
         over = other in fresh and other is not node.args[0]
         in_place = over and all(order[reader] < order[node] for reader in readers)
         name = f"fused_{number}"
-        layer = fused(convolution, activation, in_place)
-        if bias is not None:
-            own = 0 if layer.bias is None else layer.bias
-            layer.bias = nn.Parameter(own + bias, requires_grad=False)
-        network.add_submodule(name, layer)
+        network.add_submodule(name, fused(convolution, activation, in_place))
         with graph.inserting_after(replaced[-1]):
             made = graph.call_module(name, (node.args[0],) if other is None else (node.args[0], other))
         order[made] = order[replaced[-1]]
@@ -243,9 +214,3 @@ def fuse_convolutions(network: fx.GraphModule, fused: type[FusedConv2d] | type[C
             graph.erase_node(old)
     network.delete_all_unused_submodules()
     network.recompile()
-
-
-def _without_bias(convolution: nn.Conv2d) -> nn.Conv2d:
-    plain = copy.copy(convolution)
-    plain._parameters = dict(convolution._parameters, bias=None)
-    return plain
