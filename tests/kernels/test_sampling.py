@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sampling_cases import outputs_and_gradients, random_inputs, stock
-from siamese_detr.detectors import deformable_sampling as reference
 from siamese_detr.kernels import cpu_sampling
+from siamese_detr.kernels.sampling import deformable_sample
 
 Shapes = list[tuple[int, int]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any]]] = {
-    "reference": (reference.deformable_sample._init_fn, reference.deformable_sample_backward._init_fn),
     "cpu": (cpu_sampling.sample, cpu_sampling.sample_backward),
 }
 try:
@@ -36,7 +35,7 @@ def flat(shapes: Shapes) -> list[int]:
 
 def sample(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
     """As a detector calls it."""
-    return reference.deformable_sample(value, locations, weights, flat(shapes))
+    return deformable_sample(value, locations, weights, flat(shapes))
 
 
 def directly(name: str, inputs: tuple[Tensor, ...], shapes: Shapes, above: Tensor) -> list[Tensor]:

@@ -19,15 +19,6 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The precision in which linear layers and attention compute with `x`: that of autocast, where it is on, but for
-    double precision.
-    """
-    device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if cast else x.dtype
-
-
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """logit(x), with both x and 1 - x kept above `eps`."""
     x = x.clamp(min=0, max=1)

@@ -1,7 +1,7 @@
 """Whatever only makes detectors faster: kernels for operations that are defined elsewhere, exchanged in one place.
 
 Nothing below this package knows that it exists. :func:`accelerate` exchanges modules of a detector for faster ones that
-compute the same, and registers kernels on the operations ``siamese_detr::deformable_sample`` (detectors),
+compute the same, and registers kernels on the operations ``siamese_detr::deformable_sample``,
 ``siamese_detr::assign`` (detection) and ``siamese_detr::augment`` (views). :func:`stock` puts the modules back.
 """
 
@@ -12,10 +12,10 @@ import os
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from siamese_detr.detectors.adapter import DetectorAdapter
-from siamese_detr.detectors.deformable_sampling import deformable_sample
+from siamese_detr.kernels.sampling import Sampling
 from siamese_detr.runtime.gpu import runs_triton
 
 Mode = Literal["auto", "off", "hub"]
@@ -76,31 +76,6 @@ def stock(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, DetectorAdapter):
             part.frozen_backbone = None
-
-
-class Sampling(nn.Module):
-    """Takes the place of Transformers' ``MultiScaleDeformableAttention``, which holds no weights either.
-
-    Args:
-        stock: the module replaced.
-    """
-
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
-        self.stock = stock
-
-    def forward(
-        self,
-        value: Tensor,
-        spatial_shapes: Tensor,
-        shapes: list[tuple[int, int]],
-        level_start_index: Tensor,
-        locations: Tensor,
-        weights: Tensor,
-        im2col_step: int,
-    ) -> Tensor:
-        """See ``deformable_sample``; ``shapes`` holds (h, w) of each level."""
-        return deformable_sample(value, locations, weights, [side for shape in shapes for side in shape])
 
 
 def _exchange_sampling(model: nn.Module) -> bool:

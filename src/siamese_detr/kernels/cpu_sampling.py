@@ -18,12 +18,7 @@ import torch
 from numba import int32, uint64
 from torch import Tensor
 
-from siamese_detr.detectors.deformable_sampling import (
-    check_shapes,
-    deformable_sample,
-    deformable_sample_backward,
-    pairs,
-)
+from siamese_detr.kernels.sampling import BACKWARD, NAME, check_shapes, pairs
 
 FEWEST_POINTS = 30_000
 """From this many points on several threads pay."""
@@ -32,9 +27,8 @@ FEWEST_POINTS = 30_000
 compiled = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 
 
-@deformable_sample.register_kernel("cpu")
 def sample(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
-    """See the reference."""
+    """See ``sampling.deformable_sample``."""
     check_shapes(value, locations, weights, sizes)
     inputs = _inputs(value, locations, weights)
     out = inputs[0].new_empty(*weights.shape[:3], value.shape[3])
@@ -42,11 +36,10 @@ def sample(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[in
     return out.flatten(2).to(value.dtype)
 
 
-@deformable_sample_backward.register_kernel("cpu")
 def sample_backward(
     gradient: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the reference."""
+    """The gradients of ``value``, ``locations`` and ``weights`` from that of the result (B, Q, heads * C)."""
     given = (value, locations, weights)
     inputs = _inputs(*given)
     above = gradient.to(inputs[0].dtype).reshape(*weights.shape[:3], value.shape[3]).contiguous()
@@ -54,6 +47,10 @@ def sample_backward(
     _run(_spread, sizes, [*inputs, above, *results])
     to_value, to_locations, to_weights = (result.to(x.dtype) for result, x in zip(results, given, strict=True))
     return to_value, to_locations, to_weights
+
+
+torch.library.impl(NAME, "cpu", sample)
+torch.library.impl(BACKWARD, "cpu", sample_backward)
 
 
 def _inputs(*tensors: Tensor) -> list[Tensor]:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from siamese_detr.detectors.functional import product_dtype
 from siamese_detr.kernels.fused import ConvolutionTracer, CudnnConv2d, FusedConv2d, drop_identities, fuse_convolutions
 from siamese_detr.runtime.hardware import emulates_bf16
 
@@ -50,7 +49,9 @@ class FrozenBackbone:
     def __call__(self, pixel_values: Tensor) -> list[Tensor]:
         """Maps (B, C, h, w) of ``pixel_values`` (B, 3, H, W), finest first, without gradient."""
         device = pixel_values.device.type
-        dtype = product_dtype(pixel_values)  # under autocast the weights are cast once, here, and not at every call
+        cast = torch.is_autocast_enabled(device) and pixel_values.dtype != torch.float64
+        # Under autocast the weights are cast once, here, and not at every call.
+        dtype = torch.get_autocast_dtype(device) if cast else pixel_values.dtype
         with torch.autocast(device, enabled=False):
             network = self.network(dtype)
             area = math.prod(pixel_values.shape[-2:])

@@ -16,21 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siamese_detr.detectors.deformable_sampling import (
-    check_shapes,
-    deformable_sample,
-    deformable_sample_backward,
-    pairs,
-)
+from siamese_detr.kernels.sampling import BACKWARD, NAME, check_shapes, pairs
 from siamese_detr.runtime.gpu import send
 
 QUERIES, WARPS = 16, 2
 """Queries of a program, and warps that compute them."""
 
 
-@deformable_sample.register_kernel("cuda")
 def sample(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
-    """See the reference."""
+    """See ``sampling.deformable_sample``."""
     check_shapes(value, locations, weights, sizes)
     batch, queries, heads = weights.shape[:3]
     out = value.new_empty(batch, queries, heads * value.shape[3])
@@ -38,17 +32,20 @@ def sample(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[in
     return out
 
 
-@deformable_sample_backward.register_kernel("cuda")
 def sample_backward(
     gradient: Tensor, value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the reference."""
+    """The gradients of ``value``, ``locations`` and ``weights`` from that of the result (B, Q, heads * C)."""
     to_value = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
     to_value = to_value.contiguous()
     to_locations, to_weights = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (locations, weights))
     inputs = _inputs(value, locations, weights, sizes)
     _launch(_spread, inputs, gradient.contiguous(), to_value, to_locations, to_weights)
     return to_value.to(value.dtype), to_locations, to_weights
+
+
+torch.library.impl(NAME, "cuda", sample)
+torch.library.impl(BACKWARD, "cuda", sample_backward)
 
 
 def _inputs(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> list[Tensor]:
