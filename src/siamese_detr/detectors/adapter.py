@@ -112,6 +112,10 @@ class DetectorAdapter(nn.Module):
             if tensor.is_floating_point() and name not in remade:
                 tensor.lerp_(present[name], share)
 
+    def pad(self, x: Tensor) -> Tensor:
+        """(B, ..., H, W) padded with zeros on the right and at the bottom to sides the family takes."""
+        return x
+
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> list[Tensor]:
         """Backbone maps the detector consumes, finest first.
 
@@ -125,6 +129,7 @@ class DetectorAdapter(nn.Module):
         """
         if pixel_mask is not None:
             pixel_values = pixel_values * pixel_mask[:, None].to(pixel_values.dtype)
+        pixel_values = self.pad(pixel_values)
         if self.frozen_backbone is not None and not self.backbone_trainable:
             return self.frozen_backbone(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone_trainable):

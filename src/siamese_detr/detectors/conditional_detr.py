@@ -3,9 +3,11 @@ the reference point of the query is predicted."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
-from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, PretrainedConfig, PreTrainedModel
 
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, Memory
@@ -22,8 +24,8 @@ from siamese_detr.detectors.functional import (
 
 class ConditionalDetrAdapter(DetrAdapter):
     family = "conditional-detr"
-    model_class = ConditionalDetrForObjectDetection
-    config_class = ConditionalDetrConfig
+    model_class: ClassVar[type[PreTrainedModel]] = ConditionalDetrForObjectDetection
+    config_class: ClassVar[type[PretrainedConfig]] = ConditionalDetrConfig
     processor_class = "ConditionalDetrImageProcessor"
     class_loss = "focal"
 
@@ -31,18 +33,18 @@ class ConditionalDetrAdapter(DetrAdapter):
         detr = self.model.model
         initialise.xavier(detr.encoder, packed=(type(detr.encoder.layers[0].self_attn),))
         initialise.xavier(detr.decoder)
-        for layer in detr.decoder.layers:
-            nn.init.zeros_(layer.self_attn.o_proj.bias)
-            nn.init.zeros_(layer.encoder_attn.o_proj.bias)
-        initialise.reset(detr.query_position_embeddings)
+        for name, layer in detr.decoder.named_modules():
+            if name.endswith(("attn.o_proj", "attn.output_proj")):
+                nn.init.zeros_(layer.bias)
+        initialise.reset(self.queries)
         initialise.reset(detr.input_projection)
         initialise.box_head(self.model.bbox_predictor)
-        initialise.class_head(self.model.class_labels_classifier)
+        for head in self.class_heads:
+            initialise.class_head(head)
 
     def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
         decoder = self.model.model.decoder
-        embedding = self.model.model.query_position_embeddings.weight
-        positions = self.add_regions(embedding, region_queries, len(memory.tokens))
+        positions = self.add_regions(self.queries.weight, region_queries, len(memory.tokens))
         reference = decoder.ref_point_head(positions).sigmoid()
         sine = sine_embedding(reference, self.hidden_size // 2)
         reference = inverse_sigmoid(at_least_float32(reference))

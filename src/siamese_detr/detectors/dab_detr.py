@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import DabDetrConfig, DabDetrForObjectDetection, PretrainedConfig
+from transformers import DabDetrConfig, DabDetrForObjectDetection
 
-from siamese_detr.detectors import initialise
-from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
+from siamese_detr.detectors.adapter import Decoded, Memory
+from siamese_detr.detectors.conditional_detr import ConditionalDetrAdapter
 from siamese_detr.detectors.functional import (
     additive_mask,
     at_least_float32,
@@ -18,21 +18,11 @@ from siamese_detr.detectors.functional import (
 )
 
 
-class DabDetrAdapter(DetectorAdapter):
+class DabDetrAdapter(ConditionalDetrAdapter):
     family = "dab-detr"
     model_class = DabDetrForObjectDetection
-    processor_class = "ConditionalDetrImageProcessor"  # as the published checkpoints
+    config_class = DabDetrConfig
     defaults = {"num_queries": 300}  # noqa: RUF012
-
-    @classmethod
-    def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:
-        return DabDetrConfig(
-            backbone_config=backbone,
-            hidden_size=size.hidden_size,
-            dilation=size.dilation,
-            auxiliary_loss=False,
-            **size.values(),
-        )
 
     @property
     def hidden_size(self) -> int:
@@ -46,17 +36,9 @@ class DabDetrAdapter(DetectorAdapter):
     def class_heads(self) -> nn.ModuleList:
         return nn.ModuleList([self.model.class_embed])
 
-    def initialise(self) -> None:
-        detr = self.model.model
-        initialise.xavier(detr.encoder, packed=(type(detr.encoder.layers[0].self_attn),))
-        initialise.xavier(detr.decoder)
-        for layer in detr.decoder.layers:
-            nn.init.zeros_(layer.self_attn.self_attn.output_proj.bias)
-            nn.init.zeros_(layer.cross_attn.cross_attn.output_proj.bias)
-        initialise.reset(detr.query_refpoint_embeddings)
-        initialise.reset(detr.input_projection)
-        initialise.box_head(self.model.bbox_predictor)
-        initialise.class_head(self.model.class_embed)
+    @property
+    def queries(self) -> nn.Embedding:
+        return self.model.model.query_refpoint_embeddings
 
     def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
         detr, last = self.model.model, maps[-1]
@@ -71,7 +53,7 @@ class DabDetrAdapter(DetectorAdapter):
 
     def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
         decoder, half = self.model.model.decoder, self.hidden_size // 2
-        anchors = self.model.model.query_refpoint_embeddings.weight
+        anchors = self.queries.weight
         content = memory.tokens.new_zeros(len(anchors), self.hidden_size)
         hidden = self.add_regions(content, region_queries, len(memory.tokens))
         refined = at_least_float32(anchors.repeat(len(hidden), 1, 1)).sigmoid()

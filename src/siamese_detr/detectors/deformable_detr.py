@@ -62,13 +62,11 @@ class DeformableDetrAdapter(DetectorAdapter):
             raise UserError("Deformable DETR needs at least two decoder layers in Transformers; raise decoder_layers")
         return DeformableDetrConfig(
             backbone_config=backbone,
-            d_model=size.hidden_size,
             encoder_n_points=points,
             decoder_n_points=points,
             num_feature_levels=num_feature_levels,
             with_box_refine=with_box_refine,
             dilation=size.dilation,
-            auxiliary_loss=False,
             **size.values(),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import dropout
 from transformers import DetrConfig, DetrForObjectDetection, PretrainedConfig, PreTrainedModel
 
@@ -31,23 +31,20 @@ class DetrAdapter(DetectorAdapter):
 
     @classmethod
     def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:
-        values: dict[str, Any] = dict(
-            backbone_config=backbone,
-            d_model=size.hidden_size,
-            dilation=size.dilation,
-            auxiliary_loss=False,
-            **size.values(),
-        )
+        values: dict[str, Any] = dict(backbone_config=backbone, dilation=size.dilation, **size.values())
         return cls.config_class(**values)
+
+    @property
+    def queries(self) -> nn.Embedding:
+        """The learned queries."""
+        return self.model.model.query_position_embeddings
 
     def initialise(self) -> None:
         detr = self.model.model
-        decoder_attention = detr.decoder.layers[0]
+        first = detr.decoder.layers[0]
         initialise.xavier(detr.encoder, packed=(type(detr.encoder.layers[0].self_attn),))
-        initialise.xavier(
-            detr.decoder, packed=(type(decoder_attention.self_attn), type(decoder_attention.encoder_attn))
-        )
-        initialise.reset(detr.query_position_embeddings)
+        initialise.xavier(detr.decoder, packed=(type(first.self_attn), type(first.encoder_attn)))
+        initialise.reset(self.queries)
         initialise.reset(detr.input_projection)
         initialise.box_head(self.model.bbox_predictor, zero_last=False)
         initialise.class_head(self.model.class_labels_classifier, focal=False)
@@ -65,8 +62,7 @@ class DetrAdapter(DetectorAdapter):
 
     def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
         decoder = self.model.model.decoder
-        embedding = self.model.model.query_position_embeddings.weight
-        positions = self.add_regions(embedding, region_queries, len(memory.tokens))
+        positions = self.add_regions(self.queries.weight, region_queries, len(memory.tokens))
         hidden = torch.zeros_like(positions)
         own = dict(attention_mask=additive_mask(query_mask, hidden.dtype), position_embeddings=positions)
         across = dict(

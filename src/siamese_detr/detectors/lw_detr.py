@@ -87,14 +87,10 @@ class LwDetrAdapter(DetectorAdapter):
         return cls.config_class(**values)
 
     @property
-    def block(self) -> int:
+    def square_side(self) -> int:  # type: ignore[override]
         """Sides of the input must be multiples of this many pixels: whole patches in whole windows."""
         config = self.config.backbone_config
         return config.patch_size * config.num_windows_side
-
-    @property
-    def square_side(self) -> int:  # type: ignore[override]
-        return self.block
 
     @property
     def backbone(self) -> nn.Module:
@@ -132,13 +128,8 @@ class LwDetrAdapter(DetectorAdapter):
             initialise.class_head(head)
 
     def pad(self, x: Tensor) -> Tensor:
-        """(B, ..., H, W) padded with zeros on the right and at the bottom to whole windows."""
         height, width = x.shape[-2:]
-        return nn.functional.pad(x, (0, -width % self.block, 0, -height % self.block))
-
-    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> list[Tensor]:
-        mask = None if pixel_mask is None else self.pad(pixel_mask)
-        return super().features(self.pad(pixel_values), mask)
+        return nn.functional.pad(x, (0, -width % self.square_side, 0, -height % self.square_side))
 
     def project(self, maps: list[Tensor]) -> list[Tensor]:
         """The projector: maps of the ViT's layers -> one map per level."""
@@ -151,10 +142,8 @@ class LwDetrAdapter(DetectorAdapter):
         sources = self.project([x * mask[:, None].to(x.dtype) for x, mask in zip(maps, masks, strict=True)])
         masks, shapes = self.level_masks(sources, pixel_mask)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in sources], 1)
-        extra = dict(
-            **level_arguments(shapes, tokens.device),
-            valid_ratios=valid_ratios(detr, masks, tokens.dtype),
-        )
+        ratios = valid_ratios(detr, masks, tokens.dtype)
+        extra = dict(**level_arguments(shapes, tokens.device), valid_ratios=ratios)
         return Memory(tokens, torch.cat([mask.flatten(1) for mask in masks], 1), shapes, None, extra)
 
     def decode(self, memory: Memory, region_queries: Tensor | None, query_mask: Tensor | None = None) -> Decoded:
@@ -239,7 +228,7 @@ class RfDetrAdapter(LwDetrAdapter):
         return [embeddings.mask_token]  # DINOv2 masks patches only while it is pre-trained
 
     @property
-    def block(self) -> int:
+    def square_side(self) -> int:  # type: ignore[override]
         config = self.config.backbone_config
         return config.patch_size * config.num_windows
 
@@ -249,7 +238,7 @@ class RfDetrAdapter(LwDetrAdapter):
 
     def pad(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        side = -(-max(height, width) // self.block) * self.block
+        side = -(-max(height, width) // self.square_side) * self.square_side
         return nn.functional.pad(x, (0, side - width, 0, side - height))
 
     def project(self, maps: list[Tensor]) -> list[Tensor]:

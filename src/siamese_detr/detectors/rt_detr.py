@@ -39,12 +39,6 @@ SIDE = 32
 """Sides of the input must be multiples of this, or the levels of the encoder do not fit on each other."""
 
 
-def pad_to_multiple(x: Tensor) -> Tensor:
-    """(B, ..., H, W) padded with zeros on the right and at the bottom to multiples of `SIDE`."""
-    height, width = x.shape[-2:]
-    return nn.functional.pad(x, (0, -width % SIDE, 0, -height % SIDE))
-
-
 @dataclass
 class DenoisingQueries:
     """Noisy copies of the labels, as queries before the others.
@@ -94,7 +88,6 @@ class RTDetrAdapter(DetectorAdapter):
             freeze_backbone_batch_norms=True,
             encoder_hidden_dim=size.hidden_size,
             encoder_in_channels=backbone_channels(backbone),
-            d_model=size.hidden_size,
             decoder_in_channels=[size.hidden_size] * 3,
             decoder_n_points=points,
             **size.values(),
@@ -161,12 +154,12 @@ class RTDetrAdapter(DetectorAdapter):
         for layer in self.class_layers:
             initialise.class_head(layer)
 
-    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> list[Tensor]:
-        mask = None if pixel_mask is None else pad_to_multiple(pixel_mask)
-        return super().features(pad_to_multiple(pixel_values), mask)
+    def pad(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        return nn.functional.pad(x, (0, -width % SIDE, 0, -height % SIDE))
 
     def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
-        detr, pixel_mask = self.model.model, pad_to_multiple(pixel_mask)
+        detr, pixel_mask = self.model.model, self.pad(pixel_mask)
         masks, _ = self.level_masks(maps, pixel_mask)
         # There is no attention mask to keep the padding out with: at least there is nothing in it.
         maps = [x * mask[:, None].to(x.dtype) for x, mask in zip(maps, masks, strict=True)]
@@ -178,10 +171,7 @@ class RTDetrAdapter(DetectorAdapter):
         # Boxes come relative to the whole input; valid / whole makes them relative to the un-padded image.
         valid = torch.stack((pixel_mask[:, 0].sum(1), pixel_mask[:, :, 0].sum(1)), 1)
         whole = constant([pixel_mask.shape[2], pixel_mask.shape[1]], valid.device)
-        extra = dict(
-            valid=valid / whole,
-            **level_arguments(shapes, tokens.device),
-        )
+        extra = dict(valid=valid / whole, **level_arguments(shapes, tokens.device))
         return Memory(tokens, torch.cat([mask.flatten(1) for mask in masks], 1), shapes, None, extra)
 
     def decode(

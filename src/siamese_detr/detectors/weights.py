@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,19 +71,6 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if not tensors:
         raise UserError(f"weights {path}: no tensors in it; a state dict is wanted")
     return tensors, options if isinstance(options, dict) else {}
-
-
-def strip_prefixes(state: dict[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
-    """`state` without the prefixes, outermost first.
-
-    A prefix is removed where it stands if any tensor has it; tensors without it are then left out, unless the prefix
-    is one that wraps everything ("module.").
-    """
-    for prefix in prefixes:
-        inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        if inside:
-            state = inside
-    return state
 
 
 @contextmanager

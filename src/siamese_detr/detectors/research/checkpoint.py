@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import DetectorAdapter, only_pretrained
 from siamese_detr.detectors.backbones import resnet_depth
 from siamese_detr.detectors.build import DetectorPlan, adapter_class, plan_detector
 from siamese_detr.detectors.configs import RESNETS
-from siamese_detr.detectors.research.names import class_rows, table, torchvision_name
-from siamese_detr.detectors.weights import read_checkpoint, strip_prefixes
+from siamese_detr.detectors.research.names import BACKBONE, research_names, torchvision_name
+from siamese_detr.detectors.weights import read_checkpoint
 from siamese_detr.errors import UserError
 
 MARKS = {
@@ -43,7 +44,6 @@ PRETEXT = re.compile(r"(^|\.)(patch2query|feature_align|feature_embed|pred_head|
 """Heads of UP-DETR, DETReg and Siamese DETR. Beside them the class head has only seen objects, no classes."""
 HEADS = 8
 """Attention heads in all these papers; the tensors do not tell their number."""
-BACKBONE = "model.backbone.model."
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,27 @@ def read_research_checkpoint(path: str | Path) -> ResearchCheckpoint:
     pretrained = head is None or any(PRETEXT.search(name) for name in raw)
     labels = 1 if head is None or pretrained else len(head) - (0 if focal else 1)
     plan = plan_detector(family, f"resnet{depth}", num_labels=labels, **_sizes(family, state, options))
-    classes = class_rows(family, plan.config)
+    with torch.device("meta"):
+        names = _names(plan.adapter.model_class(plan.config), family)
     if not getattr(plan.config, "with_box_refine", True):  # one head serves all layers, and is stored once for each
         state = {name: value for name, value in state.items() if not re.match(r"(bbox|class)_embed\.[1-9]", name)}
     tensors: dict[str, Tensor] = {}
-    for research, stock in table(family, plan.config) + (classes if not pretrained else []):
-        if research in state:
-            value = state.pop(research)
-            tensors |= zip(stock, value.chunk(len(stock)) if len(stock) > 1 else [value], strict=True)
+    for research, stock in names.items():
+        if pretrained and research.startswith("class_embed."):
+            new = nn.Linear(plan.size.hidden_size, labels if focal else labels + 1)
+            initialise.class_head(new, focal=focal)
+            tensors[stock[0]] = getattr(new, research.rpartition(".")[2]).detach()
+        elif research in state:
+            tensors |= zip(stock, state.pop(research).chunk(len(stock)), strict=True)
     for name in _inside(state, "backbone."):
         tensors[BACKBONE + name] = state.pop(f"backbone.{name}")
-    if pretrained:
-        new = nn.Linear(plan.size.hidden_size, labels if focal else labels + 1)
-        initialise.class_head(new, focal=focal)
-        tensors |= {stock: getattr(new, stock.rpartition(".")[2]).detach().clone() for _, (stock,) in classes}
-    names = ["object"] if pretrained else _class_names(labels, options)
-    return ResearchCheckpoint(plan, tensors, tuple(sorted(state)), names, pretrained)
+    class_names = ["object"] if pretrained else _class_names(labels, options)
+    return ResearchCheckpoint(plan, tensors, tuple(sorted(state)), class_names, pretrained)
+
+
+def _names(model: PreTrainedModel, family: str) -> dict[str, list[str]]:
+    """`research_names` of a model's tensors."""
+    return research_names(family, model.state_dict(), not getattr(model.config, "with_box_refine", True))
 
 
 def _class_names(count: int, options: dict[str, Any]) -> list[str] | None:
@@ -170,7 +175,7 @@ def _inside(names: Iterable[str], prefix: str) -> list[str]:
 
 def normalise(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The many spellings of one checkpoint under one: no wrappers, heads at the top, queries in one piece."""
-    state = strip_prefixes(state, ["module."])
+    state = {re.sub(r"^module\.", "", name): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     state = {re.sub(r"^(pred_head|head)\.", "", name): value for name, value in state.items()}
     state = {re.sub(r"^(detr\.)", "", name): value for name, value in state.items()}
@@ -197,10 +202,10 @@ def research_state_dict(adapter: DetectorAdapter) -> dict[str, Tensor]:
     if adapter.family not in MARKS:
         raise UserError(f"the research codes have no {adapter.family!r}; they have {', '.join(MARKS)}")
     own = adapter.model.state_dict()
-    rows = table(adapter.family, adapter.config)
-    if not only_pretrained(adapter.provenance, adapter.class_names):
-        rows += class_rows(adapter.family, adapter.config)
-    state = {research: torch.cat([own[name] for name in stock]) for research, stock in rows}
+    names = _names(adapter.model, adapter.family)
+    if only_pretrained(adapter.provenance, adapter.class_names):
+        names = {research: stock for research, stock in names.items() if not research.startswith("class_embed.")}
+    state = {research: torch.cat([own[name] for name in stock]) for research, stock in names.items()}
     backbone = {name: own[BACKBONE + name] for name in _inside(own, BACKBONE)}
     if adapter.config.backbone_config.model_type == "resnet":
         backbone = {torchvision_name(name): value for name, value in backbone.items()}

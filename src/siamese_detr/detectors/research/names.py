@@ -1,62 +1,61 @@
 """How the research codes call the tensors Transformers has: DETR, Conditional DETR and Deformable DETR and, on top of
 them, UP-DETR, DETReg and Siamese DETR, which keep the names of the detector they pre-train.
-
-A table row is (research name, Transformers names): one name, or three where the research code packs query, key and
-value projections into one matrix.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable
 
-Row = tuple[str, tuple[str, ...]]
+BACKBONE = "model.backbone.model."
+"""Where Transformers has the backbone."""
+
+OWN = {
+    "detr": {r"encoder_attn\.": "multihead_attn."},
+    "conditional-detr": {
+        r"decoder(.*)\.(s)elf_attn\.([qkv])_?(\w*)_proj\.": r"decoder\1.\2a_\3\4_proj.",
+        r"decoder(.*)\.en(c)oder_attn\.([qkv])_?(\w*)_proj\.": r"decoder\1.\2a_\3\4_proj.",
+        r"encoder_attn\.": "cross_attn.",
+    },
+    "deformable-detr": {
+        r"decoder(.*)\.encoder_attn_layer_norm": r"decoder\1.norm1",  # cross-attention's norm has number 1
+        r"decoder(.*)\.self_attn_layer_norm": r"decoder\1.norm2",
+        r"encoder_attn\.": "cross_attn.",
+    },
+}
+"""Family -> patterns that turn Transformers' names into those of the research code, before those for all families."""
+SHARED = {
+    r"^model\.query_position_embeddings": "query_embed",
+    r"^model\.input_proj(ection)?\.": "input_proj.",
+    r"^model\.": "transformer.",
+    r"^class_labels_classifier": "class_embed",
+    r"^bbox_predictor": "bbox_embed",
+    r"decoder\.layernorm": "decoder.norm",
+    r"mlp\.fc": "linear",
+    r"self_attn_layer_norm": "norm1",
+    r"encoder_attn_layer_norm": "norm2",
+    r"encoder(.*)\.final_layer_norm": r"encoder\1.norm2",
+    r"final_layer_norm": "norm3",
+    r"\.[qkv]_proj\.(weight|bias)$": r".in_proj_\1",
+    r"\.o_proj": ".out_proj",
+}
 
 
-def table(family: str, config: Any) -> list[Row]:
-    """All rows of a family but the backbone and the class head.
+def research_names(family: str, stock: Iterable[str], shared_heads: bool) -> dict[str, list[str]]:
+    """Research name -> Transformers' names, but for the backbone: one, or three where the research code packs query,
+    key and value projections into one matrix.
 
     Args:
-        family: "detr", "conditional-detr" or "deformable-detr".
-        config: the Transformers configuration (depths and levels).
+        family: of `OWN`.
+        stock: all names of the model's tensors.
+        shared_heads: one class head and one box head serve all layers.
     """
-    rows: list[Row] = []
-    for i in range(config.encoder_layers):
-        rows += _encoder_layer(family, f"transformer.encoder.layers.{i}", f"model.encoder.layers.{i}")
-    for i in range(config.decoder_layers):
-        research, stock = f"transformer.decoder.layers.{i}", f"model.decoder.layers.{i}"
-        rows += {"detr": _detr_layer, "conditional-detr": _conditional_layer, "deformable-detr": _deformable_layer}[
-            family
-        ](research, stock, i)
-    rows += [("query_embed.weight", ("model.query_position_embeddings.weight",))]
-    if family == "deformable-detr":
-        rows += [("transformer.level_embed", ("model.level_embed",))]
-        rows += _linear("transformer.reference_points", "model.reference_points")
-        for i in range(config.num_feature_levels):
-            rows += [*_linear(f"input_proj.{i}.0", f"model.input_proj.{i}.0")]
-            rows += [*_linear(f"input_proj.{i}.1", f"model.input_proj.{i}.1")]
-        for i in range(config.decoder_layers if config.with_box_refine else 1):
-            rows += [
-                row for k in range(3) for row in _linear(f"bbox_embed.{i}.layers.{k}", f"bbox_embed.{i}.layers.{k}")
-            ]
-        return rows
-    rows += _linear("input_proj", "model.input_projection")
-    rows += _linear("transformer.decoder.norm", "model.decoder.layernorm")
-    rows += [row for k in range(3) for row in _linear(f"bbox_embed.layers.{k}", f"bbox_predictor.layers.{k}")]
-    if family == "conditional-detr":
-        for head in ("query_scale", "ref_point_head"):
-            for k in range(2):
-                rows += _linear(f"transformer.decoder.{head}.layers.{k}", f"model.decoder.{head}.layers.{k}")
-    return rows
-
-
-def class_rows(family: str, config: Any) -> list[Row]:
-    """The rows of the class head."""
-    if family != "deformable-detr":
-        return [*_linear("class_embed", "class_labels_classifier")]
-    heads = config.decoder_layers if config.with_box_refine else 1
-    return [row for i in range(heads) for row in _linear(f"class_embed.{i}", f"class_embed.{i}")]
+    names: dict[str, list[str]] = {}
+    for name in sorted(stock, key=lambda name: "qkv".find(name.rpartition("_proj")[0][-1:])):
+        repeated = r"model\.decoder\.(bbox|class)_embed" + (r"|(bbox|class)_embed\.[1-9]" if shared_heads else "")
+        if not name.startswith(BACKBONE) and not re.match(repeated, name):
+            names.setdefault(_renamed(name, OWN[family] | SHARED), []).append(name)
+    return names
 
 
 def torchvision_name(name: str) -> str:
@@ -68,63 +67,7 @@ def torchvision_name(name: str) -> str:
     return re.sub(r"layer\.(\d)\.normalization\.", lambda layer: f"bn{int(layer[1]) + 1}.", name)
 
 
-def _linear(research: str, stock: str) -> Iterator[Row]:
-    for kind in ("weight", "bias"):
-        yield f"{research}.{kind}", (f"{stock}.{kind}",)
-
-
-def _packed(research: str, stock: str) -> Iterator[Row]:
-    for kind in ("weight", "bias"):
-        yield f"{research}.in_proj_{kind}", tuple(f"{stock}.{part}_proj.{kind}" for part in "qkv")
-    yield from _linear(f"{research}.out_proj", f"{stock}.o_proj")
-
-
-def _deformable(research: str, stock: str) -> Iterator[Row]:
-    for part in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
-        yield from _linear(f"{research}.{part}", f"{stock}.{part}")
-
-
-def _feed_forward(research: str, stock: str) -> Iterator[Row]:
-    for i in (1, 2):
-        yield from _linear(f"{research}.linear{i}", f"{stock}.mlp.fc{i}")
-
-
-def _norms(research: str, stock: str, *names: str) -> Iterator[Row]:
-    for i, name in enumerate(names, 1):
-        yield from _linear(f"{research}.norm{i}", f"{stock}.{name}_layer_norm")
-
-
-def _encoder_layer(family: str, research: str, stock: str) -> Iterator[Row]:
-    attention = _deformable if family == "deformable-detr" else _packed
-    yield from attention(f"{research}.self_attn", f"{stock}.self_attn")
-    yield from _feed_forward(research, stock)
-    yield from _norms(research, stock, "self_attn", "final")
-
-
-def _detr_layer(research: str, stock: str, index: int) -> Iterator[Row]:
-    yield from _packed(f"{research}.self_attn", f"{stock}.self_attn")
-    yield from _packed(f"{research}.multihead_attn", f"{stock}.encoder_attn")
-    yield from _feed_forward(research, stock)
-    yield from _norms(research, stock, "self_attn", "encoder_attn", "final")
-
-
-def _deformable_layer(research: str, stock: str, index: int) -> Iterator[Row]:
-    yield from _packed(f"{research}.self_attn", f"{stock}.self_attn")
-    yield from _deformable(f"{research}.cross_attn", f"{stock}.encoder_attn")
-    yield from _feed_forward(research, stock)
-    yield from _norms(research, stock, "encoder_attn", "self_attn", "final")  # cross-attention's norm has number 1
-
-
-def _conditional_layer(research: str, stock: str, index: int) -> Iterator[Row]:
-    for short, attention in (("sa", "self_attn"), ("ca", "encoder_attn")):
-        parts = ["qcontent", "qpos", "kcontent", "kpos", "v"]
-        if short == "ca":
-            parts += ["qpos_sine"]
-            parts.remove("qpos") if index else None  # the first layer alone adds the query position
-        for part in parts:
-            name = re.sub(r"^([qk])(content|pos)", r"\1_\2", part)
-            yield from _linear(f"{research}.{short}_{part}_proj", f"{stock}.{attention}.{name}_proj")
-    yield from _linear(f"{research}.self_attn.out_proj", f"{stock}.self_attn.o_proj")
-    yield from _linear(f"{research}.cross_attn.out_proj", f"{stock}.encoder_attn.o_proj")
-    yield from _feed_forward(research, stock)
-    yield from _norms(research, stock, "self_attn", "encoder_attn", "final")
+def _renamed(name: str, patterns: dict[str, str]) -> str:
+    for pattern, replacement in patterns.items():
+        name = re.sub(pattern, replacement, name)
+    return name
