@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from siamese_detr.detectors.research.checkpoint import normalise
-from siamese_detr.detectors.research.names import table
+from siamese_detr.detectors.research.names import research_names
 from siamese_detr.pretext import SiameseConfig, UpDetrConfig, losses
 from siamese_detr.pretext.base import Pretext
 from siamese_detr.pretext.features import FrozenFeatures
@@ -192,13 +192,13 @@ class Case:
         """The tensors of parameters, gradients or buffers in ``file`` under our names.
 
         Args:
-            detector: has ``family`` and ``config``.
+            detector: has the ``model``.
         """
         state = normalise(self.tensors(file))
         state.pop("criterion.empty_weight", None)
         ours = {}
-        for official, stock in table(self.family, detector.config):
-            if official in state:
+        for official, stock in research_names(self.family, detector.model).items():
+            if official in state and not official.startswith("class_embed."):  # the pretext's
                 parts = state.pop(official).chunk(len(stock))
                 ours |= {f"detector.model.{name}": part for name, part in zip(stock, parts, strict=True)}
         return ours | self.translate_heads(state)

@@ -22,9 +22,10 @@ from pretext_cases import random_features, randomise, small_detector
 from runs import TINY, logged
 from siamese_detr.detection.matching import assign
 from siamese_detr.detectors import build_detector
+from siamese_detr.detectors.functional import backbone_maps
 from siamese_detr.errors import UserError
 from siamese_detr.kernels import accelerate
-from siamese_detr.kernels.frozen import FrozenBackbone, is_norm, run
+from siamese_detr.kernels.frozen import FrozenBackbone, is_norm
 from siamese_detr.kernels.fused import CudnnConv2d
 from siamese_detr.pretext import build_pretext
 from siamese_detr.training.pretrain import PretrainConfig, pretrain
@@ -99,7 +100,7 @@ def test_the_frozen_backbone_is_fused(precision: torch.dtype) -> None:
             if not value.any():  # the norms' weights at the ends of branches, too, which would add nothing
                 value.fill_(0.1)
         images = torch.randn(3, 3, 128, 160, device="cuda")
-        expected = run(network, images)
+        expected = backbone_maps(network, images)
         fast = FrozenBackbone(network)
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
             found = fast(images)
@@ -123,11 +124,11 @@ def test_a_backbone_in_which_rounding_adds_up_is_fused() -> None:
         module.register_forward_pre_hook(settle)
     images = torch.randn(2, 3, 128, 160, device="cuda")
     with torch.no_grad():
-        expected = run(network, images)[-1]
+        expected = backbone_maps(network, images)[-1]
     for module in network.modules():
         module._forward_pre_hooks.clear()
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        rounded = run(network, images)[-1]
+        rounded = backbone_maps(network, images)[-1]
     assert (rounded - expected).abs().max() > 0.1 * expected.abs().max()
     kinds = [type(module) for module in FrozenBackbone(network).network(torch.bfloat16).modules()]
     assert kinds.count(CudnnConv2d) == 49

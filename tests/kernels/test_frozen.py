@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siamese_detr.detectors.build import build_detector
+from siamese_detr.detectors.functional import backbone_maps
 from siamese_detr.kernels import frozen
-from siamese_detr.kernels.frozen import FrozenBackbone, conv_norm_pairs, fold, fuse, run
+from siamese_detr.kernels.frozen import FrozenBackbone, conv_norm_pairs, fold, fuse
 from siamese_detr.kernels.fused import Blocks, CudnnConv2d, FusedConv2d
 from siamese_detr.runtime.hardware import emulates_bf16
 from tiny_detectors import needs_onednn
@@ -26,7 +27,7 @@ def test_folding_keeps_the_function(backbone: str) -> None:
             if name.endswith(("running_mean", "running_var")):
                 buffer.add_(torch.rand_like(buffer))
         images = torch.randn(3, 3, 128, 160)
-        expected = run(network, images)
+        expected = backbone_maps(network, images)
     fast = FrozenBackbone(network)
     for got, want in zip(fast(images), expected, strict=True):
         assert (got - want).abs().max() <= 2e-5 * want.abs().max()
@@ -228,7 +229,7 @@ def test_what_is_rewritten_for_cudnn_computes_the_same(size: tuple[int, int]) ->
                 value.add_(0.5 * torch.rand_like(value))
         images = torch.randn(2, 3, *size)
         fused = fuse(fold(network))
-        for got, want in zip(run(fused, images), run(network, images), strict=True):
+        for got, want in zip(backbone_maps(fused, images), backbone_maps(network, images), strict=True):
             assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     layers = [module for module in fused.modules() if isinstance(module, CudnnConv2d)]
     assert len(layers) == 17  # of 20 convolutions: those of the shortcuts have no activation
@@ -241,7 +242,7 @@ def test_any_network_rewritten_for_cudnn_computes_the_same(network: torch.nn.Mod
     network = network.eval()
     fused, images = fuse(network), torch.randn(2, 3, 32, 48)
     assert any(isinstance(module, CudnnConv2d) for module in fused.modules())
-    for got, want in zip(run(fused, images), run(network, images), strict=True):
+    for got, want in zip(backbone_maps(fused, images), backbone_maps(network, images), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -260,8 +261,8 @@ def test_a_network_that_rounds_coarsely_is_fused_in_half_precision_too() -> None
     network = Cancelling().to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)
     fused, images = fuse(network), torch.randn(2, 3, 32, 48, dtype=torch.bfloat16)
     assert sum(isinstance(module, CudnnConv2d) for module in fused.modules()) == 2
-    exact = run(network.float(), images.float())[0]
-    found = run(fused, images)[0]
+    exact = backbone_maps(network.float(), images.float())[0]
+    found = backbone_maps(fused, images)[0]
     assert found.dtype == torch.bfloat16
     assert (found - exact).abs().max() <= 0.05 * exact.abs().max()
 

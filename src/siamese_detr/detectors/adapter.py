@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from siamese_detr.detectors import weights
 from siamese_detr.detectors.backbones import Backbone
-from siamese_detr.detectors.functional import level_mask
+from siamese_detr.detectors.functional import backbone_maps, level_mask
 from siamese_detr.detectors.structures import ClassLoss, Decoded, DetectorSize, Memory, Predictions, Targets
 from siamese_detr.errors import UserError
 
@@ -133,9 +133,7 @@ class DetectorAdapter(nn.Module):
         if self.frozen_backbone is not None and not self.backbone_trainable:
             return self.frozen_backbone(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone_trainable):
-            maps = self.backbone(pixel_values)
-            maps = maps if isinstance(maps, list | tuple) else maps.feature_maps
-        return list(maps)
+            return backbone_maps(self.backbone, pixel_values)
 
     def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
         """Projection and Transformer encoder.
@@ -274,8 +272,8 @@ class DetectorAdapter(nn.Module):
         self.backbone.eval()
         with torch.no_grad():
             side = -(-128 // (self.square_side or 1)) * (self.square_side or 1)
-            maps = self.backbone(torch.zeros(1, 3, side, side, dtype=weight.dtype, device=weight.device))
-            maps = maps if isinstance(maps, list | tuple) else maps.feature_maps
+            images = torch.zeros(1, 3, side, side, dtype=weight.dtype, device=weight.device)
+            maps = backbone_maps(self.backbone, images)
         self.backbone.train(training)
         return [(x.shape[1], side // x.shape[2]) for x in maps]
 

@@ -15,7 +15,6 @@ from siamese_detr.detectors.detr import DetrAdapter
 from siamese_detr.detectors.functional import (
     additive_mask,
     at_least_float32,
-    decoder_layer,
     inverse_sigmoid,
     padding_mask,
     sine_embedding,
@@ -49,17 +48,17 @@ class ConditionalDetrAdapter(DetrAdapter):
         sine = sine_embedding(reference, self.hidden_size // 2)
         reference = inverse_sigmoid(at_least_float32(reference))
         hidden = torch.zeros_like(positions)
-        own = dict(attention_mask=additive_mask(query_mask, hidden.dtype), query_position_embeddings=positions)
-        across = dict(
+        given = dict(
+            attention_mask=additive_mask(query_mask, hidden.dtype),
+            query_position_embeddings=positions,
             encoder_hidden_states=memory.tokens,
-            attention_mask=padding_mask(memory.mask, hidden.dtype),
-            encoder_position_embeddings=memory.positions,
+            encoder_attention_mask=padding_mask(memory.mask, hidden.dtype),
+            spatial_position_embeddings=memory.positions,
         )
         states, boxes = [], []
         for index, layer in enumerate(decoder.layers):
             scaled = sine * decoder.query_scale(hidden) if index else sine
-            embedded = dict(query_sine_embed=scaled, query_position_embeddings=None if index else positions)
-            hidden = decoder_layer(layer, hidden, own, across | embedded)
+            hidden = layer(hidden, query_sine_embed=scaled, is_first=index == 0, **given)
             states.append(decoder.layernorm(hidden))
             shift = at_least_float32(self.model.bbox_predictor(states[-1]))
             boxes.append(torch.cat((shift[..., :2] + reference, shift[..., 2:]), -1).sigmoid())

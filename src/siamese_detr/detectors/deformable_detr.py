@@ -18,7 +18,6 @@ from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSiz
 from siamese_detr.detectors.functional import (
     additive_mask,
     at_least_float32,
-    decoder_layer,
     encoder_layer,
     inverse_sigmoid,
     level_arguments,
@@ -62,6 +61,7 @@ class DeformableDetrAdapter(DetectorAdapter):
             raise UserError("Deformable DETR needs at least two decoder layers in Transformers; raise decoder_layers")
         return DeformableDetrConfig(
             backbone_config=backbone,
+            d_model=size.hidden_size,
             encoder_n_points=points,
             decoder_n_points=points,
             num_feature_levels=num_feature_levels,
@@ -124,12 +124,11 @@ class DeformableDetrAdapter(DetectorAdapter):
         position, content = detr.query_position_embeddings.weight.split(self.hidden_size, dim=1)
         positions = self.add_regions(position, region_queries, len(memory.tokens))
         hidden = content.unsqueeze(0).expand(len(positions), -1, -1)
-        own = dict(attention_mask=additive_mask(query_mask, hidden.dtype), position_embeddings=positions)
-        across = dict(
+        given = dict(
+            attention_mask=additive_mask(query_mask, hidden.dtype),
+            object_queries_position_embeddings=positions,
             encoder_hidden_states=memory.tokens,
-            attention_mask=memory.mask,
             encoder_attention_mask=memory.mask,
-            position_embeddings=positions,
             **extra,
         )
         reference = at_least_float32(detr.reference_points(positions)).sigmoid()
@@ -137,7 +136,7 @@ class DeformableDetrAdapter(DetectorAdapter):
         for layer, box_head in zip(detr.decoder.layers, self.model.bbox_embed, strict=True):
             scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), -1)
             anchors = reference[:, :, None] * scale[:, None]
-            hidden = decoder_layer(layer, hidden, own, across | {"reference_points": anchors})
+            hidden = layer(hidden, reference_points=anchors, **given)
             states.append(hidden)
             shift, known = at_least_float32(box_head(hidden)), reference.shape[-1]
             anchor = inverse_sigmoid(reference)

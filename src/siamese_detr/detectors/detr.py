@@ -14,7 +14,6 @@ from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSiz
 from siamese_detr.detectors.functional import (
     additive_mask,
     at_least_float32,
-    decoder_layer,
     encoder_layer,
     padding_mask,
     sine_positions,
@@ -31,8 +30,8 @@ class DetrAdapter(DetectorAdapter):
 
     @classmethod
     def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:
-        values: dict[str, Any] = dict(backbone_config=backbone, dilation=size.dilation, **size.values())
-        return cls.config_class(**values)
+        values: Any = {"hidden_size": size.hidden_size, "dilation": size.dilation, **size.values()}
+        return cls.config_class(backbone_config=backbone, **values)
 
     @property
     def queries(self) -> nn.Embedding:
@@ -64,16 +63,16 @@ class DetrAdapter(DetectorAdapter):
         decoder = self.model.model.decoder
         positions = self.add_regions(self.queries.weight, region_queries, len(memory.tokens))
         hidden = torch.zeros_like(positions)
-        own = dict(attention_mask=additive_mask(query_mask, hidden.dtype), position_embeddings=positions)
-        across = dict(
-            key_value_states=memory.tokens,
-            attention_mask=padding_mask(memory.mask, hidden.dtype),
-            position_embeddings=positions,
-            encoder_position_embeddings=memory.positions,
+        given = dict(
+            attention_mask=additive_mask(query_mask, hidden.dtype),
+            object_queries_position_embeddings=positions,
+            encoder_hidden_states=memory.tokens,
+            encoder_attention_mask=padding_mask(memory.mask, hidden.dtype),
+            spatial_position_embeddings=memory.positions,
         )
         states, boxes = [], []
         for layer in decoder.layers:
-            hidden = decoder_layer(layer, hidden, own, across)
+            hidden = layer(hidden, **given)
             states.append(decoder.layernorm(hidden))
             boxes.append(at_least_float32(self.model.bbox_predictor(states[-1])).sigmoid())
         return Decoded(torch.stack(states), torch.stack(boxes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,12 @@ from siamese_detr.runtime.gpu import send
 def at_least_float32(x: Tensor) -> Tensor:
     """`x`, or its float32 copy if it is of lower precision: boxes are never computed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def backbone_maps(network: nn.Module, pixel_values: Tensor) -> list[Tensor]:
+    """The network's maps (B, C, h, w), finest first, whether it is timm's or one of Transformers."""
+    maps = network(pixel_values)
+    return list(maps if isinstance(maps, list | tuple) else maps.feature_maps)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -138,13 +143,11 @@ def spread_tokens(count: int, shapes: list[tuple[int, int]], valid: Tensor) -> T
     return starts[level] + row * sizes[level, 1] + column
 
 
-# The Transformer layers of DETR, Conditional DETR and Deformable DETR run through their own sub-modules: equal to
-# calling the layers, but without their finiteness test, which in training costs a device synchronisation per layer.
-# Gradient checkpointing, where enabled in the model, is honoured.
-
-
 def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
-    """One layer of an encoder.
+    """One layer of DETR's, Conditional DETR's or Deformable DETR's encoder.
+
+    It runs through its sub-modules: equal to calling it, but without its finiteness test, which in training costs a
+    device synchronisation. Gradient checkpointing, where enabled in the model, is honoured.
 
     Args:
         layer: the stock layer.
@@ -154,42 +157,9 @@ def encoder_layer(layer: Any, tokens: Tensor, **attention: Any) -> Tensor:
 
     def run(tokens: Tensor) -> Tensor:
         attended, _ = layer.self_attn(hidden_states=tokens, **attention)
-        tokens = _add(layer.self_attn_layer_norm, tokens, attended, layer)
-        return _feed_forward(layer, tokens)
+        tokens = layer.self_attn_layer_norm(tokens + dropout(attended, layer.dropout, layer.training))
+        return layer.final_layer_norm(tokens + layer.mlp(tokens))  # the block drops values itself
 
-    return _checkpointed(layer, run, tokens)
-
-
-def decoder_layer(
-    layer: Any, queries: Tensor, self_attention: dict[str, Any], cross_attention: dict[str, Any]
-) -> Tensor:
-    """One layer of a decoder.
-
-    Args:
-        layer: the stock layer.
-        queries: (B, Q, D).
-        self_attention, cross_attention: what the attentions take besides the queries.
-    """
-
-    def run(queries: Tensor) -> Tensor:
-        attended, _ = layer.self_attn(hidden_states=queries, **self_attention)
-        queries = _add(layer.self_attn_layer_norm, queries, attended, layer)
-        attended, _ = layer.encoder_attn(hidden_states=queries, **cross_attention)
-        queries = _add(layer.encoder_attn_layer_norm, queries, attended, layer)
-        return _feed_forward(layer, queries)
-
-    return _checkpointed(layer, run, queries)
-
-
-def _feed_forward(layer: Any, x: Tensor) -> Tensor:
-    return layer.final_layer_norm(x + layer.mlp(x))  # the block drops values itself
-
-
-def _add(norm: Any, x: Tensor, branch: Tensor, layer: Any) -> Tensor:
-    return norm(x + dropout(branch, layer.dropout, layer.training))
-
-
-def _checkpointed(layer: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if layer.training and getattr(layer, "gradient_checkpointing", False):
-        return checkpoint(run, x, use_reentrant=False)
-    return run(x)
+    if layer.training and layer.gradient_checkpointing:
+        return checkpoint(run, tokens, use_reentrant=False)
+    return run(tokens)

@@ -88,6 +88,7 @@ class RTDetrAdapter(DetectorAdapter):
             freeze_backbone_batch_norms=True,
             encoder_hidden_dim=size.hidden_size,
             encoder_in_channels=backbone_channels(backbone),
+            d_model=size.hidden_size,
             decoder_in_channels=[size.hidden_size] * 3,
             decoder_n_points=points,
             **size.values(),

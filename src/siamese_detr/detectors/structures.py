@@ -106,7 +106,6 @@ class DetectorSize:
         """What most configurations of Transformers call by the same names."""
         return dict(
             num_queries=self.num_queries,
-            hidden_size=self.hidden_size,
             encoder_layers=self.encoder_layers,
             decoder_layers=self.decoder_layers,
             encoder_attention_heads=self.heads,

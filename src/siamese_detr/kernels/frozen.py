@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from siamese_detr.detectors.functional import backbone_maps
 from siamese_detr.kernels.fused import ConvolutionTracer, CudnnConv2d, FusedConv2d, drop_identities, fuse_convolutions
 from siamese_detr.runtime.hardware import emulates_bf16
 
@@ -59,7 +60,7 @@ class FrozenBackbone:
                 size = max(1, CHUNK_PIXELS // area)
             else:
                 size = even(len(pixel_values), max(1, MOST_PIXELS // area))
-            chunks = [run(network, chunk) for chunk in split(pixel_values, size, dtype)]
+            chunks = [backbone_maps(network, chunk) for chunk in split(pixel_values, size, dtype)]
         return chunks[0] if len(chunks) == 1 else [torch.cat(level) for level in zip(*chunks, strict=True)]
 
     def network(self, dtype: torch.dtype) -> nn.Module:
@@ -70,12 +71,6 @@ class FrozenBackbone:
             self._folded = fuse(fold(self.backbone, self.side).to(dtype), self.side)
             self._made_from = made_from
         return self._folded
-
-
-def run(network: nn.Module, pixel_values: Tensor) -> list[Tensor]:
-    """The network's maps as a list."""
-    maps = network(pixel_values)
-    return list(maps if isinstance(maps, list | tuple) else maps.feature_maps)
 
 
 def even(count: int, most: int) -> int:
@@ -111,7 +106,7 @@ def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
     # Moved first: from MPS, one copy that does both fails, or gives zeros in PyTorch 2.14.
     folded = copy.deepcopy(backbone).eval().requires_grad_(False).to("cpu").to(torch.float64)
     images = probe(next(folded.parameters()), side)
-    expected = run(folded, images)
+    expected = backbone_maps(folded, images)
     for convolution, norm_name in conv_norm_pairs(folded, images).items():
         norm: Any = folded.get_submodule(norm_name)
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
@@ -120,7 +115,7 @@ def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
         )  # fmt: skip
         # timm's batch norms carry the activation that follows them.
         folded.set_submodule(norm_name, getattr(norm, "act", nn.Identity()))
-    if not close(run(folded, images), expected, 1e-3):
+    if not close(backbone_maps(folded, images), expected, 1e-3):
         folded = copy.deepcopy(backbone).eval().requires_grad_(False)
     return folded.to(weight.dtype).to(weight.device).to(memory_format=torch.channels_last)
 
@@ -138,14 +133,14 @@ def fuse(network: nn.Module, side: int = 64) -> nn.Module:
     if fused_kind is None:
         return network
     images = probe(weight, side).contiguous(memory_format=torch.channels_last)
-    exact = run(copy.deepcopy(network).double(), images.double())
+    exact = backbone_maps(copy.deepcopy(network).double(), images.double())
     fused = network
     for dtype in dict.fromkeys((torch.float32, weight.dtype)):
         plain, seen = network if dtype == weight.dtype else copy.deepcopy(network).to(dtype), images.to(dtype)
-        expected = run(plain, seen)
+        expected = backbone_maps(plain, seen)
         try:
             fused = rewritten(plain, fused_kind)
-            found = run(fused, seen)
+            found = backbone_maps(fused, seen)
         except Exception as error:  # tracing calls the network's own code with what are no tensors: anything may come
             log.debug("the frozen backbone stays as it is: %s", error)
             return network
@@ -211,7 +206,7 @@ def conv_norm_pairs(network: nn.Module, images: Tensor) -> dict[nn.Conv2d, str]:
 
             hooks.append(module.register_forward_pre_hook(pair))
     try:
-        run(network, images)
+        backbone_maps(network, images)
     finally:
         for hook in hooks:
             hook.remove()

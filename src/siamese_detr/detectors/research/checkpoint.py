@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import DetectorAdapter, only_pretrained
@@ -89,7 +88,7 @@ def read_research_checkpoint(path: str | Path) -> ResearchCheckpoint:
     labels = 1 if head is None or pretrained else len(head) - (0 if focal else 1)
     plan = plan_detector(family, f"resnet{depth}", num_labels=labels, **_sizes(family, state, options))
     with torch.device("meta"):
-        names = _names(plan.adapter.model_class(plan.config), family)
+        names = research_names(family, plan.adapter.model_class(plan.config))
     if not getattr(plan.config, "with_box_refine", True):  # one head serves all layers, and is stored once for each
         state = {name: value for name, value in state.items() if not re.match(r"(bbox|class)_embed\.[1-9]", name)}
     tensors: dict[str, Tensor] = {}
@@ -104,11 +103,6 @@ def read_research_checkpoint(path: str | Path) -> ResearchCheckpoint:
         tensors[BACKBONE + name] = state.pop(f"backbone.{name}")
     class_names = ["object"] if pretrained else _class_names(labels, options)
     return ResearchCheckpoint(plan, tensors, tuple(sorted(state)), class_names, pretrained)
-
-
-def _names(model: PreTrainedModel, family: str) -> dict[str, list[str]]:
-    """`research_names` of a model's tensors."""
-    return research_names(family, model.state_dict(), not getattr(model.config, "with_box_refine", True))
 
 
 def _class_names(count: int, options: dict[str, Any]) -> list[str] | None:
@@ -202,7 +196,7 @@ def research_state_dict(adapter: DetectorAdapter) -> dict[str, Tensor]:
     if adapter.family not in MARKS:
         raise UserError(f"the research codes have no {adapter.family!r}; they have {', '.join(MARKS)}")
     own = adapter.model.state_dict()
-    names = _names(adapter.model, adapter.family)
+    names = research_names(adapter.family, adapter.model)
     if only_pretrained(adapter.provenance, adapter.class_names):
         names = {research: stock for research, stock in names.items() if not research.startswith("class_embed.")}
     state = {research: torch.cat([own[name] for name in stock]) for research, stock in names.items()}

@@ -5,7 +5,8 @@ them, UP-DETR, DETReg and Siamese DETR, which keep the names of the detector the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+
+from transformers import PreTrainedModel
 
 BACKBONE = "model.backbone.model."
 """Where Transformers has the backbone."""
@@ -41,20 +42,25 @@ SHARED = {
 }
 
 
-def research_names(family: str, stock: Iterable[str], shared_heads: bool) -> dict[str, list[str]]:
-    """Research name -> Transformers' names, but for the backbone: one, or three where the research code packs query,
-    key and value projections into one matrix.
+def research_names(family: str, model: PreTrainedModel) -> dict[str, list[str]]:
+    """Research name -> Transformers' names of all tensors but the backbone's.
+
+    There are three of them where the research code packs query, key and value projections into one matrix.
 
     Args:
         family: of `OWN`.
-        stock: all names of the model's tensors.
-        shared_heads: one class head and one box head serve all layers.
+        model: the stock model.
     """
+    repeated = r"model\.decoder\.(bbox|class)_embed"
+    if not getattr(model.config, "with_box_refine", True):  # one class head and one box head serve all layers
+        repeated += r"|(bbox|class)_embed\.[1-9]"
     names: dict[str, list[str]] = {}
-    for name in sorted(stock, key=lambda name: "qkv".find(name.rpartition("_proj")[0][-1:])):
-        repeated = r"model\.decoder\.(bbox|class)_embed" + (r"|(bbox|class)_embed\.[1-9]" if shared_heads else "")
+    for name in sorted(model.state_dict(), key=lambda name: "qkv".find(name.rpartition("_proj")[0][-1:])):
         if not name.startswith(BACKBONE) and not re.match(repeated, name):
-            names.setdefault(_renamed(name, OWN[family] | SHARED), []).append(name)
+            research = name
+            for pattern, replacement in (OWN[family] | SHARED).items():
+                research = re.sub(pattern, replacement, research)
+            names.setdefault(research, []).append(name)
     return names
 
 
@@ -65,9 +71,3 @@ def torchvision_name(name: str) -> str:
     name = name.replace("shortcut.convolution.", "downsample.0.").replace("shortcut.normalization.", "downsample.1.")
     name = re.sub(r"layer\.(\d)\.convolution\.", lambda layer: f"conv{int(layer[1]) + 1}.", name)
     return re.sub(r"layer\.(\d)\.normalization\.", lambda layer: f"bn{int(layer[1]) + 1}.", name)
-
-
-def _renamed(name: str, patterns: dict[str, str]) -> str:
-    for pattern, replacement in patterns.items():
-        name = re.sub(pattern, replacement, name)
-    return name
