@@ -30,8 +30,8 @@ class DetrAdapter(DetectorAdapter):
 
     @classmethod
     def configure(cls, backbone: PretrainedConfig, size: DetectorSize) -> PretrainedConfig:
-        values: Any = {"hidden_size": size.hidden_size, "dilation": size.dilation, **size.values()}
-        return cls.config_class(backbone_config=backbone, **values)
+        values: dict[str, Any] = dict(backbone_config=backbone, hidden_size=size.hidden_size, dilation=size.dilation)
+        return cls.config_class(**values, **size.values())
 
     @property
     def queries(self) -> nn.Embedding:
