@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou, roi_align
 
-from siamese_detr.detection.boxes import full_precision
+from siamese_detr.detectors.functional import full_precision
 from siamese_detr.pretext.siamese import SiamesePretext
 from siamese_detr.views.batch import ViewInputs
 

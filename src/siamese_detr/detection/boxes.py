@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """``x`` in float32, or float64 if it already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def box_corners(boxes: Tensor) -> Tensor:
     """cxcywh (..., 4) to xyxy."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_d_fine import bbox2distance
 
-from siamese_detr.detection.boxes import box_corners, full_precision, generalized_iou, iou
+from siamese_detr.detection.boxes import box_corners, generalized_iou, iou
 from siamese_detr.detection.matching import assign, box_distance
+from siamese_detr.detectors.functional import full_precision
 from siamese_detr.detectors.structures import ClassLoss, Predictions, Targets
 
 

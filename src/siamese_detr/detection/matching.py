@@ -14,7 +14,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from siamese_detr.detection.boxes import box_corners, full_precision, generalized_iou
+from siamese_detr.detection.boxes import box_corners, generalized_iou
+from siamese_detr.detectors.functional import full_precision
 from siamese_detr.errors import UserError
 from siamese_detr.runtime.gpu import send
 

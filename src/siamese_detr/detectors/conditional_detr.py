@@ -14,7 +14,7 @@ from siamese_detr.detectors.adapter import Decoded, Memory
 from siamese_detr.detectors.detr import DetrAdapter
 from siamese_detr.detectors.functional import (
     additive_mask,
-    at_least_float32,
+    full_precision,
     inverse_sigmoid,
     padding_mask,
     sine_embedding,
@@ -46,7 +46,7 @@ class ConditionalDetrAdapter(DetrAdapter):
         positions = self.add_regions(self.queries.weight, region_queries, len(memory.tokens))
         reference = decoder.ref_point_head(positions).sigmoid()
         sine = sine_embedding(reference, self.hidden_size // 2)
-        reference = inverse_sigmoid(at_least_float32(reference))
+        reference = inverse_sigmoid(full_precision(reference))
         hidden = torch.zeros_like(positions)
         given = dict(
             attention_mask=additive_mask(query_mask, hidden.dtype),
@@ -60,6 +60,6 @@ class ConditionalDetrAdapter(DetrAdapter):
             scaled = sine * decoder.query_scale(hidden) if index else sine
             hidden = layer(hidden, query_sine_embed=scaled, is_first=index == 0, **given)
             states.append(decoder.layernorm(hidden))
-            shift = at_least_float32(self.model.bbox_predictor(states[-1]))
+            shift = full_precision(self.model.bbox_predictor(states[-1]))
             boxes.append(torch.cat((shift[..., :2] + reference, shift[..., 2:]), -1).sigmoid())
         return Decoded(torch.stack(states), torch.stack(boxes))

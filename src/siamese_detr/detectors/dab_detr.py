@@ -11,7 +11,7 @@ from siamese_detr.detectors.adapter import Decoded, Memory
 from siamese_detr.detectors.conditional_detr import ConditionalDetrAdapter
 from siamese_detr.detectors.functional import (
     additive_mask,
-    at_least_float32,
+    full_precision,
     inverse_sigmoid,
     padding_mask,
     sine_embedding,
@@ -56,7 +56,7 @@ class DabDetrAdapter(ConditionalDetrAdapter):
         anchors = self.queries.weight
         content = memory.tokens.new_zeros(len(anchors), self.hidden_size)
         hidden = self.add_regions(content, region_queries, len(memory.tokens))
-        refined = at_least_float32(anchors.repeat(len(hidden), 1, 1)).sigmoid()
+        refined = full_precision(anchors.repeat(len(hidden), 1, 1)).sigmoid()
         memory_mask = padding_mask(memory.mask, hidden.dtype)
         self_mask = additive_mask(query_mask, hidden.dtype)
         states, anchors_read = [], []
@@ -80,6 +80,6 @@ class DabDetrAdapter(ConditionalDetrAdapter):
             )[0]
             states.append(decoder.layernorm(hidden))
             anchors_read.append(inverse_sigmoid(refined))
-            refined = (at_least_float32(decoder.bbox_embed(hidden)) + inverse_sigmoid(reference)).sigmoid()
-        shifts = at_least_float32(self.model.bbox_predictor(torch.stack(states)))
+            refined = (full_precision(decoder.bbox_embed(hidden)) + inverse_sigmoid(reference)).sigmoid()
+        shifts = full_precision(self.model.bbox_predictor(torch.stack(states)))
         return Decoded(torch.stack(states), (shifts + torch.stack(anchors_read)).sigmoid())

@@ -17,8 +17,8 @@ from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from siamese_detr.detectors.functional import (
     additive_mask,
-    at_least_float32,
     encoder_layer,
+    full_precision,
     inverse_sigmoid,
     level_arguments,
     sine_positions,
@@ -131,14 +131,14 @@ class DeformableDetrAdapter(DetectorAdapter):
             encoder_attention_mask=memory.mask,
             **extra,
         )
-        reference = at_least_float32(detr.reference_points(positions)).sigmoid()
+        reference = full_precision(detr.reference_points(positions)).sigmoid()
         states, boxes = [], []
         for layer, box_head in zip(detr.decoder.layers, self.model.bbox_embed, strict=True):
             scale = ratios if reference.shape[-1] == 2 else torch.cat((ratios, ratios), -1)
             anchors = reference[:, :, None] * scale[:, None]
             hidden = layer(hidden, reference_points=anchors, **given)
             states.append(hidden)
-            shift, known = at_least_float32(box_head(hidden)), reference.shape[-1]
+            shift, known = full_precision(box_head(hidden)), reference.shape[-1]
             anchor = inverse_sigmoid(reference)
             boxes.append(torch.cat((shift[..., :known] + anchor, shift[..., known:]), -1).sigmoid())
             if self.config.with_box_refine:

@@ -13,8 +13,8 @@ from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from siamese_detr.detectors.functional import (
     additive_mask,
-    at_least_float32,
     encoder_layer,
+    full_precision,
     padding_mask,
     sine_positions,
 )
@@ -74,5 +74,5 @@ class DetrAdapter(DetectorAdapter):
         for layer in decoder.layers:
             hidden = layer(hidden, **given)
             states.append(decoder.layernorm(hidden))
-            boxes.append(at_least_float32(self.model.bbox_predictor(states[-1])).sigmoid())
+            boxes.append(full_precision(self.model.bbox_predictor(states[-1])).sigmoid())
         return Decoded(torch.stack(states), torch.stack(boxes))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from siamese_detr.runtime.gpu import send
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
     """`x`, or its float32 copy if it is of lower precision: boxes are never computed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -40,7 +40,7 @@ def sine_embedding(points: Tensor, features: int, temperature: float = 10000.0) 
     Returns:
         (..., 2 or 4 times `features`), in the precision of `points` (computed in at least float32).
     """
-    exact = at_least_float32(points)
+    exact = full_precision(points)
     index = torch.arange(features, dtype=exact.dtype, device=points.device)
     period = temperature ** (2 * torch.div(index, 2, rounding_mode="floor") / features)
     angles = exact[..., None] * (2 * math.pi) / period

@@ -28,13 +28,13 @@ from transformers import (
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from siamese_detr.detectors.backbones import Backbone
-from siamese_detr.detectors.functional import at_least_float32, level_arguments, spread_tokens, valid_ratios
+from siamese_detr.detectors.functional import full_precision, level_arguments, spread_tokens, valid_ratios
 from siamese_detr.errors import UserError
 
 
 def refine(boxes: Tensor, deltas: Tensor) -> Tensor:
     """Boxes cxcywh shifted by `deltas` times their size and scaled by e to the power of `deltas`."""
-    deltas = at_least_float32(deltas)
+    deltas = full_precision(deltas)
     return torch.cat((deltas[..., :2] * boxes[..., 2:] + boxes[..., :2], deltas[..., 2:].exp() * boxes[..., 2:]), -1)
 
 

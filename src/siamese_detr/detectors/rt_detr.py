@@ -32,7 +32,7 @@ from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoisi
 
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from siamese_detr.detectors.functional import additive_mask, at_least_float32, constant, level_arguments, spread_tokens
+from siamese_detr.detectors.functional import additive_mask, constant, full_precision, level_arguments, spread_tokens
 from siamese_detr.detectors.structures import ClassLoss, Edges, Predictions, Targets
 
 SIDE = 32
@@ -193,7 +193,7 @@ class RTDetrAdapter(DetectorAdapter):
             chosen = spread_tokens(self.num_queries, memory.shapes, valid)
         token = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
         anchor = anchors.expand(len(tokens), -1, -1).gather(1, chosen[..., None].expand(-1, -1, 4))
-        proposed = at_least_float32(detr.enc_bbox_head(token)) + anchor
+        proposed = full_precision(detr.enc_bbox_head(token)) + anchor
         content = token.detach() if region_queries is None else self.add_regions(token.detach(), region_queries)
         references, scale = proposed.detach(), torch.cat((valid, valid), -1)[:, None]
         noisy = self.denoising_queries(targets, scale) if targets is not None and self.training else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,11 +91,6 @@ def probe(like: Tensor, side: int) -> Tensor:
     return torch.linspace(-2, 2, 3 * side * side).sin().view(1, 3, side, side).to(like)
 
 
-def close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether no value differs by more than ``tolerance``, relative to its map's largest."""
-    return all(bool((x - y).abs().max() <= tolerance * y.abs().max()) for x, y in zip(found, expected, strict=True))
-
-
 @torch.no_grad()
 def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
     """A copy of ``backbone`` in evaluation mode, channels last, its batch norms in the convolutions before them."""
@@ -115,7 +110,7 @@ def fold(backbone: nn.Module, side: int = 64) -> nn.Module:
         )  # fmt: skip
         # timm's batch norms carry the activation that follows them.
         folded.set_submodule(norm_name, getattr(norm, "act", nn.Identity()))
-    if not close(backbone_maps(folded, images), expected, 1e-3):
+    if not as_exact(backbone_maps(folded, images), expected, expected, 1e-3):
         folded = copy.deepcopy(backbone).eval().requires_grad_(False)
     return folded.to(weight.dtype).to(weight.device).to(memory_format=torch.channels_last)
 

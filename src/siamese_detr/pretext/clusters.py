@@ -16,7 +16,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from siamese_detr.detection import criterion
-from siamese_detr.detection.boxes import full_precision
+from siamese_detr.detectors.functional import full_precision
 from siamese_detr.detectors.structures import Targets
 from siamese_detr.errors import UserError
 from siamese_detr.pretext import losses

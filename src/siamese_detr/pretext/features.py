@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from siamese_detr.detection.boxes import full_precision, normalise_boxes
+from siamese_detr.detection.boxes import normalise_boxes
+from siamese_detr.detectors.functional import full_precision
 from siamese_detr.errors import UserError
 
 if TYPE_CHECKING:

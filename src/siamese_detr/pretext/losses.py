@@ -15,8 +15,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from siamese_detr.detection.boxes import box_corners, full_precision, generalized_iou
+from siamese_detr.detection.boxes import box_corners, generalized_iou
 from siamese_detr.detection.matching import NO_OBJECT, OBJECT
+from siamese_detr.detectors.functional import full_precision
 
 
 @dataclass(frozen=True)
