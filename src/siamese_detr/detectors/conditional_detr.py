@@ -30,7 +30,7 @@ class ConditionalDetrAdapter(DetrAdapter):
 
     def initialise(self) -> None:
         detr = self.model.model
-        initialise.xavier(detr.encoder, packed=(type(detr.encoder.layers[0].self_attn),))
+        initialise.xavier(detr.encoder)
         initialise.xavier(detr.decoder)
         for name, layer in detr.decoder.named_modules():
             if name.endswith(("attn.o_proj", "attn.output_proj")):

@@ -81,8 +81,7 @@ class DeformableDetrAdapter(DetectorAdapter):
     def initialise(self) -> None:
         detr = self.model.model
         for part in (detr.encoder, detr.decoder):
-            packed = tuple({type(layer.self_attn) for layer in part.layers if hasattr(layer.self_attn, "q_proj")})
-            initialise.xavier(part, packed)
+            initialise.xavier(part)
             initialise.deformable_attention(part)
         for projection in detr.input_proj:
             nn.init.xavier_uniform_(projection[0].weight)

@@ -40,9 +40,8 @@ class DetrAdapter(DetectorAdapter):
 
     def initialise(self) -> None:
         detr = self.model.model
-        first = detr.decoder.layers[0]
-        initialise.xavier(detr.encoder, packed=(type(detr.encoder.layers[0].self_attn),))
-        initialise.xavier(detr.decoder, packed=(type(first.self_attn), type(first.encoder_attn)))
+        initialise.xavier(detr.encoder)
+        initialise.xavier(detr.decoder)
         initialise.reset(self.queries)
         initialise.reset(detr.input_projection)
         initialise.box_head(self.model.bbox_predictor, zero_last=False)

@@ -24,32 +24,25 @@ def reset(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def xavier(module: nn.Module, packed: tuple[type[nn.Module], ...] = ()) -> None:
-    """Xavier-uniform matrices, as the papers' `Transformer` resets itself.
-
-    Args:
-        module: encoder, decoder, or both.
-        packed: attention classes that are one `nn.MultiheadAttention` in the paper's code. It keeps query, key
-            and value projections in one (3D, D) matrix, which makes Xavier's bound smaller by √2, and its biases are 0.
-    """
+def xavier(module: nn.Module) -> None:
+    """Xavier-uniform matrices, as the papers' `Transformer` resets itself, with attention as in `packed_attention`."""
     reset(module)
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
-    packed_attention(module, packed)
+    packed_attention(module)
 
 
 @torch.no_grad()
-def packed_attention(module: nn.Module, kinds: tuple[type[nn.Module], ...] | None = None) -> None:
-    """Attention as `nn.MultiheadAttention` starts it: Xavier over the packed (3D, D) projections, zero biases.
+def packed_attention(module: nn.Module) -> None:
+    """Attention that is one `nn.MultiheadAttention` in the paper's code, as that starts it.
 
-    Args:
-        module: whose attention modules to initialise.
-        kinds: classes of attention to treat so; None: all that have separate query, key and value projections.
+    It keeps query, key and value projections in one (3D, D) matrix, which makes Xavier's bound smaller by √2, and its
+    biases are 0. Conditional DETR's decoder, whose projections have other names here, is not of that kind.
     """
     attention: Any
     for attention in module.modules():
-        if type(attention) in kinds if kinds is not None else hasattr(attention, "q_proj"):
+        if hasattr(attention, "q_proj"):
             for name in ("q_proj", "k_proj", "v_proj"):
                 nn.init.xavier_uniform_(getattr(attention, name).weight, gain=math.sqrt(0.5))
                 nn.init.zeros_(getattr(attention, name).bias)

@@ -117,7 +117,6 @@ class LwDetrAdapter(DetectorAdapter):
         detr = self.model.model
         initialise.reset(detr.backbone.projector)
         initialise.xavier(detr.decoder)
-        initialise.packed_attention(detr.decoder)
         initialise.deformable_attention(detr.decoder)
         for module in (detr.enc_output, detr.enc_output_norm, detr.query_feat):
             initialise.reset(module)
