@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from label_files import write_yolo
 from siamese_detr import cli
 from siamese_detr.comparison import compare as module
 from siamese_detr.comparison.compare import CompareConfig, CompareResult, apply_recipe, compare
@@ -22,6 +23,7 @@ from siamese_detr.comparison.schedule import Job
 from siamese_detr.detectors import build_detector
 from siamese_detr.detectors.structures import OF_NEW
 from siamese_detr.errors import UserError
+from siamese_detr.images.labels import read_labels
 from siamese_detr.scenes import make_scenes
 
 # Writes what fine-tuning writes: AP is 0.1 from scratch, 0.3 from a model, plus a hundredth of the seed.
@@ -84,6 +86,10 @@ def ran(options: dict[str, Any]) -> list[str]:
     lines = file.read_text().splitlines()
     file.write_text("")
     return sorted(lines)
+
+
+def command(options: dict[str, Any]) -> list[str]:
+    return ["compare", options["images"], options["train"], options["out"], "--val", options["val"]]
 
 
 def run(options: dict[str, Any], **changes: Any) -> CompareResult:
@@ -227,6 +233,16 @@ def test_changed_labels_run_again(options: dict[str, Any], data: Path, tmp_path:
     assert len(ran(options)) == 4
 
 
+def test_the_validation_split_of_a_data_yaml_is_found(options: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    described = write_yolo(tmp_path / "yolo", read_labels(data / "train.json"))
+    del options["val"]
+    assert all(cell.status == "done" for cell in run(options, train=str(described)).cells)
+    (written, *_) = (Path(options["out"]) / "cells/backbone/1/0").glob("run-*.yaml")
+    assert yaml.safe_load(written.read_text())["val"] == str(described)
+    with pytest.raises(UserError, match=r"train\.json has no validation split: give .* --val"):
+        run(options)
+
+
 def test_classes_are_matched_by_name(options: dict[str, Any], data: Path, tmp_path: Path) -> None:
     """As fine-tuning matches them: VOC folders list only classes that occur, so two seldom list the same."""
     document = json.loads((data / "train.json").read_text())
@@ -311,7 +327,7 @@ def test_recipes_state_the_papers_protocol(
 def test_a_table_of_ablations(options: dict[str, Any]) -> None:
     """Initialisations that differ in options of pre-training, from the shell."""
     inits = ["siamese", "siamese:discrimination=none", "siamese:num_queries=20,short_sides=[80,96],iou=0.3"]
-    arguments = ["compare", options["images"], options["train"], options["val"], options["out"], "--inits", *inits]
+    arguments = [*command(options), "--inits", *inits]
     arguments += ["--fractions", "1", "--seeds", "0", "--pretrain", "lambda_global", "2"]
     assert cli.main(arguments) == 0
     out = Path(options["out"])
@@ -341,8 +357,7 @@ def test_a_detector_of_another_family_may_be_among_them(options: dict[str, Any],
 
 
 def test_a_recipe_is_changed_from_the_shell(options: dict[str, Any]) -> None:
-    given = [options[name] for name in ("images", "train", "val", "out")]
-    arguments = ["compare", *given, "--recipe", "laptop-methods"]
+    arguments = [*command(options), "--recipe", "laptop-methods"]
     arguments += ["--inits", "siamese", "--fractions", "1", "--seeds", "0"]
     arguments += ["--pretrain", "detector", "rt-detr", "detector_options", "{}"]
     assert cli.main(arguments) == 0
@@ -366,8 +381,20 @@ def test_the_users_options_override_a_recipe(options: dict[str, Any]) -> None:
 
 
 def test_from_the_shell(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["compare", options["images"], options["train"], options["val"], options["out"]]
-    arguments += ["--inits", "backbone", "--fractions", "1", "--seeds", "0", "--finetune", "epochs", "2", "lr", "1e-3"]
+    arguments = [
+        *command(options),
+        "--inits",
+        "backbone",
+        "--fractions",
+        "1",
+        "--seeds",
+        "0",
+        "--finetune",
+        "epochs",
+        "2",
+        "lr",
+        "1e-3",
+    ]
     assert cli.main(arguments) == 0
     assert ran(options) == ["fine-tuning backbone, 100 %, seed 0"]
     written = next((Path(options["out"]) / "cells/backbone/1/0").glob("run-*.yaml"))

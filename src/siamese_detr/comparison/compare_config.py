@@ -21,8 +21,9 @@ class CompareConfig(Options):
     Args:
         images: unlabelled images to pre-train on: folder, list file (.txt) or COCO JSON.
         train: labels to fine-tune on: COCO JSON, VOC folder or YOLO data.yaml.
-        val: labels to measure on.
         out: directory of the comparison; results already there are not computed again.
+        val: labels to measure on; default: those of TRAIN, where it has a split for it (a data.yaml,
+            Roboflow's folders).
         inits: what to compare: scratch (everything random), backbone (pre-trained backbone, random Transformer: the
             papers' "scratch"), siamese, up-detr or detreg (pre-trained here), PATH (any detector that finetune takes,
             as it is), PATH+siamese (that detector after our pre-training); a method with options of pretrain of its
@@ -46,13 +47,13 @@ class CompareConfig(Options):
     """
 
     COMMON: ClassVar = (
-        *("images", "train", "val", "out", "inits", "fractions", "seeds", "recipe", "pretrain", "finetune", "dry_run"),
+        *("images", "train", "out", "val", "inits", "fractions", "seeds", "recipe", "pretrain", "finetune", "dry_run"),
     )
 
     images: str
     train: str
-    val: str
     out: str
+    val: str | None = None
     # None: not given, so that a recipe may fill it in.
     inits: tuple[str, ...] | None = None
     fractions: tuple[float, ...] | None = None

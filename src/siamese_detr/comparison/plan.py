@@ -83,7 +83,8 @@ class Plan:
         self.fractions, self.seeds = config.fractions or (), config.seeds or ()
         check(config)
         inits = [parse_init(name, config.pretrain_at) for name in config.inits or ()]
-        self.images, train, val = absolute(config.images), str(absolute(config.train)), str(absolute(config.val))
+        self.images, train = absolute(config.images), str(absolute(config.train))
+        val = str(absolute(config.val)) if config.val is not None else None  # finetune finds that of TRAIN
         # What differs between the runs is filled in later; here it is only reserved.
         reserved: dict[str, Any] = {"images": str(self.images), "out": "-"}
         self.propose: ProposeConfig = resolve(ProposeConfig, None, config.propose, reserved)
@@ -111,7 +112,8 @@ class Plan:
         """Read the labels and, if there is any pre-training, the list of images."""
         config = self.config
         training = read_labels(self.finetune.train, self.finetune.train_images)
-        assert self.finetune.val is not None  # compare needs it
+        if self.finetune.val is None:
+            raise UserError(f"{config.train} has no validation split: give the labels to measure on with --val")
         validation = read_labels(self.finetune.val, self.finetune.val_images, default_split="val")
         class_map(training.class_names, validation.class_names)  # raises if there is no class in common
         self.labels_key = dataset_key(training, validation)
@@ -123,7 +125,7 @@ class Plan:
             self.inputs = f"images to pre-train on: {len(unlabelled)} in {config.images}\n"
         self.inputs += (
             f"labels: {len(training)} images with {len(training.class_names)} classes in {config.train}; measured on "
-            f"{len(validation)} images of {config.val}, at the {config.evaluation} evaluation"
+            f"{len(validation)} images of {config.val or config.train}, at the {config.evaluation} evaluation"
         )
 
     def add(self, task: Task) -> Task:

@@ -37,7 +37,8 @@ def comparison_page(run: Path) -> Page:
         metric = str(document["metric"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run / 'results.json'} cannot be read ({error}); run compare again") from error
-    facts = {name: str(config.get(name)) for name in ("images", "train", "val", "evaluation")}
+    facts = {name: str(config.get(name)) for name in ("images", "train", "evaluation")}
+    facts["val"] = str(config.get("val") or config.get("train"))
     facts |= {name: ", ".join(map(str, config.get(name) or [])) for name in ("inits", "fractions", "seeds")}
     names = list(dict.fromkeys(cell.init for cell in cells))
     done = [cell for cell in cells if cell.status == "done"]
