@@ -17,6 +17,7 @@ from siamese_detr.evaluation.draw import class_colour, draw_detections, label_pl
 from siamese_detr.evaluation.evaluate import evaluate
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.evaluation.predict import predict
+from siamese_detr.evaluation.results import ImageResult, Job
 from tiny_finetuning import learned, write_scenes
 
 PIPELINE = """
@@ -51,6 +52,7 @@ def test_the_boxes_are_those_of_the_stock_pipeline(tmp_path):
         images=str(folder),
         out=str(tmp_path / "out"),
         threshold=0.02,
+        nms=1,
         draw=False,
         workers=0,
     )
@@ -69,6 +71,14 @@ def test_the_boxes_are_those_of_the_stock_pipeline(tmp_path):
             ]
             assert same, (file.name, score, box)
             rest.remove(same[0])
+
+
+def test_of_two_boxes_of_a_class_on_one_object_the_better_one_stays():
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 10], [0, 0, 10, 5]], float)
+    result = ImageResult(Job(0, "a"), (20, 20), np.array([0, 0, 1, 0]), np.array([0.9, 0.8, 0.7, 0.6]), boxes)
+    assert result.without_duplicates(0.8).scores.tolist() == [0.9, 0.7, 0.6]
+    assert result.without_duplicates(1).scores.tolist() == [0.9, 0.8, 0.7, 0.6]
+    assert len(ImageResult(Job(0, "a")).without_duplicates(0.8)) == 0
 
 
 def test_files_written(tmp_path):
@@ -95,7 +105,7 @@ def test_the_threshold_is_the_one_stored_with_the_detector(tmp_path):
     thresholds = json.loads((result.out / "best" / "config.json").read_text())["score_thresholds"]
     assert thresholds == best["thresholds"]
     assert all(0 < value < 1 for value in thresholds)
-    options = {"model": str(result.out), "images": str(labels), "workers": 0, "draw": False}
+    options = {"model": str(result.out), "images": str(labels), "nms": 1, "workers": 0, "draw": False}
     everything = predict(**options, out=str(tmp_path / "all"), threshold=0.0)
     found = predict(**options, out=str(tmp_path / "found"))
     for ours, image in zip(found.results, everything.results, strict=True):
@@ -133,7 +143,7 @@ def test_the_batch_makes_no_difference(tmp_path):
     result, _ = learned()
     write_scenes(tmp_path / "a" / "wide", 2, size=(140, 90), seed=1)
     write_scenes(tmp_path / "a" / "tall", 3, size=(90, 130), seed=2)
-    options = {"model": str(result.out), "images": str(tmp_path / "a"), "threshold": 0.01, "draw": False}
+    options = {"model": str(result.out), "images": str(tmp_path / "a"), "threshold": 0.01, "nms": 1, "draw": False}
     one = predict(**options, out=str(tmp_path / "one"), batch_size=1, workers=0)
     many = predict(**options, out=str(tmp_path / "many"), batch_size=4, workers=2, top_k=5)
     for single, shared in zip(one.results, many.results, strict=True):

@@ -106,6 +106,7 @@ class Detector:
         images: Any,
         threshold: float | None = None,
         *,
+        nms: float = 0.8,
         top_k: int = 100,
         batch_size: int = 8,
         workers: int = 0,
@@ -118,6 +119,7 @@ class Detector:
                 Pillow image, an array (height, width, 3) of uint8 in RGB order, or a list of these.
             threshold: boxes must score at least this, 0 to 1; default: for each class the score of highest F1 on the
                 validation images, which fine-tuning stores with the detector, else 0.5.
+            nms: of two boxes of a class whose IoU is above this, the one with the lower score is left out; 1: none is.
             top_k: most boxes per image.
             batch_size: images per forward pass.
             workers: data processes.
@@ -139,7 +141,7 @@ class Detector:
                 skipped.append((result.job.path, result.problem))
                 continue
             highest = max(highest, result.scores.max(initial=0.0))
-            results.append(result.above(thresholds))
+            results.append(result.above(thresholds).without_duplicates(nms))
             if each is not None:
                 each(results[-1])
         skipped.sort()

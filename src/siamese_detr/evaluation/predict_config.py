@@ -18,6 +18,7 @@ class PredictConfig(Options):
             predictions.json) and pictures/.
         threshold: boxes must score at least this, 0 to 1; default: for each class the score of highest F1 on the
             validation images, which fine-tuning stores with the detector, else 0.5.
+        nms: of two boxes of a class whose IoU is above this, 0 to 1, the worse one is left out; 1: none is.
         top_k: most boxes per image.
         draw: also write the pictures with the boxes drawn.
         batch_size: images per forward pass.
@@ -29,6 +30,7 @@ class PredictConfig(Options):
     images: str
     out: str
     threshold: float | None = None
+    nms: float = 0.8
     top_k: int = 100
     draw: bool = True
     batch_size: int = 8
@@ -36,4 +38,4 @@ class PredictConfig(Options):
     device: str = "auto"
 
     def check(self) -> None:
-        check_numbers(self, positive=("top_k", "batch_size"), not_negative=("workers",), shares=("threshold",))
+        check_numbers(self, positive=("top_k", "batch_size"), not_negative=("workers",), shares=("threshold", "nms"))

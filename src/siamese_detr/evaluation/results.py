@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.ops import batched_nms
 
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import Detections
@@ -93,6 +95,13 @@ class ImageResult:
     def above(self, thresholds: np.ndarray) -> ImageResult:
         """Only the boxes that score at least what ``thresholds``, (classes,), holds for their class."""
         keep = self.scores >= thresholds[self.classes]
+        return replace(self, classes=self.classes[keep], scores=self.scores[keep], boxes=self.boxes[keep])
+
+    def without_duplicates(self, overlap: float) -> ImageResult:
+        """Without the boxes whose IoU with a better one of their class is above ``overlap``. After a short training, a
+        DETR's queries do not yet all keep off each other's objects."""
+        classes, scores, boxes = map(torch.from_numpy, (self.classes, self.scores, self.boxes))
+        keep = batched_nms(boxes, scores, classes, overlap).numpy()
         return replace(self, classes=self.classes[keep], scores=self.scores[keep], boxes=self.boxes[keep])
 
     def detections(self, class_map: np.ndarray | None = None) -> Detections:
