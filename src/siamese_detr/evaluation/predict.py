@@ -69,7 +69,12 @@ def predict(config: PredictConfig) -> PredictResult:
     def draw(result: ImageResult) -> None:
         draw_picture(result, picture_path(out / "pictures", images.paths[result.job.id], names, originals))
 
-    options = {"nms": config.nms, "top_k": config.top_k, "batch_size": config.batch_size, "workers": config.workers}
+    options: dict[str, Any] = {
+        "nms": config.nms,
+        "top_k": config.top_k,
+        "batch_size": config.batch_size,
+        "workers": config.workers,
+    }
     results = detector.predict(images, config.threshold, each=draw if config.draw else None, **options)
     outcome = PredictResult(out, results, detector.class_names)
     write(out / "predictions.json", document(outcome, images, config))
