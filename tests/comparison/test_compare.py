@@ -100,7 +100,7 @@ def test_table_plots_and_everything_needed_to_repeat_a_cell(options: dict[str, A
     result = run(options)
     assert len(ran(options)) == 2 + 2 * 2 * 2
     out = Path(options["out"])
-    assert "| siamese | **30.5 ± 0.7** | **30.5 ± 0.7** |" in (out / "table.md").read_text()
+    assert "| siamese | **30.5 ± 0.7 (61.0)** | **30.5 ± 0.7 (61.0)** | " in (out / "table.md").read_text()
     assert {"table.md", "results.json", "ap-against-labels.png", "convergence-0.5.svg"} <= {
         p.name for p in out.iterdir()
     }

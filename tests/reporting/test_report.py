@@ -179,7 +179,7 @@ def test_comparison_page(runs: dict[str, Path], tmp_path: Path) -> None:
     result = siamese_detr.report(run=str(runs["compared"]), out=str(tmp_path / "page.html"))
     assert result.kind == "comparison"
     text = check_and_read(result.page)
-    assert "<strong>11.0 ± 1.4</strong>" in text
+    assert "<strong>11.0 ± 1.4 (20.0)</strong>" in text
     assert "out of memory &lt;on GPU 0&gt;" in text
     assert "AP against labels" in text
     assert "by Siamese DETR with discrimination none, short_sides [80,96]" in text

@@ -16,8 +16,17 @@ from rich.markdown import Markdown
 
 from siamese_detr.comparison.compare_config import CompareConfig
 from siamese_detr.comparison.describe import describe
+from siamese_detr.comparison.luck import Difference, luck_lines
 from siamese_detr.comparison.plan import Plan, Task, as_number, with_methods
-from siamese_detr.comparison.results import METRIC, conclude, finished, read_cell, write_plots, write_tables
+from siamese_detr.comparison.results import (
+    METRIC,
+    conclude,
+    finished,
+    read_cells,
+    read_differences,
+    write_plots,
+    write_tables,
+)
 from siamese_detr.comparison.schedule import Ended, Job, device_slots, run_jobs
 from siamese_detr.comparison.summary import CellResult, to_markdown
 from siamese_detr.config import (
@@ -47,13 +56,15 @@ class CompareResult:
     Args:
         out: its directory: table.md, results.json, plots, and every run.
         cells: one per initialisation, label fraction and seed; metrics are in [0, 1].
+        differences: between initialisations, with 95 % intervals.
     """
 
     out: Path
     cells: list[CellResult]
+    differences: list[Difference]
 
     def __str__(self) -> str:
-        return to_markdown(self.cells, METRIC)
+        return to_markdown(self.cells, METRIC, luck_lines(self.differences))
 
 
 @verb(CompareConfig)
@@ -77,15 +88,16 @@ def compare(config: CompareConfig) -> CompareResult:
         lines = [*about, *describe(plan), ""]
         lines += [f"{'to run' if task in missing else 'done  '}  {task.name}" for task in plan.tasks]
         say("\n".join(lines))
-        return CompareResult(plan.out, read_cells(plan))
+        cells = read_cells(plan)
+        return CompareResult(plan.out, cells, read_differences(plan, cells))
     plan.out.mkdir(parents=True, exist_ok=True)
     with locked(plan.out):
         write_config(config, plan.out / "config.yaml")
         record_session(plan.out)
-        cells = run_missing(plan, missing)
-    Console(stderr=True, quiet=not audible()).print(Markdown(to_markdown(cells, METRIC)))
-    say(f"table, plots and all runs in {plan.out}")
-    return CompareResult(plan.out, cells)
+        result = run_missing(plan, missing)
+    Console(stderr=True, quiet=not audible()).print(Markdown(str(result)))
+    say(f"table, plots and all runs in {plan.out}; the page of it: siamese-detr report {plan.out}")
+    return result
 
 
 def apply_recipe(config: CompareConfig) -> CompareConfig:
@@ -126,11 +138,7 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
     return missing
 
 
-def read_cells(plan: Plan) -> list[CellResult]:
-    return [read_cell(task, plan.config.evaluation) for task in plan.tasks if task.cell]
-
-
-def run_missing(plan: Plan, missing: Sequence[Task]) -> list[CellResult]:
+def run_missing(plan: Plan, missing: Sequence[Task]) -> CompareResult:
     """Run what is missing, and write table and plots, also if a run fails or a signal comes."""
     slots = device_slots(plan.config.parallel)
     say(f"{len(missing)} of {len(plan.tasks)} runs to do, {len(slots)} at a time")
@@ -152,9 +160,10 @@ def run_missing(plan: Plan, missing: Sequence[Task]) -> list[CellResult]:
         run_jobs([job_of(task, tasks) for task in missing], slots, report)
     finally:
         cells = read_cells(plan)
-        write_tables(plan.out, cells)
+        found = read_differences(plan, cells)
+        write_tables(plan.out, cells, found)
         write_plots(plan.out, cells)
-    return cells
+    return CompareResult(plan.out, cells, found)
 
 
 def job_of(task: Task, missing: Mapping[str, Task]) -> Job:

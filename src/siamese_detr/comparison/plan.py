@@ -72,6 +72,8 @@ class Plan:
     Attributes:
         out: the directory of the comparison, absolute.
         tasks: the runs, those that others need first.
+        named: the same by name.
+        validation: the labels to measure on.
         inputs: what images and labels contain, in words.
 
     Raises:
@@ -100,12 +102,12 @@ class Plan:
         self.finetune = dataclasses.replace(finetune, image_size=size, square=square)
         self.finetune_at = {fraction_of(name, self.fractions): at for name, at in config.finetune_at.items()}
         self.read_inputs(pretrains=any(init.method for init in inits))
-        self._tasks: dict[str, Task] = {}
+        self.named: dict[str, Task] = {}
         for seed in self.seeds:
             for fraction in self.fractions:
                 for init in inits:
                     self.add_finetuning(init, fraction, seed)
-        self.tasks = sorted(self._tasks.values(), key=lambda task: VERBS.index(task.verb))
+        self.tasks = sorted(self.named.values(), key=lambda task: VERBS.index(task.verb))
         check_detectors(self.tasks)
 
     def read_inputs(self, pretrains: bool) -> None:
@@ -114,7 +116,7 @@ class Plan:
         training = read_labels(self.finetune.train, self.finetune.train_images)
         if self.finetune.val is None:
             raise UserError(f"{config.train} has no validation split: give the labels to measure on with --val")
-        validation = read_labels(self.finetune.val, self.finetune.val_images, default_split="val")
+        self.validation = validation = read_labels(self.finetune.val, self.finetune.val_images, default_split="val")
         class_map(training.class_names, validation.class_names)  # raises if there is no class in common
         self.labels_key = dataset_key(training, validation)
         self.counts = {(f, s): len(training.take(f, s)) for f in self.fractions for s in self.seeds}
@@ -129,7 +131,7 @@ class Plan:
         )
 
     def add(self, task: Task) -> Task:
-        return self._tasks.setdefault(task.name, task)
+        return self.named.setdefault(task.name, task)
 
     def add_proposals(self, method: str) -> Task:
         find_method(method)

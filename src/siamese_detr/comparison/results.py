@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import shutil
 import time
@@ -9,12 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from siamese_detr.comparison import plots
-from siamese_detr.comparison.plan import Task
+from siamese_detr.comparison.luck import Cell, Difference, differences, luck_lines
+from siamese_detr.comparison.plan import Plan, Task
 from siamese_detr.comparison.schedule import Ended
 from siamese_detr.comparison.summary import CellResult, to_json, to_markdown
 from siamese_detr.errors import UserError
-from siamese_detr.files import write_json, write_text
+from siamese_detr.evaluation.coco import Detections
+from siamese_detr.evaluation.resampling import resampled_ap
+from siamese_detr.files import write_json, write_text, written_aside
 from siamese_detr.runtime.journal import JsonLines
 
 RESULT = "result.json"
@@ -74,14 +81,29 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float | None]:
     return {k: v for k, v in record.items() if k.startswith(("AP", "AR")) and (v is None or isinstance(v, int | float))}
 
 
-def read_cell(task: Task, evaluation: str = "last") -> CellResult:
+def read_cells(plan: Plan) -> list[CellResult]:
+    """The result of every fine-tuning."""
+    before: dict[str, float] = {}  # task -> seconds until it can start
+    cells = []
+    for task in plan.tasks:  # those that others need come first
+        before[task.name] = sum(before[name] + seconds(plan.named[name]) for name in task.needs)
+        if task.cell:
+            cells.append(read_cell(task, task.cell, plan.config.evaluation, before[task.name]))
+    return cells
+
+
+def seconds(task: Task) -> float:
+    """Wall time of a finished task; 0 if it is not."""
+    return read_json(task.run / RESULT).get("seconds", 0.0)
+
+
+def read_cell(task: Task, cell: Cell, evaluation: str, before: float) -> CellResult:
     """The result of a cell under its present key, or that it is missing."""
-    assert task.cell is not None
     record = read_json(task.run / RESULT) or read_json(task.folder / RESULT)
     if record.get("key") != task.key:
-        return CellResult(*task.cell, key=task.key)
+        return CellResult(*cell, key=task.key)
     return CellResult(
-        *task.cell,
+        *cell,
         key=task.key,
         status=record["status"],
         reason=record["reason"],
@@ -89,8 +111,30 @@ def read_cell(task: Task, evaluation: str = "last") -> CellResult:
         history=record.get("history", []),
         images=record.get("images"),
         seconds=record["seconds"],
+        pretraining_seconds=before,
         run=record["run"],
     )
+
+
+def read_differences(plan: Plan, cells: Sequence[CellResult]) -> list[Difference]:
+    """The differences between initialisations, as far as their detections are known."""
+    found = {task.cell: resampled(task, plan) for task in plan.tasks if task.cell and finished(task)}
+    return differences(cells, {cell: aps for cell, aps in found.items() if aps is not None})
+
+
+def resampled(task: Task, plan: Plan) -> np.ndarray | None:
+    """APs of a finished cell on resampled validation images, computed once; None without its detections."""
+    evaluation = plan.config.evaluation
+    file, detections = task.run / f"resampled-{evaluation}.npy", task.run / f"detections-{evaluation}.npz"
+    with contextlib.suppress(OSError, ValueError):
+        return np.load(file, allow_pickle=False)
+    try:
+        _, aps = resampled_ap(plan.validation, Detections.read(detections))
+    except (OSError, ValueError):
+        return None
+    with written_aside(file) as aside:
+        np.save(aside, aps)
+    return aps
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -102,10 +146,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def write_tables(out: Path, cells: Sequence[CellResult]) -> None:
+def write_tables(out: Path, cells: Sequence[CellResult], found: Sequence[Difference] = ()) -> None:
     """Write table.md and results.json of what is done so far."""
-    write_text(out / "table.md", to_markdown(cells, METRIC))
-    write_json(out / "results.json", to_json(cells, METRIC))
+    write_text(out / "table.md", to_markdown(cells, METRIC, luck_lines(found)))
+    write_json(out / "results.json", to_json(cells, METRIC) | {"differences": list(map(dataclasses.asdict, found))})
 
 
 def write_plots(out: Path, cells: Sequence[CellResult]) -> None:

@@ -26,6 +26,7 @@ class CellResult:
         images: number of labelled training images used; None if unknown.
         seconds: wall time of the fine-tuning.
         run: the run directory, relative to the comparison's.
+        pretraining_seconds: wall time of what was needed before it: proposals and pre-training.
     """
 
     init: str
@@ -39,6 +40,7 @@ class CellResult:
     images: int | None = None
     seconds: float = 0.0
     run: str = ""
+    pretraining_seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -53,6 +55,7 @@ class Entry:
     Args:
         init, fraction: which.
         mean: over the seeds that are done; None if there is none.
+        ap50: mean AP50 over the same seeds.
         std: sample standard deviation; None with fewer than two seeds.
         count: seeds done.
         expected: seeds asked for.
@@ -62,6 +65,7 @@ class Entry:
     init: str
     fraction: float
     mean: float | None
+    ap50: float | None
     std: float | None
     count: int
     expected: int
@@ -79,11 +83,14 @@ def entries(results: Sequence[CellResult], metric: str = "AP") -> list[Entry]:
         groups.setdefault((result.init, result.fraction), []).append(result)
     made = []
     for (init, fraction), group in groups.items():
-        values = [v for r in group if r.status == "done" and (v := r.metrics.get(metric)) is not None]
+        done = [r for r in group if r.status == "done" and r.metrics.get(metric) is not None]
+        values = [v for r in done if (v := r.metrics[metric]) is not None]
+        loose = [v for r in done if (v := r.metrics.get("AP50")) is not None]
         mean, std = statistics.fmean(values) if values else None, statistics.stdev(values) if values[1:] else None
         counts = [r.images for r in group if r.images is not None]
         images = statistics.fmean(counts) if counts else None
-        made.append(Entry(init, fraction, mean, std, len(values), len(group), images))
+        ap50 = statistics.fmean(loose) if loose else None
+        made.append(Entry(init, fraction, mean, ap50, std, len(values), len(group), images))
     return made
 
 
@@ -99,7 +106,8 @@ class SummaryTable:
 
 
 def summary_table(results: Sequence[CellResult], metric: str = "AP") -> SummaryTable:
-    """Initialisations down, label fractions across, in percent: ``12.3 ± 0.4``, with a note if seeds are missing."""
+    """Initialisations down, label fractions across, in percent: ``12.3 ± 0.4 (AP50 30.1)``, with a note if seeds are
+    missing; then the minutes that pre-training took, and on average a fine-tuning."""
     by_place = {(entry.init, entry.fraction): entry for entry in entries(results, metric)}
     inits = list(dict.fromkeys(init for init, _ in by_place))
     fractions = sorted({fraction for _, fraction in by_place})
@@ -112,21 +120,28 @@ def summary_table(results: Sequence[CellResult], metric: str = "AP") -> SummaryT
         means = [(entry.mean, i) for i, entry in enumerate(column) if entry is not None and entry.mean is not None]
         best.append(max(means)[1] if len(means) > 1 else None)
     rows = [[format_entry(by_place.get((init, fraction))) for fraction in fractions] for init in inits]
-    return SummaryTable(headers, inits, rows, best)
+    for row, init in zip(rows, inits, strict=True):
+        mine = [result for result in results if result.init == init and result.status == "done"]
+        for seconds in ([r.pretraining_seconds for r in mine], [r.seconds for r in mine]):
+            row.append(f"{statistics.fmean(seconds) / 60:.1f}" if mine else "–")
+    return SummaryTable([*headers, "pre-training (min)", "fine-tuning (min)"], inits, rows, [*best, None, None])
 
 
 def format_entry(entry: Entry | None) -> str:
     if entry is None or entry.mean is None:
         return "–"
     text = f"{100 * entry.mean:.1f}" + (f" ± {100 * entry.std:.1f}" if entry.std is not None else "")
-    return text if entry.count == entry.expected else f"{text} ({entry.count} of {entry.expected} seeds)"
+    notes = [f"{100 * entry.ap50:.1f}"] if entry.ap50 is not None else []
+    if entry.count < entry.expected:
+        notes.append(f"{entry.count} of {entry.expected} seeds")
+    return f"{text} ({', '.join(notes)})" if notes else text
 
 
-def to_markdown(results: Sequence[CellResult], metric: str = "AP") -> str:
-    """The table, the best mean of each column in bold, and a line for every cell that is not done."""
+def to_markdown(results: Sequence[CellResult], metric: str = "AP", answers: Sequence[str] = ()) -> str:
+    """The table, the best mean of each column in bold, a line for every cell that is not done, and ``answers``."""
     table = summary_table(results, metric)
     lines = [
-        f"{metric} in percent, mean ± standard deviation over seeds; columns: share of the training labels.",
+        f"{metric} in percent, mean ± standard deviation over seeds (AP50); columns: share of the training labels.",
         "",
         "| initialisation | " + " | ".join(table.headers) + " |",
         "|---|" + "---:|" * len(table.headers),
@@ -138,6 +153,8 @@ def to_markdown(results: Sequence[CellResult], metric: str = "AP") -> str:
     if problems:
         lines += ["", "Not done:", ""]
         lines += [f"- {escape(r.name)}: {r.status}" + (f" ({escape(r.reason)})" if r.reason else "") for r in problems]
+    if answers:
+        lines += ["", *(f"- {escape(answer)}" for answer in answers)]
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ def rows_by_image(detections: Detections) -> dict[int, np.ndarray]:
     """Row numbers of each image's detections, best score first."""
     order = np.lexsort((-detections.scores, detections.images))
     images, starts = np.unique(detections.images[order], return_index=True)
-    return {int(i): rows for i, rows in zip(images, np.split(order, starts[1:]), strict=True)}
+    return {int(i): rows for i, rows in zip(images, np.split(order, starts)[1:], strict=True)}
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:

@@ -16,7 +16,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from siamese_detr.files import write_json
+from siamese_detr.files import write_json, written_aside
 from siamese_detr.messages import as_html
 
 MAX_DETECTIONS = (1, 10, 100)
@@ -61,6 +61,24 @@ class Detections:
     def concatenate(cls, parts: list[Detections]) -> Detections:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(np.concatenate([getattr(part, name) for part in [cls.empty(), *parts]]) for name in names))
+
+    def write(self, path: Path) -> None:
+        """Write a NumPy archive (.npz) of the four arrays; numbers in float32, as detectors compute them."""
+        with written_aside(path) as aside:
+            np.savez_compressed(
+                aside,
+                images=self.images,
+                classes=self.classes,
+                scores=self.scores.astype(np.float32),
+                boxes=self.boxes.astype(np.float32),
+            )
+
+    @classmethod
+    def read(cls, path: Path) -> Detections:
+        """From what :meth:`write` wrote. Raises OSError or ValueError where it cannot be read."""
+        with np.load(path, allow_pickle=False) as arrays:
+            scores, boxes = arrays["scores"].astype(np.float64), arrays["boxes"].astype(np.float64)
+            return cls(arrays["images"], arrays["classes"], scores, boxes)
 
     def to_coco(self, category_ids: list[int]) -> list[dict[str, Any]]:
         """COCO's results format: ``image_id, category_id, bbox (x, y, w, h), score``."""

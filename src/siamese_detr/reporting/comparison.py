@@ -9,6 +9,7 @@ from typing import Any
 
 from siamese_detr.comparison import plots
 from siamese_detr.comparison.inits import Init, parse_init
+from siamese_detr.comparison.luck import Difference, luck_lines
 from siamese_detr.comparison.summary import CellResult, convergence_curves, label_curves, percent_of, summary_table
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import percent
@@ -35,6 +36,7 @@ def comparison_page(run: Path) -> Page:
         document = json.loads((run / "results.json").read_text(encoding="utf-8"))
         cells = [CellResult(**cell) for cell in document["cells"]]
         metric = str(document["metric"])
+        answers = luck_lines([Difference(**found) for found in document.get("differences", [])])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run / 'results.json'} cannot be read ({error}); run compare again") from error
     facts = {name: str(config.get(name)) for name in ("images", "train", "evaluation")}
@@ -45,7 +47,7 @@ def comparison_page(run: Path) -> Page:
     rows = [[name, meaning(name, config.get("pretrain_at") or {})] for name in names]
     initial_weights = Table("Initial weights", ["initialisation", "weights"], rows, long=frozenset([1]))
     sections = [
-        Section("Result", [Text(ABOUT), Text(AP_EXPLAINED), *table_blocks(cells, metric)]),
+        Section("Result", [*map(Text, answers), *table_blocks(cells, metric), Text(ABOUT), Text(AP_EXPLAINED)]),
         Section("What is compared", [initial_weights]),
         Section("Plots", plot_blocks(cells, metric)),
         Section("Cells", [cell_table(cells, metric)]),
@@ -62,7 +64,9 @@ def table_blocks(cells: list[CellResult], metric: str) -> list[Block]:
     table = summary_table(cells, metric)
     rows = [[init, *row] for init, row in zip(table.inits, table.rows, strict=True)]
     strong = frozenset((best, column) for column, best in enumerate(table.best, 1) if best is not None)
-    caption = f"{metric} in percent, mean ± standard deviation over seeds, by percentage of labels used; best in bold"
+    caption = (
+        f"{metric} in percent, mean ± standard deviation over seeds (AP50), by percentage of labels used; best in bold"
+    )
     blocks: list[Block] = [Table(caption, ["initialisation", *table.headers], rows, strong)]
     blocks += [Missing(cell.name, cell.reason or "not run yet") for cell in cells if cell.status != "done"]
     return blocks

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class DetectionTask(Task):
     """Trains a detector on labelled images.
 
     Writes ``history.jsonl`` (one line of COCO metrics per evaluation), ``metrics.json`` (the best and the last of
-    them), and the Hugging Face directories ``best`` and ``last`` into the run directory.
+    them), ``detections-best.npz`` and ``detections-last.npz`` (what was found in the validation images), and the
+    Hugging Face directories ``best`` and ``last`` into the run directory.
 
     Args:
         detector: with the class head that fits ``images``.
@@ -217,6 +219,7 @@ class DetectionTask(Task):
             return
         overall = evaluation.metrics.overall()
         before = [record["AP"] or 0.0 for record in earlier]
+        evaluation.detections.write(self.out / "detections-last.npz")
         self.history.rewind(step - 1)
         self.history.append([record | {"train_loss": self.mean_loss(step)}])
         known = {name: value for name, value in overall.items() if value is not None}
@@ -224,6 +227,7 @@ class DetectionTask(Task):
         best = (overall["AP"] or 0.0) > max(before, default=-1.0)
         if best:
             self.save("best", step)
+            shutil.copyfile(self.out / "detections-last.npz", self.out / "detections-best.npz")
         if loop.bar is not None:
             loop.bar.say(
                 f"update {step} of {self.steps}: AP {percent(overall['AP'])}  AP50 {percent(overall['AP50'])}"
