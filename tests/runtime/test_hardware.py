@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
 
-from siamese_detr.runtime.hardware import emulates_bf16
+import siamese_detr
+from siamese_detr.errors import UserError
+from siamese_detr.runtime.hardware import choose_device, emulates_bf16
+from siamese_detr.runtime.processes import meet
 from siamese_detr.training import checks
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
@@ -46,9 +50,27 @@ def test_bf16_is_emulated_by_gpus_without_it(supported: bool, monkeypatch: pytes
 def test_a_run_in_an_emulated_precision_says_that_it_is_slow(
     precision: str, device: str, main: bool, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "on_cpu", lambda device: device == "cpu")
     monkeypatch.setattr(checks, "emulates_bf16", lambda asked: asked == device)
     with pytest.warns(UserWarning, match=said) if said else contextlib.nullcontext():
-        checks.check_precision(precision, device, main)
+        checks.check_precision(precision, torch.device(device), main)
     monkeypatch.setattr(checks, "emulates_bf16", lambda asked: False)
-    checks.check_precision(precision, device, main)
+    checks.check_precision(precision, torch.device(device), main)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "mps:3", "CPU", ""])
+def test_a_device_that_is_not_there_is_refused_alike_in_every_verb(name: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    for run in (
+        lambda: siamese_detr.pretrain("photos", out, device=name),
+        lambda: siamese_detr.finetune("train.json", out, device=name),
+        lambda: choose_device(name),
+    ):
+        with pytest.raises(UserError, match=f"device {name!r} cannot be used .*; try 'auto' or 'cpu'"):
+            run()
+
+
+def test_one_device_is_no_device_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert meet("cpu").device.type == "cpu"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device cpu:0 is one device, and there are several processes: give cpu"):
+        meet("cpu:0")

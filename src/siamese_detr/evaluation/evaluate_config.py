@@ -22,7 +22,7 @@ class EvaluateConfig(Options):
         out: write the metrics to this JSON file (and the detections beside it, as COCO results).
         batch_size: images per forward pass.
         workers: data processes.
-        device: auto, cpu, cuda, mps …
+        device: auto (the accelerator, if there is one), cpu, cuda, cuda:1, mps, ...
         top_k: most detections per image, at most the 100 for which COCO's metrics are defined.
     """
 

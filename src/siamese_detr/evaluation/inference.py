@@ -25,6 +25,7 @@ from siamese_detr.evaluation.results import ImageResult, Job, Predictions
 from siamese_detr.evaluation.sources import jobs_of
 from siamese_detr.kernels import accelerate
 from siamese_detr.messages import say, track
+from siamese_detr.runtime.hardware import choose_device
 from siamese_detr.runtime.loading import Loader
 from siamese_detr.runtime.processes import machine_explained
 
@@ -77,7 +78,7 @@ class Detector:
 
         Args:
             source: a run, a Hugging Face directory, a name on the Hub, or a .pth of the papers' codes.
-            device: auto, cpu, cuda, mps ...
+            device: auto (the accelerator, if there is one), cpu, cuda, cuda:1, mps, ...
             without_classes: also take a detector that has only been pre-trained: its class head says nothing.
 
         Returns:
@@ -175,22 +176,6 @@ class Detector:
             boxes = result["boxes"].cpu().double().numpy().reshape(-1, 4)
             detections.append((result["labels"].cpu().numpy()[best], scores[best], boxes[best]))
         return detections
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto``: this process's accelerator if there is one, else the CPU; otherwise the device of that name."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cuda" and torch.distributed.is_available() and torch.distributed.is_initialized():
-            name = f"cuda:{torch.cuda.current_device()}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try 'auto' or 'cpu'"
-        ) from error
-    return device
 
 
 class InferenceImages(Dataset):

@@ -23,7 +23,7 @@ class PredictConfig(Options):
         draw: also write the pictures with the boxes drawn.
         batch_size: images per forward pass.
         workers: data processes.
-        device: auto, cpu, cuda, mps …
+        device: auto (the accelerator, if there is one), cpu, cuda, cuda:1, mps, ...
     """
 
     model: str

@@ -75,7 +75,7 @@ def make_page(run: Path, kind: str, config: ReportConfig) -> Page:
         from siamese_detr.reporting.comparison import comparison_page
 
         return comparison_page(run)
-    from siamese_detr.evaluation.inference import choose_device
+    from siamese_detr.runtime.hardware import choose_device
 
     device = str(choose_device(config.device))
     if kind == "pre-training":

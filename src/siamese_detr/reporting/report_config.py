@@ -17,7 +17,7 @@ class ReportConfig(Options):
         samples: images to show of each kind.
         max_images: largest number of validation images to evaluate.
         score: lowest score of the detections in pictures and confusion matrix, 0 to 1.
-        device: auto, cpu, cuda, mps, ...
+        device: auto (the accelerator, if there is one), cpu, cuda, cuda:1, mps, ...
     """
 
     run: str

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from siamese_detr.errors import UserError
 from siamese_detr.runtime.cores import usable_cores
+from siamese_detr.runtime.hardware import choose_device
 from siamese_detr.runtime.signals import ignore_signals
 from siamese_detr.runtime.streams import reader_gone
 
@@ -73,28 +74,40 @@ def begin_worker(worker: int) -> None:
     ignore_signals()
 
 
-def on_cpu(device: str) -> bool:
-    """Whether a run computes on the CPU: it is to, or there is no accelerator."""
-    return device == "cpu" or not torch.accelerator.is_available()
-
-
 def join(device: str) -> bool:
     """Meet the other processes, if a launcher (torchrun, accelerate launch) started several; whether this is the main.
 
     Args:
-        device: ``cpu``, or anything else for the accelerators, if there are any.
+        device: see :func:`choose_device`.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not launched():
         return True
     return meet(device).is_main_process
 
 
 def meet(device: str) -> PartialState:
-    """Accelerate's state, for which the processes look for each other; `device` as in :func:`join`."""
+    """Accelerate's state, for which the processes look for each other.
+
+    Args:
+        device: see :func:`choose_device`.
+
+    Raises:
+        UserError: there is no such device, or the same one is named for several processes.
+    """
+    place = choose_device(device)
+    if place.index is not None and device != "auto":
+        if launched():
+            raise UserError(f"device {device} is one device, and there are several processes: give {place.type}")
+        torch.accelerator.set_device_index(place.index)
     if not (dist.is_available() and dist.is_initialized()):  # an earlier command may have had another device
         AcceleratorState._reset_state(reset_partial_state=True)
     with lost_process_explained():
-        return PartialState(cpu=on_cpu(device))
+        return PartialState(cpu=place.type == "cpu")
+
+
+def launched() -> bool:
+    """Whether a launcher started several processes."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 @contextlib.contextmanager

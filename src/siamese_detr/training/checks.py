@@ -20,7 +20,6 @@ from siamese_detr.errors import UserError
 from siamese_detr.messages import say
 from siamese_detr.randomness import seed_torch
 from siamese_detr.runtime.hardware import emulates_bf16
-from siamese_detr.runtime.processes import on_cpu
 from siamese_detr.runtime.progress import duration
 from siamese_detr.training.task import Callback
 
@@ -35,17 +34,18 @@ FORWARD_SHARE = 1 / 3
 """Of a training step's time, that an evaluation takes for as many images: a backward pass costs about two forward."""
 
 
-def check_precision(precision: str, device: str, main: bool) -> None:
+def check_precision(precision: str, device: torch.device, main: bool) -> None:
     """Refuse a precision that cannot be trained in, and warn of one that is slow here.
 
     Args:
-        precision, device: as in :class:`~siamese_detr.training.run_config.RunConfig`.
+        precision: as in :class:`~siamese_detr.training.run_config.RunConfig`.
+        device: where the run computes.
         main: whether this is the process that warns.
 
     Raises:
         UserError: fp16 without an accelerator.
     """
-    cpu = on_cpu(device)
+    cpu = device.type == "cpu"
     if cpu and precision == "fp16":
         raise UserError("precision fp16 needs an accelerator: use bf16 or fp32 here")
     if main and precision == "bf16" and emulates_bf16("cpu" if cpu else "cuda"):

@@ -87,7 +87,7 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
     """
     out = Path(config.out)
     team = Team(meet(config.device))
-    check_precision(config.precision, config.device, team.main)
+    check_precision(config.precision, team.device, team.main)
     check_trackers(config.report_to)
     check_callbacks(callbacks)
     dataset = read_labels(config.train, config.train_images)

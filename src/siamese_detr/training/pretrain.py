@@ -132,7 +132,7 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
     out = Path(config.out)
     team = Team(meet(config.device))
     # Mistakes are found before anything is written, and before hours of proposals.
-    check_precision(config.precision, config.device, team.main)
+    check_precision(config.precision, team.device, team.main)
     find_method(config.proposal_method)
     images = list_images(config.images)
     if team.main and config.proposals is not None:  # else propose reports them

@@ -24,7 +24,7 @@ class RunConfig(Options):
         batch_size: images per update, over all processes.
         accumulate: parts (micro-batches) in which an update's images are processed, to save memory.
         precision: fp32, bf16 or fp16 (autocast).
-        device: auto (the accelerator, if there is one) or cpu.
+        device: auto (the accelerator, if there is one), cpu, cuda, cuda:1, mps, ...
         kernels: auto exchanges modules for faster ones that compute the same; off exchanges none; hub also lets
             Transformers load kernels from the Hugging Face hub (needs the package kernels).
         seed: of everything random.
@@ -57,7 +57,7 @@ class RunConfig(Options):
     batch_size: int = 32
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: Literal["auto", "cpu"] = "auto"
+    device: str = "auto"
     kernels: Literal["auto", "off", "hub"] = "auto"
     seed: int = 0
     workers: int | None = None
