@@ -284,6 +284,9 @@ def test_names_defined_in_pretrain_at_are_initialisations(options: dict[str, Any
         ({"recipe": "paper-table-9"}, "paper-table-9"),
         ({"pretrain": {"short_sides": "[80, 96"}}, "short_sides='\\[80, 96' in pretrain options is not valid YAML"),
         ({"inits": ("siamese:iuo=0.3",)}, "did you mean 'iou'"),
+        ({"inits": ("siamese+longer",)}, "use backbone\\+longer"),
+        ({"inits": ("backbone+self-training",)}, "averaged weights"),
+        ({"finetune": {"unlabelled": "photos"}}, "compare sets unlabelled itself"),
         ({"inits": ("siamese:discrimination=all",)}, "discrimination='all'"),
         ({"inits": ("siamese:num_regions=200",)}, "too few queries"),
         ({"pretrain": {"backbone": "nowhere.pth"}}, r"nowhere\.pth"),
@@ -354,6 +357,26 @@ def test_a_detector_of_another_family_may_be_among_them(options: dict[str, Any],
     (file,) = (Path(options["out"]) / "pretrained").glob("*/run-*.yaml")
     written = yaml.safe_load(file.read_text())
     assert (written.get("detector"), written["init"]) == (None, path)
+
+
+def test_rows_with_self_training_and_the_control_of_equal_compute(options: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 12}
+    for name in ("mine", "yours"):
+        build_detector("detr", "random:resnet18", **sizes).save(tmp_path / name / "best", shortest_edge=96)
+    mine, yours = (str(tmp_path / name / "best") for name in ("mine", "yours"))
+    inits = ("backbone", "backbone+longer", "siamese", "siamese+self-training", f"{mine}+self-training", yours)
+    budget = {"finetune": {"ema": 0.9, "steps": 30, "burn_in": 0.4}, "pretrain": {"steps": 12}}
+    result = run(options, inits=inits, fractions=(1.0,), seeds=(0,), **budget)
+    rows = [cell.init for cell in result.cells]
+    assert rows == ["backbone", "backbone+longer", "siamese", "siamese+self-training", "mine+self-training", "yours"]
+    assert [name for name in ran(options) if name.startswith("pre-training")] == ["pre-training siamese"]
+    files = [next((Path(options["out"]) / cell.run).parent.glob("run-*.yaml")) for cell in result.cells]
+    written = [yaml.safe_load(file.read_text()) for file in files]
+    assert [run["steps"] for run in written] == [30, 42, 30, 30, 30, 30]
+    images = str(Path(options["images"]))
+    assert [run["unlabelled"] for run in written] == [None, None, None, images, images, None]
+    assert [run.get("burn_in") for run in written] == [None, None, None, 0.4, 0.4, None]
+    assert written[2]["model"] == written[3]["model"]
 
 
 def test_a_recipe_is_changed_from_the_shell(options: dict[str, Any]) -> None:

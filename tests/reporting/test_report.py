@@ -18,7 +18,7 @@ from headless_browser import Browser, find_browser
 from siamese_detr.comparison.summary import CellResult, Curve, to_json
 from siamese_detr.errors import UserError
 from siamese_detr.reporting.charts import line_chart
-from siamese_detr.reporting.comparison import meaning
+from siamese_detr.reporting.comparison import meaning, starting_point
 from siamese_detr.reporting.page import Grid, Page, Section, Table, render
 from siamese_detr.reporting.pictures import Album, Box
 from siamese_detr.scenes import make_scenes
@@ -195,13 +195,15 @@ def test_comparison_page(runs: dict[str, Path], tmp_path: Path) -> None:
         ("scratch+siamese", "every weight random, then pre-trained without labels by Siamese DETR"),
         ("siamese:iou=0.3", "by Siamese DETR with num_queries 20, iou 0.3"),
         ("coco", "the detector in coco"),
+        ("siamese+self-training", "also learns from the unlabelled images (self-training)"),
+        ("backbone+longer", "as many more steps as pre-training has (the control of equal compute)"),
         ("coco+up-detr", "the detector in coco, then pre-trained without labels by UP-DETR"),
         ("wide", "the detector in coco, then pre-trained without labels by Siamese DETR with iou 0.7"),
     ],
 )
 def test_initialisations_are_explained(name: str, told: str) -> None:
     pretrain_at = {"siamese": {"num_queries": 20}, "wide": {"method": "siamese", "init": "coco", "iou": 0.7}}
-    assert meaning(name, pretrain_at).endswith(told)
+    assert meaning(starting_point(name, pretrain_at)).endswith(told)
 
 
 def test_a_folder_without_a_run_is_a_users_mistake(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class CompareConfig(Options):
     `--inits siamese:discrimination=none siamese:discrimination=region siamese:discrimination=global siamese`.
 
     Args:
-        images: unlabelled images to pre-train on: folder, list file (.txt) or COCO JSON.
+        images: unlabelled images to pre-train and self-train on: folder, list file (.txt) or COCO JSON.
         train: labels to fine-tune on: COCO JSON, VOC folder or YOLO data.yaml.
         out: directory of the comparison; results already there are not computed again.
         val: labels to measure on; default: those of TRAIN, where it has a split for it (a data.yaml,
@@ -27,7 +27,9 @@ class CompareConfig(Options):
         inits: what to compare: scratch (everything random), backbone (pre-trained backbone, random Transformer: the
             papers' "scratch"), siamese, up-detr or detreg (pre-trained here), PATH (any detector that finetune takes,
             as it is), PATH+siamese (that detector after our pre-training); a method with options of pretrain of its
-            own, siamese:iou=0.3,num_regions=5; or a name defined in pretrain_at. Default: backbone siamese.
+            own, siamese:iou=0.3,num_regions=5; or a name defined in pretrain_at. siamese+self-training,
+            PATH+self-training, ...: the later part of the fine-tuning also learns from IMAGES (finetune's unlabelled).
+            backbone+longer, PATH+longer: as many more steps as the pre-training has. Default: backbone siamese.
         fractions: parts of the training images, each above 0 to 1. Default: 0.01 0.1 1.
         seeds: of the part of the images, new weights and training; results are averaged over them. Default: 0 1.
         recipe: a whole comparison to start from: paper-table-1, paper-table-2, laptop, or a YAML file. Your options

@@ -17,7 +17,7 @@ OPERATION = {
     *("retry_failed", "bank_dir", "compile"),
 }
 """Settings of the verbs that do not change what is computed; they are not part of a key."""
-PLACES = {"images", "proposals", "init", "train", "val", "train_images", "val_images", "model"}
+PLACES = {"images", "proposals", "init", "train", "val", "train_images", "val_images", "model", "unlabelled"}
 """Settings that name files; a key has the files' content instead."""
 
 

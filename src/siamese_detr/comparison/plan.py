@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from siamese_detr.comparison.compare_config import CompareConfig
-from siamese_detr.comparison.inits import Init, parse_init, split_init
+from siamese_detr.comparison.inits import Init, parse_init, short_names, split_init
 from siamese_detr.comparison.keys import detector_key, images_key, key_of, slug
 from siamese_detr.config import effective, plain, read_sources, refuse_idle, validate, validate_value
 from siamese_detr.detectors import plan_detector
@@ -28,6 +28,7 @@ from siamese_detr.pretext import find_pretext
 from siamese_detr.proposals.methods import find_method
 from siamese_detr.proposals.propose import ProposeConfig
 from siamese_detr.training.finetune_config import FinetuneConfig
+from siamese_detr.training.labelled_dataset import repeat_factors
 from siamese_detr.training.pretrain_config import PretrainConfig
 
 VERBS = ("propose", "pretrain", "finetune")
@@ -93,6 +94,7 @@ class Plan:
         reserved |= {"method": "siamese", "init": None}
         self.pretrain: PretrainConfig = resolve(PretrainConfig, config.pretrain_recipe, config.pretrain, reserved)
         reserved = {"train": train, "val": val, "out": "-", "fraction": 1.0, "seed": 0, "model": None, "init": None}
+        reserved["unlabelled"] = None
         finetune: FinetuneConfig = resolve(FinetuneConfig, config.finetune_recipe, config.finetune, reserved)
         if any(not init.stored and init.method is None for init in inits):
             finetune = same_detector(self.pretrain, finetune, config.finetune)
@@ -101,7 +103,8 @@ class Plan:
         size = finetune.image_size or self.pretrain.view_size or 800
         self.finetune = dataclasses.replace(finetune, image_size=size, square=square)
         self.finetune_at = {fraction_of(name, self.fractions): at for name, at in config.finetune_at.items()}
-        self.read_inputs(pretrains=any(init.method for init in inits))
+        self.labels = short_names(inits)
+        self.read_inputs(unlabelled=any(init.method or init.then for init in inits))
         self.named: dict[str, Task] = {}
         for seed in self.seeds:
             for fraction in self.fractions:
@@ -110,10 +113,10 @@ class Plan:
         self.tasks = sorted(self.named.values(), key=lambda task: VERBS.index(task.verb))
         check_detectors(self.tasks)
 
-    def read_inputs(self, pretrains: bool) -> None:
-        """Read the labels and, if there is any pre-training, the list of images."""
+    def read_inputs(self, unlabelled: bool) -> None:
+        """Read the labels and, if any run needs it, the list of unlabelled images."""
         config = self.config
-        training = read_labels(self.finetune.train, self.finetune.train_images)
+        self.training = training = read_labels(self.finetune.train, self.finetune.train_images)
         if self.finetune.val is None:
             raise UserError(f"{config.train} has no validation split: give the labels to measure on with --val")
         self.validation = validation = read_labels(self.finetune.val, self.finetune.val_images, default_split="val")
@@ -121,10 +124,10 @@ class Plan:
         self.labels_key = dataset_key(training, validation)
         self.counts = {(f, s): len(training.take(f, s)) for f in self.fractions for s in self.seeds}
         self.images_key, self.inputs = "", ""
-        if pretrains:
-            unlabelled = list_images(str(self.images))
-            self.images_key = images_key(unlabelled)
-            self.inputs = f"images to pre-train on: {len(unlabelled)} in {config.images}\n"
+        if unlabelled:
+            images = list_images(str(self.images))
+            self.images_key, self.image_count = images_key(images), len(images)
+            self.inputs = f"unlabelled images: {len(images)} in {config.images}\n"
         self.inputs += (
             f"labels: {len(training)} images with {len(training.class_names)} classes in {config.train}; measured on "
             f"{len(validation)} images of {config.val or config.train}, at the {config.evaluation} evaluation"
@@ -164,14 +167,15 @@ class Plan:
             config = dataclasses.replace(config, proposals=str(store.run))
         options = options_of(config)
         key = key_of("pretrain", options, images=self.images_key, proposals=proposals_key, start=start_key)
-        name = f"pre-training {init.name}" + (f", seed {seed}" if each else "")
-        folder = self.out / "pretrained" / slug(init.name) / (f"seed-{seed}" if each else "")
+        name = f"pre-training {self.labels.get(init.pretrained, init.pretrained)}" + (f", seed {seed}" if each else "")
+        folder = self.out / "pretrained" / slug(init.pretrained) / (f"seed-{seed}" if each else "")
         return self.add(Task(name, "pretrain", folder, options, key, needs))
 
     def add_finetuning(self, init: Init, fraction: float, seed: int) -> Task:
         base = plain(self.finetune)
         fixed: dict[str, Any] = {"fraction": fraction, "seed": seed, "out": "-", "model": None, "init": None}
         fixed |= {"train": base["train"], "val": base["val"]}
+        fixed["unlabelled"] = str(self.images) if init.then == "self-training" else None
         start_key, needs = "", tuple[str, ...]()
         if init.method is not None:
             pretrained = self.add_pretraining(init, seed)
@@ -181,11 +185,18 @@ class Plan:
         config: FinetuneConfig = resolve(FinetuneConfig, None, self.finetune_at.get(fraction, {}), fixed, base)
         if init.start == "scratch" and fixed["model"] is None:
             config = dataclasses.replace(config, backbone=random_backbone(config.backbone))
+        if init.then == "longer":
+            images = round(repeat_factors(self.training.take(fraction, seed), config.repeat_factor).sum())
+            steps = config.total_steps(images) + self.pretrain.total_steps(self.image_count)
+            config = dataclasses.replace(config, steps=steps)
         options = options_of(config)
-        key = key_of("finetune", options, labels=self.labels_key, start=start_key)
+        contents = {"labels": self.labels_key, "start": start_key}
+        if init.then == "self-training":
+            contents["unlabelled"] = self.images_key
+        key = key_of("finetune", options, **contents)
         folder = self.out / "cells" / slug(init.name) / f"{fraction:g}" / str(seed)
-        name = f"fine-tuning {init.name}, {100 * fraction:g} %, seed {seed}"
-        cell = (init.name, fraction, seed)
+        label = self.labels[init.name]
+        name, cell = f"fine-tuning {label}, {100 * fraction:g} %, seed {seed}", (label, fraction, seed)
         return self.add(Task(name, "finetune", folder, options, key, needs, cell, self.counts[fraction, seed]))
 
 

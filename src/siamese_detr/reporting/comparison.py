@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from siamese_detr.comparison import plots
-from siamese_detr.comparison.inits import Init, parse_init
+from siamese_detr.comparison.inits import Init, parse_init, short_names
 from siamese_detr.comparison.luck import Difference, luck_lines
 from siamese_detr.comparison.summary import CellResult, convergence_curves, label_curves, percent_of, summary_table
 from siamese_detr.errors import UserError
@@ -23,6 +23,10 @@ ABOUT = (
     "Two rows that differ by less than their standard deviations may well be equal."
 )
 STARTS = {"scratch": "every weight random", "backbone": "pre-trained backbone, random Transformer"}
+THEN = {
+    "self-training": "; the later part of fine-tuning also learns from the unlabelled images (self-training)",
+    "longer": "; fine-tuned for as many more steps as pre-training has (the control of equal compute)",
+}
 
 
 def comparison_page(run: Path) -> Page:
@@ -44,7 +48,10 @@ def comparison_page(run: Path) -> Page:
     facts |= {name: ", ".join(map(str, config.get(name) or [])) for name in ("inits", "fractions", "seeds")}
     names = list(dict.fromkeys(cell.init for cell in cells))
     done = [cell for cell in cells if cell.status == "done"]
-    rows = [[name, meaning(name, config.get("pretrain_at") or {})] for name in names]
+    pretrain_at = config.get("pretrain_at") or {}
+    inits = [starting_point(name, pretrain_at) for name in config.get("inits") or names]
+    short = short_names(inits)
+    rows = [[short[init.name], meaning(init)] for init in inits]
     initial_weights = Table("Initial weights", ["initialisation", "weights"], rows, long=frozenset([1]))
     sections = [
         Section("Result", [*map(Text, answers), *table_blocks(cells, metric), Text(ABOUT), Text(AP_EXPLAINED)]),
@@ -105,15 +112,19 @@ def cell_table(cells: list[CellResult], metric: str) -> Table:
     return Table("Every fine-tuning", headers, rows, long=frozenset([len(headers) - 1]))
 
 
-def meaning(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> str:
-    """An initialisation in plain words."""
+def starting_point(name: str, pretrain_at: Mapping[str, Mapping[str, Any]]) -> Init:
     try:
-        init = parse_init(name, pretrain_at)
+        return parse_init(name, pretrain_at)
     except UserError:  # the detector was moved since
-        init = Init(name, name, None, {})
+        return Init(name, name, None, {})
+
+
+def meaning(init: Init) -> str:
+    """An initialisation in plain words."""
+    then = THEN.get(init.then, "")
     start = STARTS.get(init.start, f"the detector in {init.start}")
     if init.method is None:
-        return start
+        return start + then
     options = ", ".join(f"{key} {value}" for key, value in init.options.items())
     method = find_pretext(init.method).title
-    return f"{start}, then pre-trained without labels by {method}{f' with {options}' if options else ''}"
+    return f"{start}, then pre-trained without labels by {method}{f' with {options}' if options else ''}{then}"
