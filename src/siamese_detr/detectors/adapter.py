@@ -114,7 +114,10 @@ class DetectorAdapter(nn.Module):
 
     def pad(self, x: Tensor) -> Tensor:
         """(B, ..., H, W) padded with zeros on the right and at the bottom to sides the family takes."""
-        return x
+        if self.square_side is None:
+            return x
+        height, width = x.shape[-2:]
+        return nn.functional.pad(x, (0, -width % self.square_side, 0, -height % self.square_side))
 
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> list[Tensor]:
         """Backbone maps the detector consumes, finest first.

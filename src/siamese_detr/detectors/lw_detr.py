@@ -126,10 +126,6 @@ class LwDetrAdapter(DetectorAdapter):
         for head in self.class_heads:
             initialise.class_head(head)
 
-    def pad(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        return nn.functional.pad(x, (0, -width % self.square_side, 0, -height % self.square_side))
-
     def project(self, maps: list[Tensor]) -> list[Tensor]:
         """The projector: maps of the ViT's layers -> one map per level."""
         return self.model.model.backbone.projector(maps)

@@ -35,9 +35,6 @@ from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSiz
 from siamese_detr.detectors.functional import additive_mask, constant, full_precision, level_arguments, spread_tokens
 from siamese_detr.detectors.structures import ClassLoss, Edges, Predictions, Targets
 
-SIDE = 32
-"""Sides of the input must be multiples of this, or the levels of the encoder do not fit on each other."""
-
 
 @dataclass
 class DenoisingQueries:
@@ -65,7 +62,7 @@ class RTDetrAdapter(DetectorAdapter):
     config_class: ClassVar[type[PretrainedConfig]] = RTDetrConfig
     processor_class = "RTDetrImageProcessor"
     class_loss: ClassVar[ClassLoss] = "varifocal"
-    square_side = SIDE
+    square_side = 32  # or the levels of the encoder do not fit on each other
     selects_queries = True
     denoises = True
     defaults: ClassVar[dict[str, Any]] = {
@@ -154,10 +151,6 @@ class RTDetrAdapter(DetectorAdapter):
             initialise.box_head(head)
         for layer in self.class_layers:
             initialise.class_head(layer)
-
-    def pad(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        return nn.functional.pad(x, (0, -width % SIDE, 0, -height % SIDE))
 
     def encode(self, maps: list[Tensor], pixel_mask: Tensor) -> Memory:
         detr, pixel_mask = self.model.model, self.pad(pixel_mask)
