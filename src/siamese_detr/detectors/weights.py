@@ -29,11 +29,6 @@ NESTS = ("state_dict", "model", "model_state_dict", "student", "teacher")
 """Entries under which training codes put the state dict."""
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of `read_checkpoint`."""
-    return read_checkpoint(path)[0]
-
-
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a .safetensors file or of a PyTorch checkpoint, un-nested, names as in the file; and the options
     (`args`) that many training codes store beside them.

@@ -102,18 +102,6 @@ def _corners(cell, right, below, channels):
 
 
 @compiled
-def _pack(head, value):
-    """The values (S * C) of one head, which its core's caches hold."""
-    cells, heads, channels = value.shape
-    table, value = np.empty(cells * channels, value.dtype), value.reshape(-1)
-    for cell in range(cells):
-        first, place = uint64(cell * channels), uint64((cell * heads + head) * channels)
-        for i in range(uint64(channels)):
-            table[first + i] = value[place + i]
-    return table
-
-
-@compiled
 def _unpack(head, table, value):
     """Fill one head of ``value`` (S, heads, C) with ``table`` (S * C)."""
     cells, heads, channels = value.shape
@@ -128,7 +116,7 @@ def _unpack(head, table, value):
 def _sum(head, sizes, value, locations, weights, out):
     """Fill ``out`` (Q, heads, C) for one head of one image, whose values are (S, heads, C)."""
     queries, heads, levels, points = weights.shape
-    table = _pack(head, value)
+    table = np.ascontiguousarray(value[:, head]).reshape(-1)  # which the core's caches hold
     channels, kind = out.shape[2], table.dtype.type
     locations, weights = locations.reshape(-1), weights.reshape(-1)
     for query in range(queries):
@@ -162,7 +150,7 @@ def _sum(head, sizes, value, locations, weights, out):
 def _spread(head, sizes, value, locations, weights, gradient, to_value, to_locations, to_weights):
     """From the gradient (Q, heads, C) of what :func:`_sum` fills, those of its inputs."""
     queries, heads, levels, points = weights.shape
-    table = _pack(head, value)
+    table = np.ascontiguousarray(value[:, head]).reshape(-1)  # which the core's caches hold
     to_table = np.zeros_like(table)
     channels, kind = gradient.shape[2], table.dtype.type
     locations, weights = locations.reshape(-1), weights.reshape(-1)
