@@ -9,6 +9,7 @@ import pytest
 
 from siamese_detr.training import checks
 from siamese_detr.training.checks import Estimate, control_group_free
+from siamese_detr.training.detection_task import DetectionTask
 from siamese_detr.training.finetune import finetune
 from tiny_finetuning import QUICK, TINY, write_scenes
 
@@ -44,6 +45,20 @@ def test_a_run_says_what_it_takes_and_learns_the_same(
     other = finetune(out=str(tmp_path / "other"), **options)
     assert "GB of memory" not in capsys.readouterr().err
     assert other.history == one.history
+
+
+def test_a_trial_that_fails_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes, the others would wait for its gradients: they are asked after each trial."""
+    labels = str(write_scenes(tmp_path / "scenes", 4))
+    sizes: list[int] = []
+
+    def fails(task: DetectionTask, images: int) -> None:
+        sizes.append(images)
+        raise ValueError("of this process alone")
+
+    monkeypatch.setattr(DetectionTask, "largest", fails)
+    finetune(train=labels, out=str(tmp_path / "run"), steps=1, **TINY, **QUICK)
+    assert sizes == [1]
 
 
 def test_limits_of_containers_count(tmp_path: Path) -> None:

@@ -123,38 +123,26 @@ def estimate(loop: Loop) -> Estimate | None:
         None where peak memory cannot be read (not Linux, not CUDA), or a trial step failed.
     """
     task, team, config = loop.task, loop.team, loop.config
-    images = config.batch_size // (config.accumulate * team.size)  # of this process in a micro-batch
-    numbers = sorted({1, min(2, images), images})
-    batches = [task.largest(n) for n in numbers]
-    # Compiling for other sizes takes minutes.
-    if team.any(config.compile or any(batch is None for batch in batches)):
+    if config.compile:  # for other sizes takes minutes
         return None
+    images = config.batch_size // (config.accumulate * team.size)  # of this process in a micro-batch
     buffers = [(buffer, buffer.clone()) for buffer in task.model.buffers()]
     free = free_memory(team.device)
     task.model.train()
+    peaks: dict[int, float] = {}
+    seconds = 0.0
     try:
-        reset_peak(team.device)
-        peaks, seconds = {0: peak_memory(team.device)}, 0.0
-        for number, batch in zip(numbers, batches, strict=True):
-            expected = peaks[max(peaks)] + (number - max(peaks)) * slope(peaks)
+        for number in sorted({0, 1, min(2, images), images}):
+            expected = peaks[max(peaks)] + (number - max(peaks)) * slope(peaks) if peaks else 0.0
             # More would be killed, or keep the user waiting: fewer must do.
             too_slow = number > 2 and number * seconds > TRIAL_SECONDS
             if number > 1 and team.any(expected > free or too_slow):
                 break
-            reset_peak(team.device)
-            began = time.monotonic()
-            seed_torch(config.seed, 0, 0, team.rank)
-            loss, _ = task.step(task.model, send_to_device(batch, team.device))
-            loop.accelerator.backward(loss)
-            loss.item()  # wait for the device
-            seconds = (time.monotonic() - began) / number
-            peaks[number] = peak_memory(team.device)
-            loop.optimizer.zero_grad()
-    # The first update says what is wrong, batch norms of one cell want more than one image, or there is no /proc.
-    except (NonFiniteError, ValueError, OSError):
-        return None
+            tried = try_step(loop, number)
+            if team.any(tried is None) or tried is None:
+                return None
+            peaks[number], seconds = tried
     finally:
-        loop.optimizer.zero_grad()
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -163,6 +151,29 @@ def estimate(loop: Loop) -> Estimate | None:
     fixed = peaks[1] - per_image + ADAMW_BYTES * learned
     trained = loop.steps * config.batch_size + FORWARD_SHARE * task.evaluated
     return Estimate(fixed, per_image, free, trained * seconds / team.size)
+
+
+def try_step(loop: Loop, images: int) -> tuple[float, float] | None:
+    """Peak memory in bytes, and seconds per image, of a step on so many images (0: of doing nothing), in this process
+    alone; None if that failed."""
+    task, device = loop.task, loop.team.device
+    try:
+        batch = task.largest(images) if images else None
+        reset_peak(device)
+        began = time.monotonic()
+        if batch is not None:
+            seed_torch(loop.config.seed, 0, 0, loop.team.rank)
+            loss, _ = task.step(task.model, send_to_device(batch, device))
+            loop.accelerator.backward(loss)
+            loss.item()  # wait for the device
+        elif images:
+            return None
+        return peak_memory(device), (time.monotonic() - began) / max(images, 1)
+    # The first update says what is wrong, batch norms of one cell want more than one image, or there is no /proc.
+    except (NonFiniteError, ValueError, OSError):
+        return None
+    finally:
+        loop.optimizer.zero_grad()
 
 
 def slope(peaks: Mapping[int, float]) -> float:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,8 @@ class Loop:
                 self.optimizer.step()
             (rate, *_) = self.scheduler.get_last_lr()
             if not verdict.overflow:
-                self.scheduler.step()
+                with contextlib.nullcontext() if update.losses else warnings.catch_warnings(action="ignore"):
+                    self.scheduler.step()  # warns if there has been no update yet
             self.optimizer.zero_grad()
             state.step = step + 1
             if state.averages is not None:
