@@ -8,6 +8,7 @@ import errno
 import inspect
 import re
 import sys
+import textwrap
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -94,9 +95,10 @@ def recipes(names: list[str]) -> str:
     lines = []
     for verb, name in shipped:
         about = " ".join(recipe_comment(load_config(verb), name).split("\n\n")[0].split()).partition(". ")[0]
-        lines.append(f"{verb:<9} --recipe {name:<22} {about.rstrip('.')}.")
+        lines.append(f"{verb} --recipe {name}")
+        lines += textwrap.wrap(f"{about.rstrip('.')}.", 80, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(
-        [*lines, "", "siamese-detr recipes NAME prints one; copy it to a file to change it (--recipe FILE)."]
+        [*lines, "", "siamese-detr recipes NAME prints one; copy it to a file to change it", "(--recipe FILE)."]
     )
 
 
@@ -173,8 +175,6 @@ def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:
 
 def explained_yaml(config: Any) -> str:
     """The values that have an effect, as YAML with a comment before each, to edit and read back with ``--config``."""
-    import textwrap
-
     import yaml
 
     from siamese_detr.config import effective, explained

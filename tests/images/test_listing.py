@@ -33,6 +33,12 @@ def test_folder_is_searched_recursively_in_sorted_order(tmp_path: Path) -> None:
     assert listed == list_images(str(tmp_path) + "/")
 
 
+def test_what_a_command_writes_among_its_images_is_left_out(tmp_path: Path) -> None:
+    make(tmp_path, "a.jpg", "run/pictures/a.jpg", "runs/b.jpg")
+    assert list_images(tmp_path, without=tmp_path / "run").paths == ["a.jpg", "runs/b.jpg"]
+    assert len(list_images(tmp_path, without=tmp_path / "new")) == len(list_images(tmp_path, without=tmp_path)) == 3
+
+
 def test_links_are_followed_once(tmp_path: Path) -> None:
     make(tmp_path, "data/a/1.jpg", "other/2.jpg")
     (tmp_path / "data/loop").symlink_to(tmp_path / "data")

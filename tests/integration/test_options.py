@@ -125,7 +125,8 @@ def test_a_printed_configuration_is_read_back(name: str, tmp_path: Path, capsys:
 def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("finetune  --recipe laptop ") for line in lines)
+    assert "finetune --recipe laptop" in lines
+    assert max(map(len, lines)) <= 80
     assert cli.main(["recipes", "laptop-methods"]) == 0
     text = capsys.readouterr().out
     assert "# siamese-detr compare --recipe laptop-methods" in text

@@ -26,6 +26,7 @@ from siamese_detr.runtime.signals import Preempted
 from siamese_detr.training.detection_task import is_due
 from siamese_detr.training.finetune import finetune
 from siamese_detr.training.finetune_config import FinetuneConfig
+from siamese_detr.training.labelled_dataset import EpochBatches
 from siamese_detr.training.optimizer import lr_factor
 from siamese_detr.training.task import Callback
 from tiny_finetuning import CLASSES, QUICK, TINY, learned, write_scenes
@@ -130,7 +131,7 @@ def test_parts_can_be_frozen_and_sizes_of_squares_be_drawn(labels, tmp_path):
         finetune(out=str(tmp_path / "other"), freeze=["neck"], **options)
 
 
-def test_only_the_class_head_is_made_anew(pretrained, labels, tmp_path):
+def test_only_the_class_head_is_initialised_again(pretrained, labels, tmp_path):
     out = tmp_path / "run"
     # At a learning rate of zero every tensor stays where it started.
     finetune(train=labels, out=str(out), model=str(pretrained), steps=1, **{**QUICK, "lr": 0.0})
@@ -171,8 +172,12 @@ def test_the_validation_split_of_a_data_yaml_is_found(labels, tmp_path, capsys):
     result = finetune(train=str(path), out=str(tmp_path / "run"), steps=1, **TINY, **QUICK)
     assert len(result.history) == 1
     assert f"2 validation images in {tmp_path / 'yolo/images/val'}" in capsys.readouterr().err
-    finetune(train=labels, out=str(tmp_path / "other"), steps=1, **TINY, **QUICK)
-    assert "no validation labels (--val)" in capsys.readouterr().err
+    for train, val in ((labels, None), (str(path), "none")):
+        result = finetune(train=train, val=val, out=str(tmp_path / f"without-{val}"), steps=1, **TINY, **QUICK)
+        assert not result.history
+        assert "no validation labels (--val)" in capsys.readouterr().err
+        with pytest.raises(UserError, match="patience has no effect: there are no validation labels"):
+            finetune(train=train, val=val, out=str(tmp_path / "refused"), patience=1, **TINY, **QUICK)
 
 
 def test_classes_that_only_validation_knows_are_named(labels, tmp_path, capsys):
@@ -370,7 +375,7 @@ def test_a_run_is_not_continued_on_other_labels(tmp_path):
 
 
 @pytest.mark.promise("bad-images")
-def test_unreadable_validation_images_are_told_of_and_listed(tmp_path, capsys):
+def test_unreadable_validation_images_are_reported_and_listed(tmp_path, capsys):
     labels, validation = write_scenes(tmp_path / "a", 4), write_scenes(tmp_path / "b", 4, seed=1)
     (tmp_path / "b" / "2.jpg").write_bytes(b"gone")
     options = {**TINY, **QUICK, "image_size": 64, "eval_every": 1, "steps": 2}
@@ -407,6 +412,17 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
     assert line["path"].endswith("2.jpg")
     with pytest.raises(UserError, match="max_bad_share"):
         finetune(train=str(labels), out=str(tmp_path / "strict"), steps=9, max_bad_share=0.01, **TINY, **QUICK)
+
+
+@pytest.mark.filterwarnings("error:Detected call of")
+def test_a_run_may_begin_with_images_that_cannot_be_read(tmp_path):
+    labels = write_scenes(tmp_path / "scenes", 4)
+    options = {**TINY, **QUICK, "batch_size": 2, "max_bad_share": 1, "steps": 2}
+    for _, number in EpochBatches(4, 2, 1, 0)[0]:
+        (tmp_path / "scenes" / f"{number}.jpg").write_bytes(b"gone")
+    result = finetune(train=str(labels), out=str(tmp_path / "run"), **options)
+    assert result.skipped == 2
+    assert ["loss" in line for line in lines(result.out / "log.jsonl")] == [False, True]
 
 
 @pytest.mark.parametrize(

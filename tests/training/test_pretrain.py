@@ -66,6 +66,17 @@ def test_a_run_leaves_what_it_promises(base: dict[str, Any], tmp_path: Path) -> 
     assert again.steps == 4
 
 
+def test_the_closing_hint_repeats_a_recipe_that_finetune_takes(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, repeated in (("lr: 1e-4\n", True), ("lr: 1e-4\ncrop_size: 32\n", False)):
+        recipe = tmp_path / "mine.yaml"
+        recipe.write_text(text)
+        options = {key: value for key, value in base.items() if key not in ("lr", "crop_size")}
+        pretrain(**{**options, "out": str(tmp_path / str(repeated)), "steps": 1}, recipe=str(recipe))
+        assert (f"siamese-detr finetune --recipe {recipe} --train" in capsys.readouterr().err) is repeated
+
+
 def test_the_frozen_stay_frozen_and_all_else_learns(base: dict[str, Any], tmp_path: Path) -> None:
     """Backbone, its statistics and the class head are bit-identical after training; every other parameter moved."""
     out = tmp_path / "run"

@@ -117,9 +117,11 @@ class Plan:
         """Read the labels and, if any run needs it, the list of unlabelled images."""
         config = self.config
         self.training = training = read_labels(self.finetune.train, self.finetune.train_images)
-        if self.finetune.val is None:
+        if not self.finetune.find_validation():
             raise UserError(f"{config.train} has no validation split: give the labels to measure on with --val")
-        self.validation = validation = read_labels(self.finetune.val, self.finetune.val_images, default_split="val")
+        self.validation = validation = read_labels(
+            str(self.finetune.val), self.finetune.val_images, default_split="val"
+        )
         class_map(training.class_names, validation.class_names)  # raises if there is no class in common
         self.labels_key = dataset_key(training, validation)
         self.counts = {(f, s): len(training.take(f, s)) for f in self.fractions for s in self.seeds}

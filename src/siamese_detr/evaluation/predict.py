@@ -56,7 +56,7 @@ def predict(config: PredictConfig) -> PredictResult:
     Raises:
         UserError: no usable detector, no readable image, or ``out`` cannot be written.
     """
-    images = image_list(config.images)
+    images = image_list(config.images, config.out)
     out = Path(config.out)
     detector = Detector.load(config.model, config.device)
     try:

@@ -16,8 +16,8 @@ from siamese_detr.images.listing import EXTENSIONS, ImageList, list_images
 from siamese_detr.images.shards import SUFFIXES, as_url
 
 
-def image_list(source: str | Path) -> ImageList:
-    """The images that ``source`` names: also a single file, or the URL of one."""
+def image_list(source: str | Path, without: str | Path | None = None) -> ImageList:
+    """The images that ``source`` names, but those in the folder ``without``: also a single file, or the URL of one."""
     url = as_url(source)
     if url is not None and url.startswith("http") and not url.lower().endswith(SUFFIXES):
         folder, _, name = url.rpartition("/")
@@ -25,7 +25,7 @@ def image_list(source: str | Path) -> ImageList:
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if url is None and path.is_file() and path.suffix.lower().lstrip(".") in EXTENSIONS:
         return ImageList(path.parent, [path.name])
-    return list_images(source)
+    return list_images(source, without=without)
 
 
 def jobs_of(images: Any) -> tuple[list[Job], list[tuple[str, str]], list[str]]:

@@ -57,7 +57,7 @@ class ImageList:
         return os.path.join(location(self.root), self.paths[index])
 
 
-def list_images(source: str | Path, images: str | Path | None = None) -> ImageList:
+def list_images(source: str | Path, images: str | Path | None = None, without: str | Path | None = None) -> ImageList:
     """List the images of a folder, a shard, a URL, a list file or a COCO JSON.
 
     Images are not opened, nor looked at one by one; of shards, the names are read.
@@ -69,13 +69,14 @@ def list_images(source: str | Path, images: str | Path | None = None) -> ImageLi
             with ``#`` are ignored); or a COCO ``.json``.
         images: the folder that a COCO JSON's ``file_name`` entries start from. Without it the JSON's own folder, its
             ``images`` folder and their neighbours are tried.
+        without: a folder in ``source`` that is left out: where the command writes.
 
     Raises:
         UserError: ``source`` does not exist, is none of these, or leads to no image.
     """
     url = as_url(source)
     if url is not None and url.startswith("file:///"):  # of what fsspec may not list it says nothing
-        return list_images(url.removeprefix("file://"), images)
+        return list_images(url.removeprefix("file://"), images, without)
     if url is not None:
         paths, problems = list_url(url, is_image)
         if not paths:
@@ -83,7 +84,7 @@ def list_images(source: str | Path, images: str | Path | None = None) -> ImageLi
         return ImageList(Path(url.rpartition("/")[0] if url.lower().endswith(SUFFIXES) else url), paths, problems)
     path = existing(source)
     if path.is_dir():
-        return _scan(path)
+        return _scan(path, without)
     if path.suffix.lower() in SUFFIXES:
         problems = []
         paths = _look_into(str(path.parent), path.name, problems)
@@ -173,11 +174,14 @@ def is_name(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value.strip()) and "\0" not in value and _is_unicode(value)
 
 
-def _scan(root: Path) -> ImageList:
+def _scan(root: Path, without: str | Path | None) -> ImageList:
     """Depth first in the order of the relative paths, so that nothing needs sorting as a whole."""
     paths: list[str] = []
     problems: list[str] = []
     seen: set[tuple[int, int]] = set()
+    if without is not None and os.path.isdir(without) and not os.path.samefile(without, root):
+        status = os.stat(without)
+        seen.add((status.st_dev, status.st_ino))
     unread: list[str] = []
     pending = [""]  # relative folders end with "/", images do not
     while pending:

@@ -113,7 +113,7 @@ def propose(config: ProposeConfig) -> ProposeReport:
         UserError: no images, none readable, settings that differ from the store's, a worker killed, a full disk.
     """
     method = make_method(config.method, {"max_boxes": config.max_boxes, "seed": config.seed}, config.method_options)
-    images = list_images(config.images)
+    images = list_images(config.images, without=config.out)
     if config.part is not None:
         config, images = _part(config, config.part, images)
     settings = StoreSettings(config.method, method.parameters(), location(images.root))

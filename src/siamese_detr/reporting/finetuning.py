@@ -92,7 +92,7 @@ def detect(
     Raises:
         UserError: no validation labels, no detector, or images that cannot be read.
     """
-    if not config.get("val"):
+    if config.get("val") in (None, "none"):
         raise UserError("the run had no validation labels")
     config = located(run, config)
     dataset = read_labels(config["val"], config.get("val_images"), default_split="val")

@@ -91,12 +91,14 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
     check_trackers(config.report_to)
     check_callbacks(callbacks)
     dataset = read_labels(config.train, config.train_images)
-    validation = read_labels(config.val, config.val_images, default_split="val") if config.val is not None else None
+    validation = None
+    if config.find_validation():
+        validation = read_labels(str(config.val), config.val_images, default_split="val")
     for source, read in ((config.train, dataset), (config.val, validation)):
         for problem in read.problems if read is not None else ():
             say(f"{source}: {problem}", team.main)
     dataset = dataset.take(config.fraction, config.seed)
-    unlabelled = list_images(config.unlabelled) if config.unlabelled is not None else None
+    unlabelled = list_images(config.unlabelled, without=out) if config.unlabelled is not None else None
     for left_out in unlabelled.problems[:3] if unlabelled is not None else ():
         say(f"left out: {left_out}", team.main)
     if validation is not None:

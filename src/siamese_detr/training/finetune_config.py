@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # load PyTorch, for which --help need not wait
     from siamese_detr.detectors.adapter import DetectorAdapter
     from siamese_detr.training.labelled_dataset import InputSize, TransformConfig
 
+SELF_TRAINING_NEEDS = "self-training on unlabelled images needs validation labels (val) and averaged weights (ema)"
+
 
 @dataclass
 class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
@@ -30,7 +32,7 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         out: run directory: best/ and last/ (Hugging Face detectors), metrics.json, history.jsonl, log.jsonl,
             tensorboard/.
         val: labels to evaluate on; default: those of TRAIN, where it has a split for it (a data.yaml, Roboflow's
-            folders). Without any only last/ is written.
+            folders); none: do not measure. Without any only last/ is written.
         model: where to start from: a run, a Hugging Face directory of a known family, a name on the Hub, or a .pth of
             the papers' codes; the class head is re-made for the labels' classes, everything else kept. Without it the
             detector starts from scratch.
@@ -112,10 +114,6 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
     save_every: int | None = None
 
     def check(self) -> None:
-        from siamese_detr.images.labels import has_split
-
-        if self.val is None and has_split(self.train, "val"):
-            self.val, self.val_images = self.train, self.val_images or self.train_images
         if self.model is not None and self.init is not None and self.model != self.init:
             raise UserError("model and init both say where to start from: give one of them")
         check_numbers(
@@ -127,10 +125,8 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
                 *("repeat_factor",),
             ),
         )
-        if self.unlabelled is not None and (self.val is None or not self.ema):
-            raise UserError(
-                "self-training on unlabelled images needs validation labels (val) and averaged weights (ema)"
-            )
+        if self.unlabelled is not None and (not self.may_validate or not self.ema):
+            raise UserError(SELF_TRAINING_NEEDS)
         if self.image_size is not None and self.image_size < 32:
             raise UserError(f"image_size must be at least 32 pixels, is {self.image_size}")
         if self.min_size is not None and self.image_size is not None and self.min_size > self.image_size:
@@ -141,7 +137,7 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
             yield ("layer_decay",), "the backbone is frozen (backbone_lr 0)"
         if self.start is None:
             yield ("kept_share",), "the detector starts from scratch"
-        if self.val is None:
+        if not self.may_validate:
             yield ("val_images", "eval_every", "eval_batch_size", "patience"), "there are no validation labels (val)"
         if self.unlabelled is None:
             yield ("burn_in", "pseudo_threshold"), "there are no unlabelled images"
@@ -149,6 +145,21 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
             yield ("max_size",), "images are squares of image_size"
         if self.augment == "strong":
             yield ("crop", "colour_jitter"), "augment is strong"
+
+    @property
+    def may_validate(self) -> bool:
+        """Whether there may be validation labels: where ``val`` is not given, those of a JSON have no split for it."""
+        return self.val != "none" and (self.val is not None or not self.train.lower().endswith(".json"))
+
+    def find_validation(self) -> bool:
+        """Let ``val`` be the validation split of the training labels, if they have one; whether there are any."""
+        from siamese_detr.images.labels import has_split
+
+        if self.val is None and has_split(self.train, "val"):
+            self.val, self.val_images = self.train, self.val_images or self.train_images
+        if self.val in (None, "none") and self.unlabelled is not None:
+            raise UserError(SELF_TRAINING_NEEDS)
+        return self.val not in (None, "none")
 
     @property
     def start(self) -> str | None:

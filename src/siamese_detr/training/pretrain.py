@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from siamese_detr.config import recipe_names, verb
+from siamese_detr.config import read_sources, verb
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.loading import load_detector
@@ -134,7 +134,7 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
     # Mistakes are found before anything is written, and before hours of proposals.
     check_precision(config.precision, team.device, team.main)
     find_method(config.proposal_method)
-    images = list_images(config.images)
+    images = list_images(config.images, without=config.out)
     if team.main and config.proposals is not None:  # else propose reports them
         for problem in images.problems[:3]:
             say(f"left out: {problem}")
@@ -177,12 +177,20 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
     done = dataclasses.replace(result(out), steps=loop.state.step)
     if team.main:
         skipped = f", without {done.skipped} unreadable images ({out / 'skipped.jsonl'})" if done.skipped else ""
-        recipe = f" --recipe {config.recipe_used}" if config.recipe_used in recipe_names(FinetuneConfig) else ""
+        recipe = f" --recipe {config.recipe_used}" if suits_finetune(config.recipe_used) else ""
         say(
             f"pre-trained for {done.steps} updates{skipped}. The detector is {done.detector}; fine-tune it with: "
             f"siamese-detr finetune{recipe} --train TRAIN.json --val VAL.json --model {out} --out OUT",
         )
     return done
+
+
+def suits_finetune(recipe: str | None) -> bool:
+    """Whether ``finetune`` takes this recipe, too."""
+    try:
+        return bool(read_sources(FinetuneConfig, recipe, None))
+    except UserError:
+        return False
 
 
 def build(config: PretrainConfig) -> Pretext:
