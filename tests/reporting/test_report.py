@@ -110,7 +110,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     compared.mkdir()
     cells = [
         CellResult(
-            init, fraction, seed, "k", "done", "", {"AP": ap + seed / 50, "AP50": 2 * ap}, history(ap), 40, 60.0, "run"
+            init,
+            fraction,
+            seed,
+            "k",
+            "done",
+            "",
+            {"AP": ap + seed / 50, "AP50": 2 * ap},
+            history(ap),
+            40,
+            60.0,
+            "../finetuned",
         )
         for init, fraction, ap in (
             ("backbone", 0.01, 0.05),
@@ -122,7 +132,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ]
     cells[-1] = dataclasses.replace(cells[-1], status="failed", reason="out of memory <on GPU 0>", metrics={})
     (compared / "results.json").write_text(json.dumps(to_json(cells)))
-    (compared / "config.yaml").write_text(yaml.safe_dump({"inits": ["backbone", LONG], "images": "photos"}))
+    values = {"inits": ["backbone", LONG], "images": "photos", "val": str(folder / "val.json")}
+    (compared / "config.yaml").write_text(yaml.safe_dump(values))
     return {kind: folder / kind for kind in ("pretrained", "finetuned", "compared")}
 
 
@@ -184,6 +195,11 @@ def test_comparison_page(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "AP against labels" in text
     assert "by Siamese DETR with discrimination none, short_sides [80,96]" in text
     assert "Convergence with 1 % of the labels" in text
+    # The same photos, once each, from every start; the labels first.
+    assert text.count("data:image/jpeg") == 4
+    assert text.count(f"{LONG}: ") >= 4
+    assert "labels: " in text
+    assert not any(line.startswith("Pictures") for line in result.missing)
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from siamese_detr.comparison import plots
 from siamese_detr.comparison.inits import Init, parse_init, short_names
 from siamese_detr.comparison.luck import Difference, luck_lines
 from siamese_detr.comparison.summary import CellResult, convergence_curves, label_curves, percent_of, summary_table
-from siamese_detr.errors import UserError
-from siamese_detr.evaluation.coco import percent
+from siamese_detr.errors import ImageError, UserError
+from siamese_detr.evaluation.coco import Detections, percent
+from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD
+from siamese_detr.images.decode import read_image
+from siamese_detr.images.labels import read_labels
 from siamese_detr.pretext import find_pretext
 from siamese_detr.reporting.charts import describe, inline
-from siamese_detr.reporting.page import Block, Figure, Grid, Missing, Page, Section, Table, Text
-from siamese_detr.reporting.runs import AP_EXPLAINED, read_config, what_was_run
+from siamese_detr.reporting.finetuning import labelled_objects, predicted_boxes
+from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
+from siamese_detr.reporting.pictures import Album, Box
+from siamese_detr.reporting.runs import AP_EXPLAINED, located, read_config, what_was_run
+from siamese_detr.runtime.journal import JsonLines
+from siamese_detr.training.detection_task import best_of
 
 ABOUT = (
     "All rows were fine-tuned in the same way on the same labelled images. They differ only in the initial weights. "
@@ -29,13 +38,13 @@ THEN = {
 }
 
 
-def comparison_page(run: Path) -> Page:
-    """The page of the comparison in ``run``.
+def comparison_page(run: Path, samples: int) -> Page:
+    """The page of the comparison in ``run``, with ``samples`` photos as every row sees them.
 
     Raises:
         UserError: its results cannot be read.
     """
-    config = read_config(run)
+    config, album = read_config(run), Album()
     try:
         document = json.loads((run / "results.json").read_text(encoding="utf-8"))
         cells = [CellResult(**cell) for cell in document["cells"]]
@@ -57,6 +66,7 @@ def comparison_page(run: Path) -> Page:
         Section("Result", [*map(Text, answers), *table_blocks(cells, metric), Text(ABOUT), Text(AP_EXPLAINED)]),
         Section("What is compared", [initial_weights]),
         Section("Plots", plot_blocks(cells, metric)),
+        Section("The same photos", picture_blocks(run, config, cells, samples, album)),
         Section("Cells", [cell_table(cells, metric)]),
         what_was_run(run, facts, config),
     ]
@@ -64,7 +74,7 @@ def comparison_page(run: Path) -> Page:
     summary = (
         f"{', '.join(names)}: {len(done)} of {len(cells)} fine-tunings are done, in {minutes:.0f} minutes of work."
     )
-    return Page("Comparison of initialisations", summary, sections)
+    return Page("Comparison of initialisations", summary, sections, album.markup())
 
 
 def table_blocks(cells: list[CellResult], metric: str) -> list[Block]:
@@ -92,6 +102,60 @@ def plot_blocks(cells: list[CellResult], metric: str) -> list[Block]:
         caption = "Validation during fine-tuning. Bands: ± one standard deviation over seeds."
         figures.append(inline(figure, alt, caption))
     return [Grid(figures, 330)] if figures else [Missing("Plots", "no fine-tuning is done")]
+
+
+def picture_blocks(
+    run: Path, config: Mapping[str, Any], cells: list[CellResult], samples: int, album: Album
+) -> list[Block]:
+    """Validation photos with their labels, then with what each row's detector of the first seed finds."""
+    which = str(config.get("evaluation", "last"))
+    fractions = sorted({cell.fraction for cell in cells if cell.status == "done"})
+    middle = fractions[len(fractions) // 2] if fractions else 0.0
+    finders: dict[str, tuple[Detections, np.ndarray]] = {}
+    try:
+        config = located(run, config)
+        source = config.get("val") or config["train"]
+        dataset = read_labels(source, (config.get("finetune") or {}).get("val_images"), default_split="val")
+        for cell in cells:
+            if cell.status == "done" and cell.fraction == middle and cell.init not in finders:
+                found = Detections.read(run / cell.run / f"detections-{which}.npz")
+                limits = thresholds(run / cell.run, which, len(dataset.class_names))
+                finders[cell.init] = found, limits
+    except (UserError, OSError, ValueError, KeyError) as error:
+        return [Missing("Pictures", str(error))]
+    images = [image for image in dataset.images if (~image.crowd).any()]
+    if not (images and finders):
+        return [Missing("Pictures", "no fine-tuning is done, or no validation image has a labelled box")]
+    text = (
+        f"Validation photos at equal distances in the list, and detectors fine-tuned with {percent_of(middle)} of the "
+        "labels, first seed. A box is drawn from the score on at which F1 of its class is highest for that detector."
+    )
+    blocks: list[Block] = [Text(text)]
+    for place in np.unique(np.linspace(0, len(images) - 1, samples).round().astype(int)).tolist():
+        image = images[place]
+        try:
+            photo = album.add(read_image(image.path, min_side=album.longest), (image.width, image.height))
+        except ImageError as error:
+            blocks.append(Missing(image.path.name, str(error)))
+            continue
+        truth = [Box(box.tolist(), "#ffffff", dashed=True) for box in image.boxes[~image.crowd]]
+        labelled = labelled_objects(image, dataset.class_names)
+        figures = [photo.draw(truth, f"Photograph {image.path.name}. Labelled: {labelled}.", f"labels: {labelled}")]
+        for init, (found, limits) in finders.items():
+            rows = np.flatnonzero((found.images == image.id) & (found.scores >= limits[found.classes]))
+            boxes = predicted_boxes(dataset.class_names, found, rows)
+            alt = f"Photograph {image.path.name}. {init} finds: {', '.join(box.tag for box in boxes) or 'nothing'}."
+            figures.append(photo.draw(boxes, alt, f"{init}: {len(boxes)} found"))
+        blocks += [Heading(image.path.name), Grid(figures, 240)]
+    return blocks
+
+
+def thresholds(run: Path, which: str, classes: int) -> np.ndarray:
+    """(classes,) scores of highest F1 at a fine-tuning's best or last evaluation."""
+    history = JsonLines(run / "history.jsonl").read()
+    record = best_of(history) if which == "best" else history[-1]
+    stored = [DEFAULT_THRESHOLD if row["threshold"] is None else row["threshold"] for row in record["classes"]]
+    return np.array(stored if len(stored) == classes else [DEFAULT_THRESHOLD] * classes)
 
 
 def cell_table(cells: list[CellResult], metric: str) -> Table:

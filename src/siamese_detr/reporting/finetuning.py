@@ -190,14 +190,25 @@ def picture(
 ) -> Figure:
     photo = album.add(read_image(image.path, min_side=album.longest), (image.width, image.height))
     rows = rows[detections.scores[rows] >= score]
-    drawn = []
-    for row in rows:
-        label = int(detections.classes[row])
-        tag = f"{names[label]} {100 * detections.scores[row]:.0f}%"
-        drawn.append(Box(detections.boxes[row].tolist(), COLOURS[label % (len(COLOURS) - 1)], tag))
+    drawn = predicted_boxes(names, detections, rows)
     truth = [Box(box.tolist(), "#ffffff", dashed=True) for box in image.boxes[~image.crowd]]
-    counts = Counter(names[int(k)] for k in image.classes[~image.crowd])
-    labelled = ", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts.items())
+    labelled = labelled_objects(image, names)
     predicted = ", ".join(box.tag for box in drawn) or "nothing"
     alt = f"Photograph {image.path.name}. Labelled: {labelled}. Predicted: {predicted}."
     return photo.draw([*drawn, *truth], alt, f"{image.path.name}: quality {quality:.2f}; labelled {labelled}")
+
+
+def predicted_boxes(names: Sequence[str], detections: Detections, rows: Sequence[int] | np.ndarray) -> list[Box]:
+    """Those rows of ``detections`` with class and score, in the colours of their classes."""
+    boxes = []
+    for row in rows:
+        label = int(detections.classes[row])
+        tag = f"{names[label]} {100 * detections.scores[row]:.0f}%"
+        boxes.append(Box(detections.boxes[row].tolist(), COLOURS[label % (len(COLOURS) - 1)], tag))
+    return boxes
+
+
+def labelled_objects(image: LabelledImage, names: Sequence[str]) -> str:
+    """For people: ``cat, 2 × dog``."""
+    counts = Counter(names[int(k)] for k in image.classes[~image.crowd])
+    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts.items())

@@ -74,7 +74,7 @@ def make_page(run: Path, kind: str, config: ReportConfig) -> Page:
     if kind == "comparison":
         from siamese_detr.reporting.comparison import comparison_page
 
-        return comparison_page(run)
+        return comparison_page(run, config.samples)
     from siamese_detr.runtime.hardware import choose_device
 
     device = str(choose_device(config.device))
