@@ -121,7 +121,13 @@ def test_the_whole_job(case: str, labels: Path, store: str, tmp_path: Path) -> N
     metrics = siamese_detr.evaluate(model=str(tuned.out / "last"), labels=str(labels), **QUIET).overall()
     assert {name: metrics[name] for name in tuned.last} == pytest.approx(tuned.last, abs=1e-9)
     found = siamese_detr.predict(
-        model=str(tuned.out / "last"), images=photos, out=str(tmp_path / "found"), threshold=0.0, draw=False, **QUIET
+        model=str(tuned.out / "last"),
+        images=photos,
+        out=str(tmp_path / "found"),
+        threshold=0.0,
+        nms=1.0,
+        draw=False,
+        **QUIET,
     )
     assert found.class_names == list(CLASSES)
     exported = siamese_detr.export(model=str(tuned.out / "last"), out=str(tmp_path / "exported"))
