@@ -55,6 +55,7 @@ def research_names(family: str, model: PreTrainedModel) -> dict[str, list[str]]:
     if not getattr(model.config, "with_box_refine", True):  # one class head and one box head serve all layers
         repeated += r"|(bbox|class)_embed\.[1-9]"
     names: dict[str, list[str]] = {}
+    # The order in a packed matrix: q_proj, k_proj, v_proj.
     for name in sorted(model.state_dict(), key=lambda name: "qkv".find(name.rpartition("_proj")[0][-1:])):
         if not name.startswith(BACKBONE) and not re.match(repeated, name):
             research = name
