@@ -284,6 +284,8 @@ def shape(kind: Any) -> dict[str, Any]:
     """How an option of this type is written, for argparse."""
     if get_origin(kind) in (Union, types.UnionType):
         first, *others = [part for part in get_args(kind) if part is not type(None)]
+        if several := [part for part in others if get_origin(part) is tuple]:
+            return shape(several[0])
         words = "".join(f"|{word}" for part in others if get_origin(part) is Literal for word in get_args(part))
         return shape(first) if not words else shape(first) | {"metavar": shape(first)["metavar"] + words}
     if kind is bool:

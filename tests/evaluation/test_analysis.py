@@ -28,6 +28,7 @@ def labelled(id: int, boxes: list[list[float]], classes: list[int], crowd: list[
         areas=(corners[:, 2:] - corners[:, :2]).prod(1),
         classes=np.array(classes, np.int64),
         crowd=np.array(crowd or [False] * len(classes), bool),
+        scores=np.full(len(classes), np.nan, np.float32),
     )
 
 

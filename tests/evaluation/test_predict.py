@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from siamese_detr.evaluation.evaluate import evaluate
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.evaluation.predict import predict
 from siamese_detr.evaluation.results import ImageResult, Job
-from tiny_finetuning import learned, write_scenes
+from siamese_detr.images.labels import read_labels
+from siamese_detr.reporting.report import report
+from siamese_detr.training.finetune import finetune
+from tiny_finetuning import QUICK, learned, write_scenes
 
 PIPELINE = """
 import json, sys
@@ -232,3 +236,39 @@ def test_labels_stay_in_the_picture_and_apart():
             height = min(place[3], other[3]) - max(place[1], other[1])
             assert width <= 0 or height <= 0
         taken.append(place)
+
+
+@pytest.mark.parametrize("form", ["coco", "voc", "yolo"])
+def test_what_is_found_becomes_labels_to_learn_from(tmp_path, form):
+    result, labels = learned()
+    photos = write_scenes(tmp_path / "photos", 3, seed=1).with_suffix("")
+    (photos / "broken.jpg").write_bytes(b"")
+    out = tmp_path / "out"
+    options = {"model": str(result.out), "images": str(photos), "out": str(out), "workers": 0, "draw": False}
+    found = predict(**options, threshold=0.02, labels=form)
+    dataset = read_labels(out / "labels")
+    scores = {image.path.name: image.scores for image in dataset.images}
+    assert 0 < len(dataset) <= 3
+    for image in found.results:
+        kept = scores.get(os.path.basename(image.job.path), np.zeros(0))
+        np.testing.assert_allclose(np.sort(kept), np.sort(image.scores)[len(image) - len(kept) :], atol=1e-4)
+    with pytest.raises(UserError, match="corrected by hand"):
+        predict(**options, labels=form)
+
+    run = tmp_path / "run"
+    finetune(train=[str(labels), str(out / "labels")], model=str(result.out), out=str(run), steps=1, **QUICK)
+    start = json.loads((run / "start.json").read_text())
+    assert start["boxes"] == 8 + start["pseudo_labels"] == 8 + dataset.class_counts()[:, 0].sum()
+    report(run, samples=1)
+    told = f"{start['pseudo_labels']} of {start['boxes']} boxes are pseudo-labels"
+    assert told in (run / "report.html").read_text()
+
+
+def test_labels_of_images_in_shards_are_refused_before_any_work(tmp_path):
+    result, labels = learned()
+    with tarfile.open(tmp_path / "photos.tar", "w") as shard:
+        shard.add(labels.with_suffix("") / "0.jpg", "0.jpg")
+    options = {"model": str(result.out), "images": str(tmp_path / "photos.tar"), "out": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="unpack the shards"):
+        predict(**options, labels="coco")
+    assert not (tmp_path / "out").exists()

@@ -309,9 +309,14 @@ def test_yolo_lines_with_more_than_a_box(coco: Path, tmp_path: Path) -> None:
     assert_same_labels(read_labels(path), expected)
     rewrite(lambda row: ",".join(row))
     assert_same_labels(read_labels(path), expected)
-    rewrite(lambda row: " ".join([*row, "0.87"]))
-    assert set(kinds(read_labels(path))) == {"number after the box"}
-    assert_same_labels(read_labels(path), expected)
+    rewrite(lambda row: " ".join([*row, "0.87"]))  # a score
+    assert not read_labels(path).problems
+    assert {score for image in read_labels(path).images for score in image.scores} == {np.float32(0.87)}
+    for track in ("1", "17"):
+        rewrite(lambda row, track=track: " ".join([*row, track]))
+        assert set(kinds(read_labels(path))) == {"number after the box"}
+        assert all(np.isnan(image.scores).all() for image in read_labels(path).images)
+        assert_same_labels(read_labels(path), expected)
 
     rewrite(lambda row: " ".join([*row, row[1], row[2], row[1], str(float(row[2]) + 0.01)]))
     with pytest.raises(UserError, match=r"2 key points .* add the line kpt_shape: \[2, 2\]"):

@@ -169,9 +169,10 @@ def test_a_share_of_what_was_pretrained_is_kept_but_all_of_a_detector_with_class
 
 def test_the_validation_split_of_a_data_yaml_is_found(labels, tmp_path, capsys):
     path = write_yolo(tmp_path / "yolo", read_labels(labels))
-    result = finetune(train=str(path), out=str(tmp_path / "run"), steps=1, **TINY, **QUICK)
-    assert len(result.history) == 1
-    assert f"2 validation images in {tmp_path / 'yolo/images/val'}" in capsys.readouterr().err
+    for count, sources in enumerate((str(path), [labels, str(path)])):
+        result = finetune(train=sources, out=str(tmp_path / f"run{count}"), steps=1, **TINY, **QUICK)
+        assert len(result.history) == 1
+        assert f"validation images in {tmp_path / 'yolo/images/val'}" in capsys.readouterr().err
     for train, val in ((labels, None), (str(path), "none")):
         result = finetune(train=train, val=val, out=str(tmp_path / f"without-{val}"), steps=1, **TINY, **QUICK)
         assert not result.history

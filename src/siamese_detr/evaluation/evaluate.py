@@ -20,16 +20,9 @@ from siamese_detr.evaluation.results import ImageResult, Job
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, read_labels
 from siamese_detr.images.memory import from_memory
+from siamese_detr.images.names import class_key
 from siamese_detr.messages import output, say, track
 from siamese_detr.runtime.processes import join, lost_process_explained
-
-# PASCAL VOC's name -> COCO's name of the same thing.
-SYNONYMS = {
-    "aeroplane": "airplane",
-    "motorbike": "motorcycle",
-    "sofa": "couch",
-    "tvmonitor": "tv",
-}
 
 
 @dataclass
@@ -143,8 +136,8 @@ def class_map(model_names: list[str], label_names: list[str]) -> np.ndarray:
     """
     index: dict[str, int] = {}
     for k, name in enumerate(label_names):
-        index.setdefault(plain(name), k)
-    found = np.array([index.get(plain(name), -1) for name in model_names], np.int64)
+        index.setdefault(class_key(name), k)
+    found = np.array([index.get(class_key(name), -1) for name in model_names], np.int64)
     exact = {name: k for k, name in enumerate(label_names)}
     for k, name in enumerate(model_names):
         found[k] = exact.get(name, found[k])
@@ -156,11 +149,6 @@ def class_map(model_names: list[str], label_names: list[str]) -> np.ndarray:
             "have no name in common; rename the classes of one, or use other labels"
         )
     return found
-
-
-def plain(name: str) -> str:
-    letters = re.sub(r"[\W_]+", "", name.lower())
-    return SYNONYMS.get(letters, letters)
 
 
 def shorten(names: list[str], most: int = 5) -> str:

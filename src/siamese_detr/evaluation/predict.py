@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from siamese_detr.config import verb
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
@@ -14,7 +16,10 @@ from siamese_detr.evaluation.predict_config import PredictConfig
 from siamese_detr.evaluation.results import ImageResult, Predictions
 from siamese_detr.evaluation.sources import image_list
 from siamese_detr.files import write_json, written_aside
+from siamese_detr.images.labels import DetectionDataset, LabelledImage
 from siamese_detr.images.listing import ImageList
+from siamese_detr.images.shards import as_url, member_of
+from siamese_detr.images.write import write_labels
 from siamese_detr.messages import say
 
 
@@ -58,6 +63,8 @@ def predict(config: PredictConfig) -> PredictResult:
     """
     images = image_list(config.images, config.out)
     out = Path(config.out)
+    if config.labels is not None:
+        check_labels(out / "labels", images)
     detector = Detector.load(config.model, config.device)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -79,6 +86,13 @@ def predict(config: PredictConfig) -> PredictResult:
     outcome = PredictResult(out, results, detector.class_names)
     write(out / "predictions.json", document(outcome, images, config))
     write(out / "coco_results.json", results.to_coco())
+    if config.labels is not None and outcome.boxes:
+        labelled = pseudo_labels(results, images.root, detector.class_names)
+        try:
+            write_labels(labelled, out / "labels", config.labels)
+        except OSError as error:
+            raise UserError(f"cannot write {out / 'labels'}: {error}") from error
+        say(f"labels of {len(labelled)} images: {out / 'labels'}")
     for path, reason in results.skipped[:5]:
         say(f"cannot read {path}: {reason}")
     written = f"{out / 'predictions.json'}" + (f", {out / 'pictures'}" if config.draw else "")
@@ -89,6 +103,37 @@ def predict(config: PredictConfig) -> PredictResult:
             f"{100 * results.highest:.1f} %. Use a lower --threshold."
         )
     return outcome
+
+
+def check_labels(folder: Path, images: ImageList) -> None:
+    """Raise `UserError` if labels cannot be written there."""
+    if folder.exists():
+        raise UserError(f"{folder} exists, and may have been corrected by hand: move it, or choose another --out")
+    if as_url(images.root) is not None or any(map(member_of, images.paths)):
+        raise UserError("labels are of image files: unpack the shards, or download the images, and predict there")
+
+
+def pseudo_labels(results: Predictions, root: Path, class_names: list[str]) -> DetectionDataset:
+    """What was found as labels with scores: boxes inside their image, of at least a pixel; without images that have
+    none, which may show what the detector does not know."""
+    images = []
+    for result in results:
+        boxes = result.boxes.clip(0, np.tile(result.size, 2))
+        sides = boxes[:, 2:] - boxes[:, :2]
+        keep = (sides >= 1).all(1)
+        if keep.any():
+            labels = LabelledImage(
+                result.job.id,
+                Path(result.job.path),
+                *result.size,
+                boxes=boxes[keep].astype(np.float32),
+                classes=result.classes[keep],
+                crowd=np.zeros(keep.sum(), bool),
+                areas=sides.prod(1)[keep].astype(np.float32),
+                scores=result.scores[keep].astype(np.float32),
+            )
+            images.append(labels)
+    return DetectionDataset(root, class_names, images, category_ids=list(range(1, len(class_names) + 1)))
 
 
 def picture_path(folder: Path, image: str, images: set[str], originals: set[str]) -> Path:

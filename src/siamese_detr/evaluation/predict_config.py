@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from siamese_detr.config import Options, check_numbers
 
@@ -21,6 +22,9 @@ class PredictConfig(Options):
         nms: of two boxes of a class whose IoU is above this, 0 to 1, the worse one is left out; 1: none is.
         top_k: most boxes per image.
         draw: also write the pictures with the boxes drawn.
+        labels: also write boxes and scores as labels of this form (COCO, VOC or YOLO), with links to the images, into
+            OUT/labels, for ``finetune`` (--train LABELS.json OUT/labels) or a labelling tool. Images in which nothing
+            is found are left out.
         batch_size: images per forward pass.
         workers: data processes.
         device: auto (the accelerator, if there is one), cpu, cuda, cuda:1, mps, ...
@@ -33,6 +37,7 @@ class PredictConfig(Options):
     nms: float = 0.8
     top_k: int = 100
     draw: bool = True
+    labels: Literal["coco", "voc", "yolo"] | None = None
     batch_size: int = 8
     workers: int = 1
     device: str = "auto"

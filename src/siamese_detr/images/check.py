@@ -30,7 +30,8 @@ class CheckConfig(Options):
     Every image is decoded. Says for each problem what a run would do about it; changes nothing.
 
     Args:
-        data: labels (COCO JSON, VOC folder, YOLO data.yaml), or images without labels (folder, list file).
+        data: labels (COCO JSON, VOC folder, YOLO data.yaml), or images without labels (folder, list file); or several
+            label sources, which are united as fine-tuning does.
         val: validation labels, to be compared with ``data``. For a YOLO data.yaml its own ``val`` split by default.
         images: folder of the images of ``data``, where it is not the usual one.
         val_images: folder of the images of ``val``, likewise.
@@ -46,7 +47,7 @@ class CheckConfig(Options):
 
     COMMON: ClassVar = ("data", "val", "images", "val_images", "split", "val_split", "out", "fix", "near_duplicates")
 
-    data: str
+    data: str | tuple[str, ...]
     val: str | None = None
     images: str | None = None
     val_images: str | None = None
@@ -59,23 +60,29 @@ class CheckConfig(Options):
     min_side: int = 32
     near_duplicates: bool = True
 
+    def check(self) -> None:
+        if not isinstance(self.data, str) and len(self.data) == 1:
+            (self.data,) = self.data
+
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        for name, source in (("split", self.data), ("val_split", self.val or "")):
+        data = self.data if isinstance(self.data, str) else ""
+        for name, source in (("split", data), ("val_split", self.val or "")):
             if Path(source).suffix.lower() == ".json":
                 yield (name,), "a COCO JSON has no splits"
-        if self.val is None and Path(self.data).suffix.lower() == ".json":
+        if self.val is None and Path(data).suffix.lower() == ".json":
             yield ("val_images", "val_split"), "there are no validation labels (val)"
 
 
 @dataclass
 class ClassCount:
-    """Boxes of one class (crowds not counted) and images that show it."""
+    """Boxes of one class (crowds not counted), images that show it, and how many boxes are pseudo-labels."""
 
     name: str
     boxes: int
     images: int
     val_boxes: int = 0
     val_images: int = 0
+    pseudo_labels: int = 0
 
 
 @dataclass
@@ -109,8 +116,10 @@ class CheckReport:
         for part, count in self.images.items():
             console.print(f"{part}: {count} images, {self.readable[part]} readable", highlight=False)
         if self.classes:
-            columns = ("boxes", "images", "val_boxes", "val_images")[: 2 * len(self.images)]
-            table = Table("class", *(column.replace("_", " ") for column in columns))
+            columns = ["boxes", "images", "val_boxes", "val_images"][: 2 * len(self.images)]
+            if any(c.pseudo_labels for c in self.classes):
+                columns.insert(1, "pseudo_labels")
+            table = Table("class", *(column.replace("pseudo_", "pseudo-").replace("_", " ") for column in columns))
             for c in self.classes:
                 table.add_row(_plain(c.name), *(str(getattr(c, column)) for column in columns))
             console.print(table)
@@ -147,7 +156,8 @@ def check(config: CheckConfig) -> CheckReport:
     datasets = {"data": data}
     val = config.val
     if val is None and data is not None and config.split in (None, "train"):
-        val = config.data if has_split(config.data, "val") else None
+        sources = [config.data] if isinstance(config.data, str) else config.data
+        val = next((source for source in sources if has_split(source, "val")), None)
     if val is not None:
         try:
             datasets["val"], parts["val"] = _read(
@@ -177,22 +187,22 @@ def check(config: CheckConfig) -> CheckReport:
 
 
 def _read(
-    report: CheckReport, part: str, source: str, images: str | None, split: str | None
+    report: CheckReport, part: str, source: str | tuple[str, ...], images: str | None, split: str | None
 ) -> tuple[DetectionDataset | None, list[str]]:
     """The labels, if there are any, and the paths of the images; notes what reading the labels dropped."""
-    path = existing(source)
+    path = existing(source) if isinstance(source, str) else Path()
     dataset = None
     default_split = "val" if part == "val" else "train"
     try:
-        if find_labels(path, split or default_split) is not None:
-            dataset = read_labels(path, images, split, default_split=default_split)
+        if not isinstance(source, str) or find_labels(path, split or default_split) is not None:
+            dataset = read_labels(source, images, split, default_split=default_split)
     except UserError as error:
-        if not path.is_dir():
+        if not isinstance(source, str) or not path.is_dir():
             raise
         # A folder of pictures may hold other .json or .yaml files besides.
         _note(report, part, "no usable labels in the folder", "checked as images without labels", [str(error)])
     if dataset is not None:
-        report.findings += [replace(problem, where=part) for problem in dataset.problems]
+        report.findings += [replace(p, where=f"{part}: {p.where}" if p.where else part) for p in dataset.problems]
         empty = [str(image.path) for image in dataset.images if not len(image.boxes)]
         _note(report, part, "image without objects", "used as background, where nothing is to be found", empty)
         return dataset, [str(image.path) for image in dataset.images]
@@ -255,8 +265,10 @@ def _add_classes(
     if data is None:
         return
     val_counts = dict(zip(val.class_names, val.class_counts().tolist(), strict=True)) if val is not None else {}
-    for name, counts in zip(data.class_names, data.class_counts().tolist(), strict=True):
-        report.classes.append(ClassCount(name, *counts, *val_counts.get(name, (0, 0))))
+    columns = (data.class_counts().tolist(), data.pseudo_counts().tolist())
+    for name, (boxes, images), pseudo in zip(data.class_names, *columns, strict=True):
+        val_boxes, val_images = val_counts.get(name, (0, 0))
+        report.classes.append(ClassCount(name, boxes, images, val_boxes, val_images, pseudo))
     none = [c.name for c in report.classes if not c.boxes]
     _note(report, "data", "class without boxes", "stays in the model's list of classes, never learnt", none)
     few = [f"{c.name}: {c.boxes}" for c in report.classes if 0 < c.boxes < min_labels]

@@ -14,7 +14,7 @@ from faster_coco_eval import mask as masks
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import image_root, is_name, json_table, read_json
 from siamese_detr.images.names import locate
-from siamese_detr.images.problems import LabelTables, Problems, number, size
+from siamese_detr.images.problems import LabelTables, Problems, number, score, size
 
 MAX_ID = 2**53
 """Up to here floats hold integers exactly, and detections travel between processes as rows of floats."""
@@ -167,6 +167,7 @@ def _add_boxes(
             tables.boxes.append(box)
             tables.crowd.append(entry.get("iscrowd") in (1, True))
             tables.areas.append(float(area) if number(area) else float("nan"))
+            tables.scores.append(score(entry.get("score")))
 
 
 def _box(entry: dict) -> tuple[float, float, float, float] | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from siamese_detr.errors import UserError
 from siamese_detr.images.coco import read_coco
 from siamese_detr.images.listing import existing
+from siamese_detr.images.names import class_key
 from siamese_detr.images.problems import LabelledImage, LabelTables, Problem, Problems, assemble
 from siamese_detr.images.voc import is_voc, read_voc
 from siamese_detr.images.yolo import is_yolo, read_description, read_yolo, split_sources
@@ -89,8 +91,8 @@ class DetectionDataset:
         for image in self.images:
             name = Path(os.path.relpath(image.path, self.root)).as_posix()
             images.append({"id": image.id, "file_name": name, "width": image.width, "height": image.height})
-            columns = (image.boxes.tolist(), image.classes.tolist(), image.crowd.tolist(), image.areas.tolist())
-            for (x1, y1, x2, y2), class_, crowd, area in zip(*columns, strict=True):
+            columns = (image.boxes, image.classes, image.crowd, image.areas, image.scores)
+            for (x1, y1, x2, y2), class_, crowd, area, score in zip(*(c.tolist() for c in columns), strict=True):
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
@@ -99,6 +101,7 @@ class DetectionDataset:
                         "bbox": [x1, y1, x2 - x1, y2 - y1],
                         "area": area,
                         "iscrowd": int(crowd),
+                        **({} if math.isnan(score) else {"score": round(score, 5)}),
                     }
                 )
         return {"images": images, "annotations": annotations, "categories": categories}
@@ -112,9 +115,14 @@ class DetectionDataset:
             counts[np.unique(classes), 1] += 1
         return counts
 
+    def pseudo_counts(self) -> np.ndarray:
+        """int64 (classes,): for each class the number of boxes that a detector found, which are those with scores."""
+        found = [image.classes[~np.isnan(image.scores)] for image in self.images]
+        return np.bincount(np.concatenate([*found, np.zeros(0, np.int64)]), minlength=len(self.class_names))
+
 
 def read_labels(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     images: str | None = None,
     split: str | None = None,
     class_names: Sequence[str] | None = None,
@@ -128,7 +136,8 @@ def read_labels(
     Args:
         path: a COCO JSON; a VOC folder (``Annotations``, ``JPEGImages``, or XML files beside the images) or one of its
             ``ImageSets/Main/*.txt``; a YOLO ``data.yaml`` or darknet ``obj.data``; a folder that holds exactly one such
-            file, or Label Studio's ``classes.txt``; or a folder with a sub-folder for each split, as Roboflow exports.
+            file, or Label Studio's ``classes.txt``; or a folder with a sub-folder for each split, as Roboflow exports;
+            or several of these, which are united.
         images: folder of the images, where it is not the usual one.
         split: YOLO: ``train``, ``val`` or ``test`` (default: ``default_split``); VOC: a name in ``ImageSets/Main``
             (default: all annotations).
@@ -141,6 +150,11 @@ def read_labels(
         UserError: the labels as a whole are unusable: nothing of these kinds, nothing readable, no class, no image or
             no box left.
     """
+    if not isinstance(path, str | Path):
+        if not path:
+            raise UserError("no labels are named: give one or more label files")
+        sources = {str(one): read_labels(one, images, split, class_names, default_split) for one in path}
+        return unite(sources) if len(sources) > 1 else next(iter(sources.values()))
     source = find_labels(existing(path), split or default_split)
     if source is None:
         known = "a COCO .json, a VOC folder (Annotations and JPEGImages, or .xml beside images) or a YOLO data.yaml"
@@ -163,6 +177,48 @@ def read_labels(
     if all((image.boxes <= 1).all() for image in found):
         raise UserError(f"{source}: no box reaches beyond the first pixel: give pixels, not shares of the image")
     return DetectionDataset(root, tables.class_names, found, problems.as_list(), tables.category_ids)
+
+
+def unite(sources: Mapping[str, DetectionDataset]) -> DetectionDataset:
+    """One data set of several, those with pseudo-labels last. Classes are the same if their names are, without case,
+    blanks and punctuation. An image in several has the boxes of all, but pseudo-labels only if it has no others.
+
+    Args:
+        sources: data sets by name; their problems keep it as ``where``.
+    """
+    ordered = dict(sorted(sources.items(), key=lambda item: item[1].pseudo_counts().any()))
+    names: list[str] = []
+    images: dict[str, LabelledImage] = {}
+    problems: list[Problem] = []
+    for source, dataset in ordered.items():
+        repeated = Problems()
+        known = {class_key(name): k for k, name in reversed([*enumerate(names)])}
+        known |= {name: k for k, name in enumerate(names)}
+        keys = [class_key(name) for name in dataset.class_names]
+        numbers = []
+        for name, key in zip(dataset.class_names, keys, strict=True):
+            alike = known.get(key, len(names)) if keys.count(key) == 1 else len(names)
+            numbers.append(known.get(name, alike))
+            names += [name] * (numbers[-1] == len(names))
+        for image in dataset.images:
+            file = os.path.realpath(image.path)
+            added = replace(image, id=len(images) + 1, classes=np.array(numbers)[image.classes])
+            if file in images:
+                repeated.add("image in several label sources", str(image.path))
+                added = _joined(images[file], added)
+            images[file] = added
+        problems += [replace(problem, where=source) for problem in [*dataset.problems, *repeated.as_list()]]
+    root = Path(os.path.commonpath([dataset.root for dataset in sources.values()]))
+    return DetectionDataset(root, names, list(images.values()), problems, list(range(1, len(names) + 1)))
+
+
+def _joined(first: LabelledImage, second: LabelledImage) -> LabelledImage:
+    """The boxes of both, without the second's pseudo-labels, and without its boxes that the first has, too."""
+    same = (first.boxes[None] == second.boxes[:, None]).all(-1) & (first.classes == second.classes[:, None])
+    keep = np.isnan(second.scores) & ~same.any(1)
+    columns = ("boxes", "classes", "crowd", "areas", "scores")
+    both: dict[str, Any] = {n: np.concatenate([getattr(first, n), getattr(second, n)[keep]]) for n in columns}
+    return replace(first, **both)
 
 
 def dataset_key(*datasets: DetectionDataset) -> str:
@@ -249,6 +305,6 @@ def _choose_classes(tables: LabelTables, class_names: Sequence[str], problems: P
     tables.category_ids = [own.get(name, spare + index) for index, name in enumerate(class_names)]
     tables.class_names = list(class_names)
     tables.classes = classes[kept].tolist()
-    for name in ("owners", "boxes", "crowd", "areas"):
+    for name in ("owners", "boxes", "crowd", "areas", "scores"):
         column = getattr(tables, name)
         setattr(tables, name, [column[i] for i in kept])

@@ -1,4 +1,4 @@
-"""File names that travelled through other systems: found again where only one file can be meant."""
+"""Names that travelled through other systems: files, found again where only one can be meant, and classes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ from urllib.parse import unquote
 
 _FOREIGN = re.compile(r"(?:[A-Za-z]:)?/|\w+://")
 """Beginnings of a path of another machine: /data/..., C:/..., file:///... ."""
+
+
+SYNONYMS = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch", "tvmonitor": "tv"}
+"""PASCAL VOC's name -> COCO's name of the same thing."""
+
+
+def class_key(name: str) -> str:
+    """What the spellings of a class name share: no case, spaces and punctuation; VOC's and COCO's names are one."""
+    letters = re.sub(r"[\W_]+", "", name.lower()) or name
+    return SYNONYMS.get(letters, letters)
 
 
 def locate(root: Path, names: Sequence[str]) -> tuple[list[str], list[str]]:

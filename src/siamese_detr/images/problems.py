@@ -47,8 +47,9 @@ ACTIONS = {
     "malformed class": "left out with its boxes",
     "class that only groups others": "left out: it has no boxes",
     "decimal comma": "read as a decimal point",
-    "number after the box": "passed over: a score or a track, not a corner",
+    "number after the box": "passed over: a track, neither a corner nor a score",
     "missing label file": "taken for an image without objects",
+    "image in several label sources": "one image with the boxes of all; of pseudo-labels only if there are no others",
 }
 """Each kind of fault, and what is done about it."""
 
@@ -123,6 +124,7 @@ class LabelTables:
             ``normalised``.
         crowd: for each box, whether it is a crowd or otherwise not to be judged.
         areas: for each box, the object's area in pixels; NaN for the box's own.
+        scores: for each box, the score of the detector that found it; NaN for a label by hand.
         convention: "xyxy" (two corners), "xywh" (a corner, width and height) or "cxcywh" (the centre instead).
     """
 
@@ -136,6 +138,7 @@ class LabelTables:
     boxes: list[Sequence[float]] = field(default_factory=list)
     crowd: list[bool] = field(default_factory=list)
     areas: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     normalised: bool = False
     convention: str = "xyxy"
 
@@ -153,6 +156,7 @@ class LabelledImage:
         classes: int64 (N,), from 0.
         crowd: bool (N,), COCO's ``iscrowd`` or VOC's ``difficult``: not trained on, ignored by evaluation.
         areas: float32 (N,), the objects' areas in square pixels as the labels give them, else the boxes'.
+        scores: float32 (N,), of pseudo-labels the score in [0, 1] that the detector gave them; NaN for labels by hand.
     """
 
     id: int
@@ -163,6 +167,7 @@ class LabelledImage:
     classes: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
+    scores: np.ndarray
 
 
 def assemble(tables: LabelTables, problems: Problems, source: Path) -> list[LabelledImage]:
@@ -209,12 +214,13 @@ def assemble(tables: LabelTables, problems: Problems, source: Path) -> list[Labe
     areas = np.array(tables.areas, dtype=np.float32)[rows]
     own = (inside[:, 2] - inside[:, 0]) * (inside[:, 3] - inside[:, 1])
     areas = np.where(areas > 0, areas, own)
+    scores = np.array(tables.scores, dtype=np.float32)[rows]
     ends = np.searchsorted(owners[rows], np.arange(len(sizes) + 1))
     images = []
     for i in np.flatnonzero(present):
         part = slice(ends[i], ends[i + 1])
         width, height = sizes[i].tolist()
-        columns = (inside[part], classes[part], crowd[part], areas[part])
+        columns = (inside[part], classes[part], crowd[part], areas[part], scores[part])
         images.append(LabelledImage(tables.ids[i], Path(tables.paths[i]), width, height, *columns))
     return images
 
@@ -377,6 +383,11 @@ def _header_sizes(paths: Sequence[str]) -> Iterable[tuple[int, int] | ImageError
 def number(value: Any) -> TypeGuard[int | float]:
     """Whether a value from a file is a finite number of sensible magnitude (not a bool, not a string)."""
     return type(value) in (int, float) and -1e9 < value < 1e9
+
+
+def score(value: Any) -> float:
+    """A pseudo-label's score as a file gives it; NaN unless it is a number from 0 to 1."""
+    return float(value) if number(value) and 0 <= value <= 1 else float("nan")
 
 
 def size(width: Any, height: Any) -> tuple[int, int]:

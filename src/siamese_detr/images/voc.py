@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from siamese_detr.errors import UserError
 from siamese_detr.images.listing import existing, is_image
-from siamese_detr.images.problems import LabelTables, Problems, number, size
+from siamese_detr.images.problems import LabelTables, Problems, number, score, size
 
 _MAX_BYTES = 50_000_000
 
@@ -91,6 +91,7 @@ def read_voc(path: Path, images: str | None, split: str | None, problems: Proble
             tables.boxes.append(box)
             tables.crowd.append(entry.findtext("difficult", "0").strip() == "1")
             tables.areas.append(float("nan"))
+            tables.scores.append(score(_float(entry.findtext("score"))))
     tables.class_names = sorted(all_names)
     if not all_names and tables.paths:
         raise UserError(f"{folder}: no annotation in it has a named object")

@@ -26,8 +26,9 @@ def read_yolo(path: Path, images: str | None, split: str, problems: Problems) ->
     """The common folder of the images, and the tables (boxes in parts of the image's size).
 
     The labels of ``.../images/x.jpg`` are in ``.../labels/x.txt``; where no folder is called ``images``, beside the
-    image. An image without a label file has no objects. Lines with more numbers are polygons, replaced by the box
-    around them, or, where the YAML has ``kpt_shape``, a box with key points, which are passed over.
+    image. An image without a label file has no objects. A sixth number is the box's score, if those of all lines are
+    from 0 to 1, as of pseudo-labels. Lines with more numbers are polygons, replaced by the box around them, or, where
+    the YAML has ``kpt_shape``, a box with key points, which are passed over.
 
     Args:
         path: see :func:`is_yolo`.
@@ -47,6 +48,7 @@ def read_yolo(path: Path, images: str | None, split: str, problems: Problems) ->
     tables = LabelTables([], [], [], [names[i] for i in class_index], list(class_index), normalised=True)
     tables.convention = "cxcywh"
     absent = []
+    sixth: list[str] = []
     odd: list[tuple[str, list[float]]] = []
     for number, file in enumerate(files, 1):
         label = label_file(file)
@@ -62,7 +64,8 @@ def read_yolo(path: Path, images: str | None, split: str, problems: Problems) ->
         tables.paths.append(file)
         tables.ids.append(number)
         tables.sizes.append((0, 0))
-        odd += _add_lines(tables, owner, label, text, class_index, points, problems)
+        odd += _add_lines(tables, owner, label, text, class_index, points, problems, sixth)
+    _pass_over_tracks(tables, sixth, problems)
     _refuse_key_points(path, odd)
     if len(absent) == len(files):
         raise UserError(f"{path}: no image of split {split!r} has a label file (looked for such as {absent[0]})")
@@ -186,8 +189,10 @@ def _add_lines(
     class_index: dict[int, int],
     points: int,
     problems: Problems,
+    sixth: list[str],
 ) -> list[tuple[str, list[float]]]:
-    """Add the boxes of one label file; returns the lines, with their place, that have more numbers than a box."""
+    """Add the boxes of one label file; returns the lines, with their place, that have more numbers than a box. Lines
+    with just one more are added to ``sixth``."""
     seen = set()
     longer = []
     for line_number, line in enumerate(text.splitlines(), 1):
@@ -198,11 +203,12 @@ def _add_lines(
         if values is None:
             problems.add("malformed box", where)
             continue
+        score = math.nan
         if len(values) == 5 + points:
             values = values[:5]
         elif len(values) == 6:
-            problems.add("number after the box", where)
-            values = values[:5]
+            sixth.append(where)
+            score = values.pop()
         elif len(values) > 6:
             longer.append((where, values))
         if len(values) % 2 == 0:
@@ -218,7 +224,17 @@ def _add_lines(
             tables.boxes.append(_box(values[1:]))
             tables.crowd.append(False)
             tables.areas.append(math.nan)
+            tables.scores.append(score)
     return longer
+
+
+def _pass_over_tracks(tables: LabelTables, lines: list[str], problems: Problems) -> None:
+    """Keep the numbers after boxes only if they can be scores: from 0 to 1, where tracks are counted."""
+    counted = all(line.split()[-1].isdigit() for line in lines)
+    if counted or not all(math.isnan(score) or 0 <= score <= 1 for score in tables.scores):
+        tables.scores = [math.nan] * len(tables.scores)
+        for line in lines:
+            problems.add("number after the box", line)
 
 
 def _parse(line: str, where: str, problems: Problems) -> list[float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def finetuning_page(run: Path, samples: int, max_images: int, score: float, devi
     album = Album()
     history = JsonLines(run / "history.jsonl").read()
     start = config.get("model") or config.get("init") or f"scratch ({config.get('backbone')})"
-    facts = {"started from": str(start), "training labels": str(config.get("train"))}
+    facts = {"started from": str(start), "training labels": training_labels(run, config)}
     facts |= {name: str(config.get(name)) for name in ("fraction", "epochs", "batch_size", "lr", "backbone_lr", "seed")}
     sections = [what_was_run(run, facts, config), Section("Results", result_blocks(history)), log_section(run)]
     try:
@@ -60,6 +61,17 @@ def finetuning_page(run: Path, samples: int, max_images: int, score: float, devi
             f"at the end {percent(history[-1].get('AP'))} %."
         )
     return Page(f"Fine-tuning from {Path(str(start)).name}", summary, sections, album.markup())
+
+
+def training_labels(run: Path, config: Mapping[str, Any]) -> str:
+    """The label sources, and how many of their boxes are pseudo-labels."""
+    sources = config.get("train")
+    text = ", ".join(sources) if isinstance(sources, list) else str(sources)
+    with contextlib.suppress(OSError, ValueError):  # of a run that did not begin
+        counts = json.loads((run / "start.json").read_text(encoding="utf-8"))
+        if counts.get("pseudo_labels"):
+            text += f" ({counts['pseudo_labels']} of {counts['boxes']} boxes are pseudo-labels)"
+    return text
 
 
 def result_blocks(history: Sequence[Mapping[str, Any]]) -> list[Block]:

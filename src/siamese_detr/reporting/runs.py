@@ -47,7 +47,7 @@ AP_EXPLAINED = (
     "boxes are predicted, averaged over classes and over ten IoU thresholds (0.50 to 0.95). 100 % is perfect. AP50 and "
     "AP75 use one IoU threshold, 0.50 or 0.75."
 )
-PATHS = ("images", "proposals", "train", "val", "train_images", "val_images", "model", "init", "backbone")
+PATHS = ("images", "proposals", "val", "train_images", "val_images", "model", "init", "backbone")
 POINTS = 160
 """Largest number of points of a curve; longer logs are averaged over equal spans."""
 

@@ -96,7 +96,7 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
         validation = read_labels(str(config.val), config.val_images, default_split="val")
     for source, read in ((config.train, dataset), (config.val, validation)):
         for problem in read.problems if read is not None else ():
-            say(f"{source}: {problem}", team.main)
+            say(f"{problem.where or source}: {problem}", team.main)
     dataset = dataset.take(config.fraction, config.seed)
     unlabelled = list_images(config.unlabelled, without=out) if config.unlabelled is not None else None
     for left_out in unlabelled.problems[:3] if unlabelled is not None else ():
@@ -132,7 +132,8 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
                 paths = "\n".join(unlabelled.paths).encode(errors="surrogateescape")
                 labels["unlabelled images"] = hashlib.sha256(paths).hexdigest()
             check_session(out, {"images": len(dataset), **labels, "starting detector": starting_key(detector, origin)})
-            write_json(out / "start.json", origin)
+            boxes, pseudo_labels = map(int, (dataset.class_counts()[:, 0].sum(), dataset.pseudo_counts().sum()))
+            write_json(out / "start.json", origin | {"boxes": boxes, "pseudo_labels": pseudo_labels})
             if config.fraction < 1:
                 write_json(out / "train.json", dataset.to_coco(original_ids=True))
         say(describe(origin, dataset, validation), team.main)
@@ -234,8 +235,9 @@ def starting_key(detector: DetectorAdapter, origin: dict[str, Any]) -> str:
 
 
 def describe(origin: dict[str, Any], dataset: DetectionDataset, validation: DetectionDataset | None) -> str:
-    boxes = int(dataset.class_counts()[:, 0].sum())
-    lines = [f"{len(dataset)} training images, {boxes} boxes, {len(dataset.class_names)} classes"]
+    boxes, pseudo = int(dataset.class_counts()[:, 0].sum()), int(dataset.pseudo_counts().sum())
+    found = f" ({pseudo} pseudo-labels)" if pseudo else ""
+    lines = [f"{len(dataset)} training images, {boxes} boxes{found}, {len(dataset.class_names)} classes"]
     if validation is not None:
         lines[0] += f"; {len(validation)} validation images in {validation.root}"
     else:

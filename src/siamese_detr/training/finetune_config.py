@@ -28,7 +28,9 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
     exactly. On SIGTERM or SIGUSR1 the run saves itself and exits with code 75.
 
     Args:
-        train: labels to learn from: COCO JSON, VOC folder or YOLO data.yaml.
+        train: labels to learn from: COCO JSON, VOC folder or YOLO data.yaml; or several, such as your own and those
+            that ``predict --labels`` wrote. Classes are united by name; of an image labelled by hand, pseudo-labels are
+            left out.
         out: run directory: best/ and last/ (Hugging Face detectors), metrics.json, history.jsonl, log.jsonl,
             tensorboard/.
         val: labels to evaluate on; default: those of TRAIN, where it has a split for it (a data.yaml, Roboflow's
@@ -79,7 +81,7 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         *("train", "val", "train_images", "val_images", "model", "init"),  # whose content is compared
     }
 
-    train: str
+    train: str | tuple[str, ...]
     out: str
     val: str | None = None
     model: str | None = None
@@ -114,6 +116,8 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
     save_every: int | None = None
 
     def check(self) -> None:
+        if not isinstance(self.train, str) and len(self.train) == 1:
+            (self.train,) = self.train
         if self.model is not None and self.init is not None and self.model != self.init:
             raise UserError("model and init both say where to start from: give one of them")
         check_numbers(
@@ -147,16 +151,23 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
             yield ("crop", "colour_jitter"), "augment is strong"
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The label sources to learn from."""
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    @property
     def may_validate(self) -> bool:
         """Whether there may be validation labels: where ``val`` is not given, those of a JSON have no split for it."""
-        return self.val != "none" and (self.val is not None or not self.train.lower().endswith(".json"))
+        may_split = not all(source.lower().endswith(".json") for source in self.sources)
+        return self.val != "none" and (self.val is not None or may_split)
 
     def find_validation(self) -> bool:
         """Let ``val`` be the validation split of the training labels, if they have one; whether there are any."""
         from siamese_detr.images.labels import has_split
 
-        if self.val is None and has_split(self.train, "val"):
-            self.val, self.val_images = self.train, self.val_images or self.train_images
+        if self.val is None:
+            self.val = next((source for source in self.sources if has_split(source, "val")), None)
+            self.val_images = self.val_images or self.train_images
         if self.val in (None, "none") and self.unlabelled is not None:
             raise UserError(SELF_TRAINING_NEEDS)
         return self.val not in (None, "none")

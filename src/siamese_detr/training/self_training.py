@@ -80,6 +80,7 @@ class MixedImages(Dataset):
             classes=np.zeros(0, np.int64),
             crowd=np.zeros(0, bool),
             areas=np.zeros(0),
+            scores=np.zeros(0),
         )
         return False, self.weak.sample(item, epoch, index)
 
