@@ -16,6 +16,7 @@ from rich.markdown import Markdown
 
 from siamese_detr.comparison.compare_config import CompareConfig
 from siamese_detr.comparison.describe import describe
+from siamese_detr.comparison.duration import Watch, estimate
 from siamese_detr.comparison.luck import Difference, luck_lines
 from siamese_detr.comparison.plan import Plan, Task, as_number, with_methods
 from siamese_detr.comparison.results import (
@@ -27,7 +28,7 @@ from siamese_detr.comparison.results import (
     write_plots,
     write_tables,
 )
-from siamese_detr.comparison.schedule import Ended, Job, device_slots, run_jobs
+from siamese_detr.comparison.schedule import Ended, Job, Slot, device_slots, run_jobs
 from siamese_detr.comparison.summary import CellResult, to_markdown
 from siamese_detr.config import (
     default_of,
@@ -41,6 +42,7 @@ from siamese_detr.config import (
 from siamese_detr.files import write_text
 from siamese_detr.messages import audible, say
 from siamese_detr.runtime.lock import Locked, locked
+from siamese_detr.runtime.progress import duration
 from siamese_detr.runtime.rundir import record_session
 
 DEFAULTS: dict[str, Any] = {"inits": ("backbone", "siamese"), "fractions": (0.01, 0.1, 1.0), "seeds": (0, 1)}
@@ -83,18 +85,23 @@ def compare(config: CompareConfig) -> CompareResult:
     config = apply_recipe(config)
     plan = Plan(config)
     missing = unfinished(plan.tasks)
+    slots = device_slots(config.parallel)
+    seconds = estimate(plan, missing, len(slots))
+    todo = f"{len(missing)} of {len(plan.tasks)} runs to do, {len(slots)} at a time"
+    todo += f", about {duration(seconds)}" if seconds is not None else ""
     if config.dry_run:
         about = [recipe_comment(CompareConfig, config.recipe), ""] if config.recipe else []
         lines = [*about, *describe(plan), ""]
         lines += [f"{'to run' if task in missing else 'done  '}  {task.name}" for task in plan.tasks]
-        say("\n".join(lines))
+        say("\n".join([*lines, todo]))
         cells = read_cells(plan)
         return CompareResult(plan.out, cells, read_differences(plan, cells))
     plan.out.mkdir(parents=True, exist_ok=True)
     with locked(plan.out):
         write_config(config, plan.out / "config.yaml")
         record_session(plan.out)
-        result = run_missing(plan, missing)
+        say(todo)
+        result = run_missing(plan, missing, slots)
     Console(stderr=True, quiet=not audible()).print(Markdown(str(result)))
     say(f"table, plots and all runs in {plan.out}; the page of it: siamese-detr report {plan.out}")
     return result
@@ -138,10 +145,8 @@ def unfinished(tasks: Sequence[Task]) -> list[Task]:
     return missing
 
 
-def run_missing(plan: Plan, missing: Sequence[Task]) -> CompareResult:
+def run_missing(plan: Plan, missing: Sequence[Task], slots: Sequence[Slot]) -> CompareResult:
     """Run what is missing, and write table and plots, also if a run fails or a signal comes."""
-    slots = device_slots(plan.config.parallel)
-    say(f"{len(missing)} of {len(plan.tasks)} runs to do, {len(slots)} at a time")
     for task in missing:
         if (task.run / ".lock").exists():  # a killed comparison's run may still be saving its last step
             with contextlib.suppress(Locked), locked(task.run, LAST_STEP):
@@ -151,13 +156,15 @@ def run_missing(plan: Plan, missing: Sequence[Task]) -> CompareResult:
     def report(job: Job, ended: Ended) -> None:
         task = tasks[job.name]
         conclude(task, ended, plan.out)
-        text = f"{ended.seconds:.0f} s" if ended.outcome == "done" else ended.reason
+        watch.ended(job.name)
+        text = duration(ended.seconds) if ended.outcome == "done" else ended.reason
         say(f"{ended.outcome} {task.name}: {text}")
         if task.cell:
             write_tables(plan.out, read_cells(plan))
 
     try:
-        run_jobs([job_of(task, tasks) for task in missing], slots, report)
+        with Watch(missing) as watch:
+            run_jobs([job_of(task, tasks) for task in missing], slots, report, watch.look)
     finally:
         cells = read_cells(plan)
         found = read_differences(plan, cells)

@@ -27,6 +27,7 @@ from siamese_detr.images.listing import list_images
 from siamese_detr.pretext import find_pretext
 from siamese_detr.proposals.methods import find_method
 from siamese_detr.proposals.propose import ProposeConfig
+from siamese_detr.training.checks import FORWARD_SHARE
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.labelled_dataset import repeat_factors
 from siamese_detr.training.pretrain_config import PretrainConfig
@@ -47,6 +48,8 @@ class Task:
         needs: names of the tasks whose output it reads.
         cell: (init, fraction, seed) of a fine-tuning.
         images: number of labelled images of a fine-tuning.
+        steps: of a training.
+        work: how long it takes, in images of fine-tuning's size trained on.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Task:
     needs: tuple[str, ...] = ()
     cell: tuple[str, float, int] | None = None
     images: int | None = None
+    steps: int = 0
+    work: float = 0.0
 
     @property
     def run(self) -> Path:
@@ -101,7 +106,7 @@ class Plan:
         # A detector's own image size would differ between initialisations.
         square = finetune.square if finetune.square is not None else self.pretrain.view_size is not None
         size = finetune.image_size or self.pretrain.view_size or 800
-        self.finetune = dataclasses.replace(finetune, image_size=size, square=square)
+        self.size, self.finetune = size, dataclasses.replace(finetune, image_size=size, square=square)
         self.finetune_at = {fraction_of(name, self.fractions): at for name, at in config.finetune_at.items()}
         self.labels = short_names(inits)
         self.read_inputs(unlabelled=any(init.method or init.then for init in inits))
@@ -143,7 +148,9 @@ class Plan:
         options = options_of(dataclasses.replace(self.propose, images=str(self.images), method=method))
         # With the place of the images: a store finds its images only there.
         key = key_of("propose", options, images=self.images_key, place=str(self.images))
-        return self.add(Task(f"proposals {method}", "propose", self.out / "proposals" / method, options, key))
+        return self.add(
+            Task(f"proposals {method}", "propose", self.out / "proposals" / method, options, key, work=self.image_count)
+        )
 
     def add_pretraining(self, init: Init, seed: int) -> Task:
         each = self.config.pretrain_each_seed
@@ -171,7 +178,9 @@ class Plan:
         key = key_of("pretrain", options, images=self.images_key, proposals=proposals_key, start=start_key)
         name = f"pre-training {self.labels.get(init.pretrained, init.pretrained)}" + (f", seed {seed}" if each else "")
         folder = self.out / "pretrained" / slug(init.pretrained) / (f"seed-{seed}" if each else "")
-        return self.add(Task(name, "pretrain", folder, options, key, needs))
+        steps, area = config.total_steps(self.image_count), ((config.view_size or self.size) / self.size) ** 2
+        work = steps * config.batch_size * 2 * area  # two views
+        return self.add(Task(name, "pretrain", folder, options, key, needs, steps=steps, work=work))
 
     def add_finetuning(self, init: Init, fraction: float, seed: int) -> Task:
         base = plain(self.finetune)
@@ -187,9 +196,10 @@ class Plan:
         config: FinetuneConfig = resolve(FinetuneConfig, None, self.finetune_at.get(fraction, {}), fixed, base)
         if init.start == "scratch" and fixed["model"] is None:
             config = dataclasses.replace(config, backbone=random_backbone(config.backbone))
+        images = round(repeat_factors(self.training.take(fraction, seed), config.repeat_factor).sum())
+        steps = config.total_steps(images)
         if init.then == "longer":
-            images = round(repeat_factors(self.training.take(fraction, seed), config.repeat_factor).sum())
-            steps = config.total_steps(images) + self.pretrain.total_steps(self.image_count)
+            steps += self.pretrain.total_steps(self.image_count)
             config = dataclasses.replace(config, steps=steps)
         options = options_of(config)
         contents = {"labels": self.labels_key, "start": start_key}
@@ -199,7 +209,10 @@ class Plan:
         folder = self.out / "cells" / slug(init.name) / f"{fraction:g}" / str(seed)
         label = self.labels[init.name]
         name, cell = f"fine-tuning {label}, {100 * fraction:g} %, seed {seed}", (label, fraction, seed)
-        return self.add(Task(name, "finetune", folder, options, key, needs, cell, self.counts[fraction, seed]))
+        work = float(steps * config.batch_size * (2 if init.then == "self-training" else 1))
+        work += FORWARD_SHARE * config.evaluations(images) * len(self.validation)
+        count = self.counts[fraction, seed]
+        return self.add(Task(name, "finetune", folder, options, key, needs, cell, count, steps, work))
 
 
 def check(config: CompareConfig) -> None:

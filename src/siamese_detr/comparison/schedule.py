@@ -85,6 +85,7 @@ def run_jobs(
     jobs: Sequence[Job],
     slots: Sequence[Slot],
     finished: Callable[[Job, Ended], None] = lambda job, ended: None,
+    waiting: Callable[[], None] = lambda: None,
 ) -> dict[str, Ended]:
     """Run every job whose needs succeed, the first in the list first, one per slot at a time.
 
@@ -93,6 +94,7 @@ def run_jobs(
         slots: where.
         finished: called in this thread when a job has ended, before any job that needs it starts. If it raises an
             exception, the job counts as failed.
+        waiting: called several times a second.
 
     Returns:
         how each job ended, by name.
@@ -138,6 +140,7 @@ def run_jobs(
                     else:
                         continue
                     ready.remove(job)
+                waiting()
                 ended_now, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
                 if stop.requested:
                     raise Stopped(stop.requested)
