@@ -65,6 +65,7 @@ QUICK: dict[str, Any] = {
         "workers": 0,
         "device": "cpu",
         "progress": False,
+        "pages": False,
     },
     **{"lr": 1e-3, "backbone_lr": 0.0, "schedule": "constant", "clip": 0.5, "log_every": 1},
 }

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -105,7 +106,10 @@ def recipes(names: list[str]) -> str:
 def run(name: str, argv: list[str]) -> Any:
     """Resolve the configuration of verb ``name`` from ``argv`` and call it."""
     config = read_arguments(name, load_config(name), argv)
-    return load_verb(name)(config)
+    result = load_verb(name)(config)
+    if getattr(config, "pages", False) and config.replay is None and int(os.environ.get("RANK", 0)) == 0:
+        load_verb("report")(run=config.out, device=config.device)
+    return result
 
 
 def read_arguments(name: str, config_class: type[Any], argv: list[str]) -> Any:

@@ -321,8 +321,8 @@ def test_torchrun_goes_on_with_fewer_machines(base: dict[str, Any], tmp_path: Pa
             os.kill(process, signal.SIGKILL)
         # The launcher itself waits five minutes more for the lost one before it ends.
         text = (tmp_path / "log0").read_text
-        wait_for(lambda: "pre-trained for 120 updates" in text(), machines[0], STARTING)
-        assert "pre-trained for 120 updates" in text(), text()[-3000:]
+        wait_for(lambda: "pre-trained for 120 steps" in text(), machines[0], STARTING)
+        assert "pre-trained for 120 steps" in text(), text()[-3000:]
     finally:
         for machine in machines:
             machine.terminate()

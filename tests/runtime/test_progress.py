@@ -13,11 +13,12 @@ def test_lines_take_the_place_of_the_bar(capsys, monkeypatch):
     with progress.ProgressBar("pretrain", 500, 100) as bar:
         for step in range(101, 161):
             now[0] += 2.0
-            bar.step(step, 8.5 if step == 120 else None)
+            bar.step(step)
+            bar.step(step, 8.5 if step == 120 else None)  # what is logged of a step comes on top
         bar.say("AP 12.3")
     assert capsys.readouterr().err.splitlines() == [
-        "pretrain: update 110 of 500, 13 min left",
-        "pretrain: update 140 of 500, loss 8.5, 12 min left",
+        "pretrain: step 110 of 500, 13 min left",
+        "pretrain: step 140 of 500, loss 8.5, 12 min left",
         "AP 12.3",
     ]
 

@@ -111,7 +111,7 @@ def test_a_run_with_proposals_of_its_own_goes_on_when_its_images_moved(base: dic
     assert pretrain(**{**options, **moved}).skipped == 1
     pretrain(**{**options, "images": str(tmp_path / "whole"), "out": str(tmp_path / "uncut")})
     assert logged(tmp_path / "run") == logged(tmp_path / "uncut")
-    with pytest.raises(UserError, match="has done 4 updates already"):
+    with pytest.raises(UserError, match="has done 4 steps already"):
         pretrain(**{**options, **moved, "steps": 3})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
 from label_files import write_yolo
+from siamese_detr import cli
 from siamese_detr.config import read_sources, recipe_names, validate
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.errors import UserError
@@ -111,7 +115,7 @@ def test_patience_ends_a_run_that_no_longer_improves(labels, tmp_path, capsys):
     options = {**TINY, **QUICK, "lr": 1e-9, "train": labels, "val": labels, "out": str(tmp_path), "patience": 2}
     result = finetune(steps=12, eval_every=0.67, **options)
     assert [record["step"] for record in result.history] == [1, 2, 3]
-    assert "stopped after 3 of 12 updates" in capsys.readouterr().err
+    assert "stopped after 3 of 12 steps" in capsys.readouterr().err
     assert finetune(steps=12, eval_every=0.67, resume=True, **options).history == result.history
     assert json.loads((tmp_path / "last" / "siamese_detr.json").read_text())["finetuned"]["steps"] == 3
 
@@ -208,7 +212,7 @@ def test_a_run_goes_on_when_the_detector_it_started_from_has_moved(pretrained, l
     finetune(**options, model=str(moved), steps=2, resume=True)
     finetune(**{**options, "out": str(tmp_path / "whole")}, model=str(moved), steps=2)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    with pytest.raises(UserError, match="has done 2 updates already, more than the 1 asked for"):
+    with pytest.raises(UserError, match="has done 2 steps already, more than the 1 asked for"):
         finetune(**options, model=str(moved), steps=1, resume=True)
     build_detector("conditional-detr", "random:efficientnet-lite0", seed=4, **TINY).save(first)
     with pytest.raises(UserError, match="began with other starting detector"):
@@ -258,7 +262,7 @@ def test_rare_classes_lengthen_an_epoch_and_a_run_continues_exactly(labels, tmp_
     whole = finetune(out=str(tmp_path / "whole"), **options, epochs=2, save_every=2, keep=0)
     factor = 2**0.5  # each class is in half of the images
     steps = round(2 * round(6 * factor) / 4)
-    assert f"{steps} updates of 4 images (2 epochs)" in capsys.readouterr().err
+    assert f"{steps} steps of 4 images (2 epochs)" in capsys.readouterr().err
     shutil.copytree(whole.out, tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / f"checkpoint-{steps}")
     again = finetune(out=str(tmp_path / "killed"), **options, epochs=2, save_every=2, resume=True)
@@ -415,6 +419,24 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
         finetune(train=str(labels), out=str(tmp_path / "strict"), steps=9, max_bad_share=0.01, **TINY, **QUICK)
 
 
+def test_a_run_shows_what_it_learns_from_and_what_it_has_learnt(tmp_path, capsys):
+    labels = str(write_scenes(tmp_path / "scenes", 4))
+    options = {**TINY, **QUICK, "progress": True, "pages": True, "steps": 2, "eval_every": 1}
+    words = [
+        word for name, value in options.items() if not isinstance(value, bool) for word in (f"--{name}", str(value))
+    ]
+    assert cli.main(["finetune", labels, str(tmp_path / "run"), "--val", labels, "--square", *words]) == 0
+    output, errors = capsys.readouterr()
+    with Image.open(tmp_path / "run" / "augmented.jpg") as page:
+        assert page.size == (1600, 400)
+        assert np.asarray(page).std() > 20
+    assert re.search(r"step 1 of 2: AP [\d.]+  AP50 [\d.]+  \(best so far\), .* left", errors)
+    assert re.search(r"step 2 of 2: AP [\d.]+  AP50 [\d.]+  \(best [\d. a-z]+\), 0 s left", errors)
+    assert all(re.search(rf"^ *{name} +2 ", output, re.MULTILINE) for name in CLASSES)
+    assert f"{tmp_path / 'run' / 'report.html'}" in errors
+    assert "Best and worst" in (tmp_path / "run" / "report.html").read_text()
+
+
 @pytest.mark.filterwarnings("error:Detected call of")
 def test_a_run_may_begin_with_images_that_cannot_be_read(tmp_path):
     labels = write_scenes(tmp_path / "scenes", 4)
@@ -509,7 +531,7 @@ def test_evaluations_are_even_and_end_with_the_run(images: int, epochs: float, e
 def test_the_budget_suits_the_number_of_images(images: int, options: dict, steps: int, short: bool) -> None:
     config = FinetuneConfig("train.json", "run", batch_size=8, **options)
     assert config.total_steps(images) == steps
-    assert config.budget(images).startswith(f"{steps} updates of 8 images")
+    assert config.budget(images).startswith(f"{steps} steps of 8 images")
     assert ("that is short" in config.budget(images)) == short
 
 

@@ -180,8 +180,7 @@ def job_of(task: Task, missing: Mapping[str, Task]) -> Job:
     options = {**task.options, "out": str(task.run)}
     if task.verb != "propose":
         options["resume"] = (task.run / "config.yaml").exists()
-    if "progress" in options:
-        options["progress"] = False
+    options |= {name: False for name in ("progress", "pages") if name in options}
     write_text(file, yaml.safe_dump(options, sort_keys=False))
     command = (sys.executable, "-m", "siamese_detr.cli", task.verb, "--config", str(file))
     needs = tuple(name for name in task.needs if name in missing)  # the others are done

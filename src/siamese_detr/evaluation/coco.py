@@ -52,6 +52,11 @@ class Detections:
         rows = np.asarray(rows, np.float64).reshape(-1, 7)
         return cls(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), rows[:, 2], rows[:, 3:])
 
+    def of_images(self, ids: list[int]) -> Detections:
+        """Those in the images of these ids."""
+        keep = np.isin(self.images, ids)
+        return Detections(self.images[keep], self.classes[keep], self.scores[keep], self.boxes[keep])
+
     def sorted(self) -> Detections:
         """By image, then best score first: the same order however the images were shared among processes."""
         order = np.lexsort((self.boxes[:, 0], self.classes, -self.scores, self.images))
@@ -161,17 +166,19 @@ class CocoMetrics:
 
     def table(self) -> Table:
         """A table for the terminal, in percent: the overall line, then the classes."""
-        table = Table(caption="COCO metrics in percent; – : no such box", box=box.SIMPLE, pad_edge=False)
-        table.add_column("class", min_width=8)
-        for name in ("boxes", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100"):
+        parts = {"APs": self.ap_small, "APm": self.ap_medium, "APl": self.ap_large, "AR1": self.ar1, "AR10": self.ar10}
+        others = "  ".join(f"{name} {percent(value)}" for name, value in parts.items())
+        caption = f"in percent; – : no such box; threshold: the score of highest F1\n{others}"
+        table = Table(caption=caption, box=box.SIMPLE, pad_edge=False)
+        table.add_column("class", min_width=8, overflow="fold")
+        for name in ("boxes", "AP", "AP50", "AP75", "AR100", "threshold"):
             table.add_column(name, justify="right")
-        numbers = (self.ap, self.ap50, self.ap75, self.ap_small, self.ap_medium, self.ap_large)
-        recalls = (self.ar1, self.ar10, self.ar100)
         boxes = sum(row.boxes for row in self.per_class)
-        table.add_row("all", str(boxes), *map(percent, numbers), *map(percent, recalls), style="bold", end_section=True)
+        overall = map(percent, (self.ap, self.ap50, self.ap75, self.ar100))
+        table.add_row("all", str(boxes), *overall, "", style="bold", end_section=True)
         for row in self.per_class:
-            found = map(percent, (row.ap, row.ap50, row.ap75))
-            table.add_row(escape(row.name), str(row.boxes), *found, "", "", "", "", "", percent(row.ar100))
+            values = map(percent, (row.ap, row.ap50, row.ap75, row.ar100, row.threshold))
+            table.add_row(escape(row.name), str(row.boxes), *values)
         return table
 
 

@@ -20,16 +20,17 @@ from siamese_detr.evaluation.analysis import (
     image_quality,
     rows_by_image,
 )
-from siamese_detr.evaluation.coco import ClassMetrics, Detections, percent
+from siamese_detr.evaluation.coco import ClassMetrics, Detections, coco_metrics, percent
 from siamese_detr.evaluation.evaluate import evaluate_detector
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.images.decode import read_image
-from siamese_detr.images.labels import DetectionDataset, LabelledImage, read_labels
+from siamese_detr.images.labels import DetectionDataset, LabelledImage, dataset_key, read_labels
 from siamese_detr.reporting.charts import bar_chart, line_chart, plain_curve
 from siamese_detr.reporting.page import Block, Figure, Grid, Heading, Missing, Page, Section, Table, Text
 from siamese_detr.reporting.pictures import COLOURS, Album, Box
 from siamese_detr.reporting.runs import AP_EXPLAINED, located, log_section, read_config, what_was_run
 from siamese_detr.runtime.journal import JsonLines
+from siamese_detr.runtime.rundir import sessions
 from siamese_detr.training.detection_task import best_of
 
 IOU = 0.5
@@ -108,11 +109,25 @@ def detect(
         raise UserError("the run had no validation labels")
     config = located(run, config)
     dataset = read_labels(config["val"], config.get("val_images"), default_split="val")
+    directory = run / "best" if (run / "best").is_dir() else run / "last"
+    detections = stored_detections(run, dataset, directory.name)
     if len(dataset) > max_images:
         dataset = dataset.take(max_images / len(dataset), 0)
-    directory = run / "best" if (run / "best").is_dir() else run / "last"
-    evaluation = evaluate_detector(Detector.load(directory, device), dataset)
+    if detections is not None:
+        detections = detections.of_images([image.id for image in dataset.images])
+        return dataset, coco_metrics(dataset.to_coco(), detections).per_class, detections, directory.name
+    evaluation = evaluate_detector(Detector.load(directory, device), dataset, progress=True)
     return dataset, evaluation.metrics.per_class, evaluation.detections, directory.name
+
+
+def stored_detections(run: Path, dataset: DetectionDataset, name: str) -> Detections | None:
+    """What the run found in its validation images, if they still have the labels that it saw."""
+    seen = {session.get("validation labels") for session in sessions(run)}
+    if seen != {dataset_key(dataset)}:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return Detections.read(run / f"detections-{name}.npz")
+    return None
 
 
 def class_blocks(metrics: Sequence[ClassMetrics]) -> list[Block]:

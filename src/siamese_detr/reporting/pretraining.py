@@ -77,7 +77,7 @@ def pretraining_page(run: Path, samples: int, device: str) -> Page:
     summary = "Nothing was logged yet."
     if log:
         first, last = log[0], log[-1]
-        summary = f"{last['step']} updates; the loss went from {first['loss']:.3g} to {last['loss']:.3g}."
+        summary = f"{last['step']} steps; the loss went from {first['loss']:.3g} to {last['loss']:.3g}."
     return Page(title, summary, sections, album.markup())
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from siamese_detr.files import written_aside
@@ -139,6 +141,14 @@ class Journal:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
+
+    def show(self, name: str, picture: Image.Image, step: int) -> Path:
+        """Write a picture into the run directory and show it in TensorBoard; where it is."""
+        path = self.lines.path.with_name(f"{name}.jpg")
+        with written_aside(path) as aside:
+            picture.save(aside, "JPEG", quality=90)
+        self.board.add_image(f"train/{name}", np.asarray(picture), step, dataformats="HWC")
+        return path
 
     def close(self) -> None:
         """Write what is left.

@@ -11,7 +11,7 @@ from siamese_detr.messages import audible, say
 
 SECONDS_BETWEEN_LINES = 60
 FIRST_LINE = 10
-"""Updates after which the first line says how long the run will take."""
+"""Steps after which the first line says how long the run will take."""
 
 
 class ProgressBar(Progress):
@@ -20,12 +20,12 @@ class ProgressBar(Progress):
 
     Args:
         title: what is being done.
-        total: updates in all.
-        done: updates done already.
-        unit: what is counted, if it is not updates.
+        total: steps in all.
+        done: steps done already.
+        unit: what is counted, if it is not steps.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, unit: str = "update") -> None:
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
@@ -33,18 +33,23 @@ class ProgressBar(Progress):
         self.run = self.add_task(title, total=total, completed=done, loss="")
         self._title, self._total, self._first, self._unit = title, total, done, unit
         self._began = self._last = time.monotonic()
+        self._line = done  # the last for which there was a line
 
     def step(self, done: int, loss: float | None = None) -> None:
-        """Show that so many updates are done, and the loss."""
+        """Show that so many steps are done, and the loss."""
         fields = {} if loss is None else {"loss": f"loss {loss:.4g}"}
         self.update(self.run, completed=done, **fields)  # type: ignore[arg-type]
         now, new = time.monotonic(), done - self._first
-        if self.disable and (new == FIRST_LINE or now - self._last >= SECONDS_BETWEEN_LINES):
-            self._last = now
-            left = duration((now - self._began) / max(new, 1) * (self._total - done))
+        first = done > self._line and new == FIRST_LINE
+        if self.disable and (first or now - self._last >= SECONDS_BETWEEN_LINES):
+            self._last, self._line = now, done
             loss_text = self.tasks[0].fields["loss"]
             shown = f"{self._unit} {done} of {self._total}{', ' * bool(loss_text)}{loss_text}"
-            self.say(f"{self._title}: {shown}, {left} left")
+            self.say(f"{self._title}: {shown}, {self.left(done)} left")
+
+    def left(self, done: int) -> str:
+        """The time that the rest takes if so many steps are done, for people."""
+        return duration((time.monotonic() - self._began) / max(done - self._first, 1) * (self._total - done))
 
     def say(self, text: str) -> None:
         """Write a line, above the bar if there is one."""

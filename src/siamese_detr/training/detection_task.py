@@ -15,18 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from siamese_detr.detection.criterion import CriterionConfig, SetCriterion
 from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.structures import Targets
 from siamese_detr.evaluation.coco import CocoMetrics, percent
+from siamese_detr.evaluation.draw import draw_detections
 from siamese_detr.evaluation.evaluate import class_map, evaluate_detector
 from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD, Detector
 from siamese_detr.files import write_json, write_text
 from siamese_detr.images.labels import DetectionDataset, LabelledImage
 from siamese_detr.images.listing import ImageList
 from siamese_detr.messages import say
+from siamese_detr.randomness import rng
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.finetune_config import FinetuneConfig
 from siamese_detr.training.labelled_dataset import (
@@ -36,6 +40,7 @@ from siamese_detr.training.labelled_dataset import (
     TrainingImages,
     collate,
     draw_cut,
+    jitter_colours,
     prepare,
 )
 from siamese_detr.training.loop import Loop
@@ -44,6 +49,8 @@ from siamese_detr.training.task import Task
 
 TRIED = 300
 """Batches of which the largest says how much memory a run needs."""
+SHOWN, COLUMNS, SIDE = 12, 4, 400
+"""Of the page of augmented photos: how many, how many in a row, and the side of each in pixels."""
 
 
 class DetectionTask(Task):
@@ -153,6 +160,9 @@ class DetectionTask(Task):
         padded = [(max(height for height, _ in sizes), max(width for _, width in sizes)) for sizes in cuts]
         return max(padded, key=math.prod)
 
+    def pictures(self) -> Mapping[str, Image.Image]:
+        return {"augmented": augmented_page(self.images)} if self.config.pages else {}
+
     @property
     def records(self) -> list[dict[str, Any]]:
         """The evaluations so far, in every process (a resumed run reads them where the main process wrote them)."""
@@ -167,7 +177,7 @@ class DetectionTask(Task):
         since = len(records) - 1 - records.index(dict(best_of(records)))
         if since >= patience:
             say(
-                f"AP has not risen for {since} evaluations: stopped after {step} of {self.steps} updates",
+                f"AP has not risen for {since} evaluations: stopped after {step} of {self.steps} steps",
             )
         return since >= patience
 
@@ -223,16 +233,15 @@ class DetectionTask(Task):
         self.history.rewind(step - 1)
         self.history.append([record | {"train_loss": self.mean_loss(step)}])
         known = {name: value for name, value in overall.items() if value is not None}
-        loop.track({f"validation/{name}": value for name, value in known.items()})
+        loop.track({f"val/{name}": value for name, value in known.items()})
         best = (overall["AP"] or 0.0) > max(before, default=-1.0)
         if best:
             self.save("best", step)
             shutil.copyfile(self.out / "detections-last.npz", self.out / "detections-best.npz")
         if loop.bar is not None:
-            loop.bar.say(
-                f"update {step} of {self.steps}: AP {percent(overall['AP'])}  AP50 {percent(overall['AP50'])}"
-                + "  (best so far)" * best
-            )
+            so_far = "best so far" if best else f"best {percent(max(before))}"
+            values = f"AP {percent(overall['AP'])}  AP50 {percent(overall['AP50'])}  ({so_far})"
+            loop.bar.say(f"step {step} of {self.steps}: {values}, {loop.bar.left(step)} left")
         if self.teacher is not None:
             self.teacher.report(earlier, self.records)
         self.note_unreadable(evaluation.skipped)
@@ -275,6 +284,23 @@ class DetectionTask(Task):
         if records := self.history.read():
             self.detector.config.score_thresholds = records[-1].get("thresholds")
         self.detector.save(self.out / name, **dataclasses.asdict(self.input_size), provenance=provenance)
+
+
+def augmented_page(images: TrainingImages) -> Image.Image:
+    """Some training images as the first epoch augments them, with their boxes, on one page."""
+    chosen = rng(images.seed).permutation(len(images))[:SHOWN].tolist()
+    samples = [sample for index in chosen if (sample := images[(0, index)]).pixels is not None]
+    page = Image.new("RGB", (SIDE * min(COLUMNS, len(chosen)), SIDE * math.ceil(len(chosen) / COLUMNS)), "white")
+    for number, sample in enumerate(samples):
+        values = torch.tensor(sample.pixels).permute(2, 0, 1)[None] / 255
+        values = jitter_colours(values, torch.from_numpy(sample.jitter)[None])[0]
+        pixels = (255 * values).round().byte().permute(1, 2, 0).numpy()
+        scale = np.tile(pixels.shape[1::-1], 2)
+        boxes = box_convert(torch.from_numpy(sample.boxes), "cxcywh", "xyxy").numpy() * scale
+        picture = draw_detections(pixels, boxes, sample.classes, None, images.dataset.class_names)
+        picture.thumbnail((SIDE - 4, SIDE - 4))
+        page.paste(picture, (SIDE * (number % COLUMNS), SIDE * (number // COLUMNS)))
+    return page
 
 
 def is_due(step: int, steps: int, count: int) -> bool:

@@ -26,7 +26,7 @@ from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
 from siamese_detr.images.listing import list_images
 from siamese_detr.images.memory import from_memory
-from siamese_detr.messages import say
+from siamese_detr.messages import output, say
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.runtime.lock import locked
 from siamese_detr.runtime.processes import Team, lost_process_explained, meet
@@ -155,6 +155,8 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
     result = read_result(out)
     if result.history:
         best = best_of(result.history)
+        if team.main:
+            output().print(CocoMetrics.from_dict(best).table())
         say(
             f"AP {100 * (best['AP'] or 0):.1f}  AP50 {100 * (best['AP50'] or 0):.1f} at epoch {best['epoch']:.1f} of "
             f"{result.history[-1]['epoch']:.1f}: {out / 'best'}",
@@ -162,11 +164,7 @@ def finetune(config: FinetuneConfig, *, callbacks: Sequence[Callback] = ()) -> F
         )
     else:
         say(f"the detector: {out / 'last'}", team.main)
-    say(
-        f"look at what it finds: siamese-detr predict --model {out} --images PHOTOS --out PICTURES; at curves and the "
-        f"best and worst pictures: siamese-detr report {out}",
-        team.main,
-    )
+    say(f"look at what it finds: siamese-detr predict --model {out} --images PHOTOS --out PICTURES", team.main)
     return result
 
 

@@ -53,7 +53,7 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         repeat_factor: show images of classes that a smaller share of the images than this has more often, 0 to 1 (LVIS:
             0.001; 0: all alike).
         patience: stop after so many evaluations without a higher AP (0: never).
-        ema: average the weights over updates with at most this decay, 0 to 1 (0: do not); the averages are what is
+        ema: average the weights over steps with at most this decay, 0 to 1 (0: do not); the averages are what is
             evaluated and saved.
         backbone_lr: learning rate of the backbone; 0: frozen, and run without gradients.
         layer_decay: each block of a vision transformer learns at this share of the next one's rate, above 0 to 1 (0.7
@@ -70,6 +70,8 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         colour_jitter: brightness, contrast and saturation change by up to this share.
         eval_every: epochs between evaluations; 0: only at the end.
         eval_batch_size: images per forward pass in evaluation; default: batch_size.
+        pages: draw augmented training photos with their boxes into OUT/augmented.jpg before training; the command also
+            writes OUT/report.html at the end.
     """
 
     COMMON: ClassVar = (
@@ -77,7 +79,7 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         *("device", "resume"),
     )
     MAY_CHANGE: ClassVar = RunConfig.MAY_CHANGE | {
-        *("eval_batch_size", "eval_every"),
+        *("eval_batch_size", "eval_every", "pages"),
         *("train", "val", "train_images", "val_images", "model", "init"),  # whose content is compared
     }
 
@@ -113,6 +115,7 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
     patience: int = 0
     ema: float = 0.0
     eval_batch_size: int | None = None
+    pages: bool = True
     save_every: int | None = None
 
     def check(self) -> None:

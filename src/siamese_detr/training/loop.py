@@ -253,6 +253,8 @@ class Loop:
                     self.journal = stack.enter_context(contextlib.closing(Journal(self.out, step)))
                     if self.config.progress:
                         self.bar = stack.enter_context(ProgressBar(self.task.verb, self.steps, step))
+                    for name, picture in self.task.pictures().items():
+                        say(f"{name}: {self.journal.show(name, picture, step)}")
                 stack.enter_context(self._trackers())
                 self._train()
         except BaseException as error:
@@ -270,7 +272,7 @@ class Loop:
         step = int(found) - 1
         if step > self.steps:
             raise UserError(
-                f"{self.out} has done {step} updates already, more than the {self.steps} asked for: ask for as many at "
+                f"{self.out} has done {step} steps already, more than the {self.steps} asked for: ask for as many at "
                 "least, or take it as it is"
             )
         self.state.restore(self.config.checkpoints / f"{checkpoints.PREFIX}{step}", self.team.device)
@@ -312,7 +314,7 @@ class Loop:
         values = {**values, "seconds": round(time.monotonic() - self._began, 3)}
         if self.journal is not None:
             self.journal.lines.append([{"step": self.state.step, **values}])
-        self.track(values)
+        self.track({f"train/{name}": value for name, value in values.items()})
         self.callbacks.call("on_log", self.state.step, values)
         if self.bar is not None:
             self.bar.step(self.state.step, values.get("loss"))

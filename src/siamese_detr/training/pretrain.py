@@ -179,7 +179,7 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
         skipped = f", without {done.skipped} unreadable images ({out / 'skipped.jsonl'})" if done.skipped else ""
         recipe = f" --recipe {config.recipe_used}" if suits_finetune(config.recipe_used) else ""
         say(
-            f"pre-trained for {done.steps} updates{skipped}. The detector is {done.detector}; fine-tune it with: "
+            f"pre-trained for {done.steps} steps{skipped}. The detector is {done.detector}; fine-tune it with: "
             f"siamese-detr finetune{recipe} --train TRAIN.json --val VAL.json --model {out} --out OUT",
         )
     return done

@@ -19,19 +19,19 @@ class RunConfig(Options):
     ``steps`` and ``epochs`` what the learning rate's schedule has left.
 
     Args:
-        steps: updates (default: what EPOCHS amount to).
+        steps: updates of the weights (default: what EPOCHS amount to).
         epochs: passes over the images, or auto: as many as the number of images asks for.
-        batch_size: images per update, over all processes.
-        accumulate: parts (micro-batches) in which an update's images are processed, to save memory.
+        batch_size: images per step, over all processes.
+        accumulate: parts (micro-batches) in which a step's images are processed, to save memory.
         precision: fp32, bf16 or fp16 (autocast).
         device: auto (the accelerator, if there is one), cpu, cuda, cuda:1, mps, ...
         kernels: auto exchanges modules for faster ones that compute the same; off exchanges none; hub also lets
             Transformers load kernels from the Hugging Face hub (needs the package kernels).
         seed: of everything random.
         workers: data processes per training process (default: all cores but one, at most 8).
-        save_every: updates between checkpoints (default of finetune: about as often as the evaluations, at most 500).
+        save_every: steps between checkpoints (default of finetune: about as often as the evaluations, at most 500).
         keep: newest checkpoints that remain (0: all).
-        log_every: updates between logs.
+        log_every: steps between logs.
         max_bad_share: largest share of unreadable images that the run tolerates, 0 to 1.
         progress: show a progress bar.
         resume: continue the run in OUT from its last valid checkpoint (or begin it).
@@ -117,9 +117,9 @@ class RunConfig(Options):
         """For people: how long the run is, and a warning where that is far too short."""
         steps, usual = self.total_steps(images), self._updates(self.usual_epochs(images), images)
         epochs = steps * self.batch_size / images
-        text = f"{steps} updates of {self.batch_size} images ({epochs:.3g} epochs)"
+        text = f"{steps} steps of {self.batch_size} images ({epochs:.3g} epochs)"
         if steps < usual / 3:
-            text += f"; that is short: {images} images usually want {usual} updates, which --epochs auto gives"
+            text += f"; that is short: {images} images usually want {usual} steps, which --epochs auto gives"
         return text
 
     def _updates(self, epochs: float, images: int) -> int:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from siamese_detr.runtime.processes import Team
     from siamese_detr.training.loop import Loop
     from siamese_detr.training.state import Averages
@@ -109,6 +111,10 @@ class Task:
     def largest(self, images: int) -> dict[str, Any] | None:
         """A batch of so many images of the largest size there may be, to try what a step takes; None: not known."""
         return None
+
+    def pictures(self) -> Mapping[str, Image]:
+        """What the run is about to learn from, by name; asked of the main process only, before the first step."""
+        return {}
 
     def saved(self, step: int) -> None:
         """Called on the main process after each checkpoint."""
