@@ -6,9 +6,11 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import siamese_detr
 from siamese_detr.detectors.build import build_detector
 from tiny_finetuning import TINY, learned
 
@@ -46,9 +48,23 @@ def test_python(place):
     pytest.importorskip("supervision")
     blocks = examples("python.md")
     assert len(blocks) == 6
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
     assert (place / "found.jpg").is_file()
     assert len(names["rows"]) == 2
     assert (place / "runs" / "memory" / "last").is_dir()
+
+
+def test_export(place):
+    for package in ("onnxruntime", "onnxscript", "openvino"):
+        pytest.importorskip(package)
+    for runtime in ("onnx", "openvino"):
+        siamese_detr.export(model="runs/detector", out=f"runs/{runtime}", format=runtime, quiet=True)
+    blocks = examples("export.md")
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "docs/export.md", "exec"), names)
+    (expected,) = siamese_detr.load("runs/detector").predict("photos/0.jpg", 0.0)
+    assert names["scores"].max() == pytest.approx(expected.scores[0], abs=0.05)  # Pillow resizes a bit differently

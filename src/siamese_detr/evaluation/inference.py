@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from siamese_detr.detectors.loading import open_detector
 from siamese_detr.errors import ImageError, UserError
 from siamese_detr.evaluation.results import ImageResult, Job, Predictions
+from siamese_detr.evaluation.runtimes import ExportedModel, exported_file
 from siamese_detr.evaluation.sources import jobs_of
 from siamese_detr.kernels import accelerate
 from siamese_detr.messages import say, track
@@ -77,7 +78,8 @@ class Detector:
         """Load a detector, once for any number of images.
 
         Args:
-            source: a run, a Hugging Face directory, a name on the Hub, or a .pth of the papers' codes.
+            source: a run, a Hugging Face directory, a name on the Hub, a .pth of the papers' codes, or what ``export``
+                wrote as ONNX or OpenVINO.
             device: auto (the accelerator, if there is one), cpu, cuda, cuda:1, mps, ...
             without_classes: also take a detector that has only been pre-trained: its class head says nothing.
 
@@ -90,6 +92,8 @@ class Detector:
         stored = open_detector(source)
         if stored.only_pretrained and not without_classes:
             raise UserError(f"{stored.path} has only been pre-trained and has no classes yet; fine-tune it first")
+        if (file := exported_file(stored.path)) is not None:
+            return cls(ExportedModel(file, stored.config), stored.load_processor(), torch.device("cpu"))
         model, info = stored.load_model()
         if lost := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
             raise UserError(

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from siamese_detr.config import Options
+from siamese_detr.config import Options, check_numbers
+from siamese_detr.errors import UserError
+
+PRECISIONS = {
+    "hf": ("fp32", "fp16", "bf16"),
+    "onnx": ("fp32",),
+    "openvino": ("fp32", "fp16", "int8"),
+    "research": ("fp32",),
+}
 
 
 @dataclass
@@ -15,25 +23,40 @@ class ExportConfig(Options):
 
     Args:
         model: a detector: a run, a Hugging Face directory, a name on the Hub, or a .pth of the papers' codes.
-        out: folder to write: config.json, preprocessor_config.json and model.safetensors, model.onnx or checkpoint.pth.
-        format: hf (a Hugging Face directory), onnx (needs the extra `onnx`), or research (a checkpoint for the papers'
-            codes of DETR, Conditional DETR and Deformable DETR).
-        precision: of the weights: fp32, fp16 or bf16; onnx and research: fp32 only.
-        height: onnx: of the image in the graph; default: what the detector's image processor makes.
-        width: onnx: likewise.
-        dynamic_batch: onnx: any number of images per call.
-        tolerance: onnx: largest difference to the PyTorch model's boxes and scores that is accepted.
+        out: folder to write: config.json, preprocessor_config.json and model.safetensors, model.onnx, model.xml or
+            checkpoint.pth.
+        format: hf (a Hugging Face directory), onnx (opset 18; needs the extra `onnx`), openvino (needs the extra
+            `openvino`), or research (a checkpoint for the papers' codes of DETR, Conditional DETR and Deformable DETR).
+        precision: of the weights: fp32; hf: also fp16 and bf16; openvino: also fp16 and int8.
+        calibration: openvino int8: images (folder, list or COCO JSON) like those to come, from whose first 300 the
+            ranges of numbers are taken.
+        height: onnx, openvino: of the image in the graph; default: what the detector's image processor makes.
+        width: likewise.
+        dynamic_batch: onnx, openvino: any number of images per call.
+        tolerance: onnx, openvino in fp32: largest difference to the PyTorch model's boxes and scores that is accepted.
     """
 
     model: str
     out: str
-    format: Literal["hf", "onnx", "research"] = "hf"
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    format: Literal["hf", "onnx", "openvino", "research"] = "hf"
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    calibration: str | None = None
     height: int | None = None
     width: int | None = None
     dynamic_batch: bool = True
     tolerance: float = 1e-3
 
+    def check(self) -> None:
+        check_numbers(self, positive=("height", "width", "tolerance"))
+        if self.precision not in PRECISIONS[self.format]:
+            raise UserError(
+                f"format {self.format} has precision {', '.join(PRECISIONS[self.format])}, not {self.precision}"
+            )
+        if self.precision == "int8" and self.calibration is None:
+            raise UserError("int8 needs calibration: a folder of images like those to come")
+
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        if self.format != "onnx":
+        if self.format not in ("onnx", "openvino"):
             yield ("height", "width", "dynamic_batch", "tolerance"), f"format is {self.format}"
+        if self.precision != "int8":
+            yield ("calibration",), f"precision is {self.precision}"
