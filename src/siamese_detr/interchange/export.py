@@ -9,18 +9,20 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
 
 from siamese_detr.config import verb
 from siamese_detr.detectors.loading import find_detector, load_detector
 from siamese_detr.detectors.research.checkpoint import save_research_checkpoint
-from siamese_detr.detectors.weights import write_model
+from siamese_detr.detectors.weights import first_line, write_model
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.evaluation.runtimes import ExportedModel
 from siamese_detr.files import TEMPORARY, clean
 from siamese_detr.interchange.export_config import ExportConfig
 from siamese_detr.interchange.graph import export_graph, largest_difference, outputs, sample_inputs
+from siamese_detr.interchange.model_card import FILE
 from siamese_detr.messages import say
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,7 +74,7 @@ def export(config: ExportConfig) -> ExportResult:
             elif config.format == "research":
                 difference = export_research(source, folder, config)
             else:
-                difference = export_directory(detector, folder, config)
+                difference = export_directory(detector, source, folder, config)
             for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
                 shutil.move(file, out / file.name)
     except OSError as error:
@@ -81,17 +83,23 @@ def export(config: ExportConfig) -> ExportResult:
         if not there:
             with contextlib.suppress(OSError):  # it holds what was exported, or was not made
                 out.rmdir()
+    if config.push is not None:
+        push(out, config.push)
     weights = out / WEIGHTS[config.format]
     say(f"{weights}: {weights.stat().st_size / 1e6:.1f} MB, differs from the original by at most {difference:.1e}")
     return ExportResult(out, difference, weights.stat().st_size)
 
 
-def export_directory(detector: Detector, folder: Path, config: ExportConfig) -> float:
+def export_directory(detector: Detector, source: Path, folder: Path, config: ExportConfig) -> float:
     """Write the Hugging Face directory, load it again, and return how far its outputs are from the original's."""
     inputs = sample_inputs(detector, 1)
     before = outputs(detector.model, inputs)
     write_model(detector.model.to(DTYPES[config.precision]), folder)  # type: ignore[arg-type]
     detector.processor.save_pretrained(folder)
+    for file in (source / FILE, source / "siamese_detr.json"):
+        if file.is_file():
+            text = file.read_text(encoding="utf-8").replace(str(source.absolute()), config.push or config.out)
+            (folder / file.name).write_text(text, encoding="utf-8")
     # In float32 whatever is stored: the weights' rounding is what differs.
     again = Detector.load(folder, "cpu", without_classes=True)
     difference = largest_difference(detector, before, outputs(again.model, inputs))
@@ -115,3 +123,21 @@ def check_packages(config: ExportConfig) -> None:
             raise UserError(
                 f"export to {config.format} needs {package}: pip install 'siamese-detr[{config.format}]'"
             ) from None
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload a folder to the Hugging Face Hub.
+
+    Raises:
+        UserError: not logged in, no such user, no network.
+    """
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(name, private=True, exist_ok=True)
+        done = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload from siamese-detr")
+    except Exception as error:  # whatever the network, the Hub and its client may say
+        raise UserError(
+            f"{folder} is written, but cannot be uploaded as {name}: {first_line(error)}; log in with "
+            "`hf auth login`, check the name and the network"
+        ) from error
+    say(f"uploaded: {done}")

@@ -28,6 +28,7 @@ class ExportConfig(Options):
         format: hf (a Hugging Face directory), onnx (opset 18; needs the extra `onnx`), openvino (needs the extra
             `openvino`), or research (a checkpoint for the papers' codes of DETR, Conditional DETR and Deformable DETR).
         precision: of the weights: fp32; hf: also fp16 and bf16; openvino: also fp16 and int8.
+        push: hf: also upload the folder to the Hugging Face Hub under this name (USER/NAME), as a private model.
         calibration: openvino int8: images (folder, list or COCO JSON) like those to come, from whose first 300 the
             ranges of numbers are taken.
         height: onnx, openvino: of the image in the graph; default: what the detector's image processor makes.
@@ -40,6 +41,7 @@ class ExportConfig(Options):
     out: str
     format: Literal["hf", "onnx", "openvino", "research"] = "hf"
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    push: str | None = None
     calibration: str | None = None
     height: int | None = None
     width: int | None = None
@@ -58,5 +60,7 @@ class ExportConfig(Options):
     def idle(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.format not in ("onnx", "openvino"):
             yield ("height", "width", "dynamic_batch", "tolerance"), f"format is {self.format}"
+        if self.format != "hf":
+            yield ("push",), f"format is {self.format}"
         if self.precision != "int8":
             yield ("calibration",), f"precision is {self.precision}"

@@ -29,6 +29,7 @@ from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD, Detector
 from siamese_detr.files import write_json, write_text
 from siamese_detr.images.labels import DetectionDataset, LabelledImage
 from siamese_detr.images.listing import ImageList
+from siamese_detr.interchange.model_card import write_card
 from siamese_detr.messages import say
 from siamese_detr.randomness import rng
 from siamese_detr.runtime.journal import JsonLines
@@ -281,9 +282,12 @@ class DetectionTask(Task):
         """Write the detector after ``step`` updates as an ordinary Hugging Face directory of that name, with the
         thresholds of the newest evaluation."""
         provenance = {"finetuned": {"steps": step, "of": self.steps}}
-        if records := self.history.read():
+        records = self.history.read()
+        if records:
             self.detector.config.score_thresholds = records[-1].get("thresholds")
         self.detector.save(self.out / name, **dataclasses.asdict(self.input_size), provenance=provenance)
+        measured = records[-1] if records else None
+        write_card(self.out / name, self.detector.provenance, self.images.dataset, self.validation, measured)
 
 
 def augmented_page(images: TrainingImages) -> Image.Image:
