@@ -14,7 +14,8 @@ Value = bool | int | float | str
 class CompareConfig(Options):
     """Compare initialisations of a detector by what fine-tuning makes of them.
 
-    Every initialisation gets the same fine-tuning, label parts and seeds. Options of the verbs are written with a dot,
+    Every initialisation gets the same fine-tuning, label parts and seeds. The differences come with 95 % intervals
+    over the validation images and seeds. Options of the verbs are written with a dot,
     `--pretrain.steps 5000 --finetune.lr 1e-4 --finetune-at.0.1.epochs 50`, in YAML as a mapping. A table of ablations:
     `--inits siamese:discrimination=none siamese:discrimination=region siamese:discrimination=global siamese`.
 

@@ -11,13 +11,15 @@ from siamese_detr.comparison.plan import Plan, Task
 from siamese_detr.detection.criterion import CriterionConfig, SetCriterion
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.detectors.structures import Targets
+from siamese_detr.errors import UserError
 from siamese_detr.kernels import accelerate
-from siamese_detr.runtime.hardware import choose_device
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.runtime.progress import ProgressBar
 
 START = 10.0
 """Seconds that a run takes to start and to end."""
+FIRST_SHOWN = 0.02
+"""Share of the work from which on it says how long the rest takes: before, starting has taken most of the time."""
 TRIED = 2
 """Images of a trial step."""
 
@@ -26,11 +28,23 @@ def estimate(plan: Plan, missing: Sequence[Task], slots: int) -> float | None:
     """Seconds that the missing runs take, from a trial step on random pixels.
 
     Returns:
-        None where they run on a GPU, which the comparison itself leaves to its runs.
+        None where they run on a GPU, which the comparison itself leaves to its runs, or where the step fails: the runs
+        say why.
     """
     config = plan.finetune
-    if not missing or choose_device(config.device).type != "cpu":
+    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()  # asked without touching it
+    if not missing or config.device not in ("auto", "cpu") or (config.device == "auto" and on_gpu):
         return None
+    try:
+        seconds = seconds_per_image(plan)
+    except (UserError, RuntimeError, ValueError):
+        return None
+    return sum(START + task.work * seconds for task in missing) / slots
+
+
+def seconds_per_image(plan: Plan) -> float:
+    """Of a fine-tuning step of a new detector, on the CPU."""
+    config = plan.finetune
     with torch.random.fork_rng():
         options = plan.pretrain
         names = plan.training.class_names
@@ -45,7 +59,7 @@ def estimate(plan: Plan, missing: Sequence[Task], slots: int) -> float | None:
             began = time.monotonic()
             criterion(detector(pixels, mask, targets), targets).loss.backward()
             seconds = (time.monotonic() - began) / TRIED
-    return sum(START + task.work * seconds for task in missing) / slots
+    return seconds
 
 
 class Watch:
@@ -58,7 +72,8 @@ class Watch:
     def __init__(self, missing: Sequence[Task]) -> None:
         self.left = {task.name: task for task in missing}
         self.done, self._looked = 0.0, 0.0
-        self.bar = ProgressBar("compare", max(round(sum(task.work for task in missing)), 1), unit="image")
+        self.total = sum(task.work for task in missing)
+        self.bar = ProgressBar("compare", round(self.total), unit="image")
 
     def __enter__(self) -> Watch:
         self.bar.start()
@@ -70,12 +85,18 @@ class Watch:
     def ended(self, name: str) -> None:
         """Count a run as done, however it ended."""
         self.done += self.left.pop(name).work
+        self._show()
 
     def look(self) -> None:
         """Show what the logs of the runs say, once in two seconds at most."""
         if time.monotonic() - self._looked > 2:
             self._looked = time.monotonic()
-            self.bar.step(round(self.done + sum(task.work * share_done(task) for task in self.left.values())))
+            self._show()
+
+    def _show(self) -> None:
+        done = self.done + sum(task.work * share_done(task) for task in self.left.values())
+        if done >= FIRST_SHOWN * self.total:
+            self.bar.step(round(done))
 
 
 def share_done(task: Task) -> float:

@@ -28,8 +28,8 @@ from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.training.detection_task import best_of
 
 ABOUT = (
-    "All rows were fine-tuned in the same way on the same labelled images. They differ only in the initial weights. "
-    "Two rows that differ by less than their standard deviations may well be equal."
+    "All rows were fine-tuned in the same way on the same labelled images. They differ in the initial weights, and in "
+    "what a name ends in: self-training, or a longer fine-tuning."
 )
 STARTS = {"scratch": "every weight random", "backbone": "pre-trained backbone, random Transformer"}
 THEN = {
