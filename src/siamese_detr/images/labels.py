@@ -188,7 +188,7 @@ def unite(sources: Mapping[str, DetectionDataset]) -> DetectionDataset:
     """
     ordered = dict(sorted(sources.items(), key=lambda item: item[1].pseudo_counts().any()))
     names: list[str] = []
-    images: dict[str, LabelledImage] = {}
+    images: dict[tuple[int, int], LabelledImage] = {}
     problems: list[Problem] = []
     for source, dataset in ordered.items():
         repeated = Problems()
@@ -201,7 +201,8 @@ def unite(sources: Mapping[str, DetectionDataset]) -> DetectionDataset:
             numbers.append(known.get(name, alike))
             names += [name] * (numbers[-1] == len(names))
         for image in dataset.images:
-            file = os.path.realpath(image.path)
+            status = image.path.stat()  # of the file itself, whatever links lead there
+            file = status.st_dev, status.st_ino
             added = replace(image, id=len(images) + 1, classes=np.array(numbers)[image.classes])
             if file in images:
                 repeated.add("image in several label sources", str(image.path))

@@ -71,12 +71,20 @@ def _link_images(dataset: DetectionDataset, folder: Path) -> DetectionDataset:
         stems.add(name.with_suffix(""))
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            link.symlink_to(image.path)
-        except OSError:  # some file systems have no links
-            shutil.copyfile(image.path, link)
+        _link(image.path, link)
         images.append(replace(image, path=link))
     return replace(dataset, root=folder, images=images)
+
+
+def _link(path: Path, link: Path) -> None:
+    """Give a file a second name: by a hard link, since some tools follow no symbolic link out of their folder."""
+    for way in (os.link, os.symlink, shutil.copyfile):
+        try:
+            way(path.resolve(), link)
+            return
+        except OSError:  # another file system, someone else's file, or no links at all
+            if way is shutil.copyfile:
+                raise
 
 
 def _voc(image: LabelledImage, class_names: list[str]) -> ElementTree.ElementTree[ElementTree.Element]:
