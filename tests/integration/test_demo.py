@@ -12,7 +12,7 @@ from siamese_detr import demo
 from siamese_detr.errors import UserError
 from siamese_detr.scenes import OBJECTS
 
-SMALL = dict(unlabelled=4, labelled=4, validation=3, pretrain_steps=2, finetune_epochs=1)
+SMALL = dict(unlabelled=8, labelled=4, validation=3, pretrain_steps=2, finetune_epochs=1)
 
 
 def test_everything_promised_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

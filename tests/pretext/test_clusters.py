@@ -100,7 +100,7 @@ def test_every_region_has_its_own_query(case):
 def test_bad_input():
     pretext = clusters()
     few = features_for(pretext, batch=1, regions=KINDS - 1)
-    with pytest.raises(UserError, match="2 regions do not fall into 3 classes: lower classes"):
+    with pytest.raises(UserError, match="2 regions do not fall into 3 classes: give more images, or lower classes"):
         pretext.begin(iter([few]))
     with pytest.raises(UserError, match="classes must be at least 2"):
         ClustersConfig(classes=1)

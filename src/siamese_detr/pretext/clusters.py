@@ -67,7 +67,9 @@ class ClustersPretext(Pretext):
             described.append(self.describe(features)[features.valid].cpu())
         count = sum(map(len, described))
         if count < len(self.centres):
-            raise UserError(f"{count} regions do not fall into {len(self.centres)} classes: lower classes")
+            raise UserError(
+                f"{count} regions do not fall into {len(self.centres)} classes: give more images, or lower classes"
+            )
         with warnings.catch_warnings(action="ignore"):  # an empty cluster is no harm
             centres, _ = kmeans2(torch.cat(described).double().numpy(), len(self.centres), minit="++", rng=0)
         self.centres.copy_(torch.from_numpy(centres))
