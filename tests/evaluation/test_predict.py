@@ -254,6 +254,8 @@ def test_what_is_found_becomes_labels_to_learn_from(tmp_path, form):
         np.testing.assert_allclose(np.sort(kept), np.sort(image.scores)[len(image) - len(kept) :], atol=1e-4)
     with pytest.raises(UserError, match="corrected by hand"):
         predict(**options, labels=form)
+    predict(**options | {"out": str(tmp_path / "nothing")}, threshold=1.0, labels=form)
+    assert not (tmp_path / "nothing/labels").exists()
 
     run = tmp_path / "run"
     finetune(train=[str(labels), str(out / "labels")], model=str(result.out), out=str(run), steps=1, **QUICK)

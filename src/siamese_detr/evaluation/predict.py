@@ -86,13 +86,14 @@ def predict(config: PredictConfig) -> PredictResult:
     outcome = PredictResult(out, results, detector.class_names)
     write(out / "predictions.json", document(outcome, images, config))
     write(out / "coco_results.json", results.to_coco())
-    if config.labels is not None and outcome.boxes:
+    if config.labels is not None:
         labelled = pseudo_labels(results, images.root, detector.class_names)
         try:
-            write_labels(labelled, out / "labels", config.labels)
+            if labelled.images:
+                write_labels(labelled, out / "labels", config.labels)
         except OSError as error:
             raise UserError(f"cannot write {out / 'labels'}: {error}") from error
-        say(f"labels of {len(labelled)} images: {out / 'labels'}")
+        say(f"labels of {len(labelled)} images" + (f": {out / 'labels'}" if labelled.images else ", none written"))
     for path, reason in results.skipped[:5]:
         say(f"cannot read {path}: {reason}")
     written = f"{out / 'predictions.json'}" + (f", {out / 'pictures'}" if config.draw else "")
