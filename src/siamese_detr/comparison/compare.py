@@ -20,7 +20,6 @@ from siamese_detr.comparison.duration import Watch, estimate
 from siamese_detr.comparison.luck import Difference, luck_lines
 from siamese_detr.comparison.plan import Plan, Task, as_number, with_methods
 from siamese_detr.comparison.results import (
-    METRIC,
     conclude,
     finished,
     read_cells,
@@ -66,7 +65,7 @@ class CompareResult:
     differences: list[Difference]
 
     def __str__(self) -> str:
-        return to_markdown(self.cells, METRIC, luck_lines(self.differences))
+        return to_markdown(self.cells, luck_lines(self.differences))
 
 
 @verb(CompareConfig)

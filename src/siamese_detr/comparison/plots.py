@@ -95,12 +95,12 @@ def whole_numbers(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def label_plot(results: Sequence[CellResult], metric: str = "AP") -> Figure | None:
+def label_plot(results: Sequence[CellResult]) -> Figure | None:
     """AP against the share of labels (logarithmic); None if no cell is done."""
-    curves = label_curves(results, metric)
+    curves = label_curves(results)
     if not curves:
         return None
-    figure, axes = new_axes(f"{metric} against labels", "labels used (%)", f"{metric} (%)")
+    figure, axes = new_axes("AP against labels", "labels used (%)", "AP (%)")
     axes.set_xscale("log")
     least, most = min(c.x[0] for c in curves), max(c.x[-1] for c in curves)
     axes.set_xlim(least / 1.25, most * 1.25)
@@ -111,14 +111,14 @@ def label_plot(results: Sequence[CellResult], metric: str = "AP") -> Figure | No
     return figure
 
 
-def convergence_plots(results: Sequence[CellResult], metric: str = "AP") -> dict[float, Figure]:
+def convergence_plots(results: Sequence[CellResult]) -> dict[float, Figure]:
     """AP against epochs of fine-tuning, one figure per label fraction that has any."""
     figures = {}
     for fraction in sorted({result.fraction for result in results}):
-        curves = convergence_curves(results, fraction, metric)
+        curves = convergence_curves(results, fraction)
         if curves:
             title = f"Convergence with {percent_of(fraction)} of the labels"
-            figure, axes = new_axes(title, "epoch of fine-tuning", f"{metric} (%)")
+            figure, axes = new_axes(title, "epoch of fine-tuning", "AP (%)")
             draw_curves(axes, curves, order_of(results), bars=False)
             whole_numbers(axes, curves)
             figures[fraction] = figure

@@ -25,8 +25,6 @@ from siamese_detr.files import write_json, write_text, written_aside
 from siamese_detr.runtime.journal import JsonLines
 
 RESULT = "result.json"
-METRIC = "AP"
-"""What table and plots show."""
 
 
 def finished(task: Task) -> bool:
@@ -148,13 +146,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_tables(out: Path, cells: Sequence[CellResult], found: Sequence[Difference] = ()) -> None:
     """Write table.md and results.json of what is done so far."""
-    write_text(out / "table.md", to_markdown(cells, METRIC, luck_lines(found)))
-    write_json(out / "results.json", to_json(cells, METRIC) | {"differences": list(map(dataclasses.asdict, found))})
+    write_text(out / "table.md", to_markdown(cells, luck_lines(found)))
+    write_json(out / "results.json", to_json(cells) | {"differences": list(map(dataclasses.asdict, found))})
 
 
 def write_plots(out: Path, cells: Sequence[CellResult]) -> None:
     """Write the plots of what is done so far, each as SVG and PNG."""
-    if (figure := plots.label_plot(cells, METRIC)) is not None:
+    if (figure := plots.label_plot(cells)) is not None:
         plots.save(figure, out / "ap-against-labels")
-    for fraction, figure in plots.convergence_plots(cells, METRIC).items():
+    for fraction, figure in plots.convergence_plots(cells).items():
         plots.save(figure, out / f"convergence-{fraction:g}")

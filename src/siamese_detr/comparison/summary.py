@@ -76,15 +76,15 @@ def percent_of(fraction: float) -> str:
     return f"{100 * fraction:g} %"
 
 
-def entries(results: Sequence[CellResult], metric: str = "AP") -> list[Entry]:
+def entries(results: Sequence[CellResult]) -> list[Entry]:
     """One entry per initialisation and fraction, in the order in which they first appear."""
     groups: dict[tuple[str, float], list[CellResult]] = {}
     for result in results:
         groups.setdefault((result.init, result.fraction), []).append(result)
     made = []
     for (init, fraction), group in groups.items():
-        done = [r for r in group if r.status == "done" and r.metrics.get(metric) is not None]
-        values = [v for r in done if (v := r.metrics[metric]) is not None]
+        done = [r for r in group if r.status == "done" and r.metrics.get("AP") is not None]
+        values = [v for r in done if (v := r.metrics["AP"]) is not None]
         loose = [v for r in done if (v := r.metrics.get("AP50")) is not None]
         mean, std = statistics.fmean(values) if values else None, statistics.stdev(values) if values[1:] else None
         counts = [r.images for r in group if r.images is not None]
@@ -105,10 +105,10 @@ class SummaryTable:
     best: list[int | None]
 
 
-def summary_table(results: Sequence[CellResult], metric: str = "AP") -> SummaryTable:
+def summary_table(results: Sequence[CellResult]) -> SummaryTable:
     """Initialisations down, label fractions across, in percent: ``12.3 ± 0.4 (AP50 30.1)``, with a note if seeds are
     missing; then the minutes that pre-training took, and on average a fine-tuning."""
-    by_place = {(entry.init, entry.fraction): entry for entry in entries(results, metric)}
+    by_place = {(entry.init, entry.fraction): entry for entry in entries(results)}
     inits = list(dict.fromkeys(init for init, _ in by_place))
     fractions = sorted({fraction for _, fraction in by_place})
     headers: list[str] = []
@@ -137,11 +137,11 @@ def format_entry(entry: Entry | None) -> str:
     return f"{text} ({', '.join(notes)})" if notes else text
 
 
-def to_markdown(results: Sequence[CellResult], metric: str = "AP", answers: Sequence[str] = ()) -> str:
+def to_markdown(results: Sequence[CellResult], answers: Sequence[str] = ()) -> str:
     """The table, the best mean of each column in bold, a line for every cell that is not done, and ``answers``."""
-    table = summary_table(results, metric)
+    table = summary_table(results)
     lines = [
-        f"{metric} in percent, mean ± standard deviation over seeds (AP50); columns: share of the training labels.",
+        "AP in percent, mean ± standard deviation over seeds (AP50); columns: share of the training labels.",
         "",
         "| initialisation | " + " | ".join(table.headers) + " |",
         "|---|" + "---:|" * len(table.headers),
@@ -162,11 +162,10 @@ def escape(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*").replace("`", "'")
 
 
-def to_json(results: Sequence[CellResult], metric: str = "AP") -> dict[str, Any]:
-    """``entries`` (of ``metric``) and every cell's result."""
+def to_json(results: Sequence[CellResult]) -> dict[str, Any]:
+    """``entries`` and every cell's result."""
     return {
-        "metric": metric,
-        "entries": [dataclasses.asdict(entry) for entry in entries(results, metric)],
+        "entries": [dataclasses.asdict(entry) for entry in entries(results)],
         "cells": [dataclasses.asdict(result) for result in results],
     }
 
@@ -183,16 +182,16 @@ class Curve:
     high: list[float]
 
 
-def label_curves(results: Sequence[CellResult], metric: str = "AP") -> list[Curve]:
+def label_curves(results: Sequence[CellResult]) -> list[Curve]:
     """AP in percent against the percentage of labels, one curve per initialisation."""
     points: dict[str, list[tuple[float, float, float]]] = {}
-    for entry in sorted(entries(results, metric), key=lambda entry: entry.fraction):
+    for entry in sorted(entries(results), key=lambda entry: entry.fraction):
         if entry.mean is not None:
             points.setdefault(entry.init, []).append((100 * entry.fraction, entry.mean, entry.std or 0.0))
     return curves(results, points)
 
 
-def convergence_curves(results: Sequence[CellResult], fraction: float, metric: str = "AP") -> list[Curve]:
+def convergence_curves(results: Sequence[CellResult], fraction: float) -> list[Curve]:
     """AP in percent on the validation images against epochs of fine-tuning, at one label fraction.
 
     The first evaluations of all seeds are averaged, then the second, and so on: the parts of the labels differ by some
@@ -202,8 +201,8 @@ def convergence_curves(results: Sequence[CellResult], fraction: float, metric: s
     for result in results:
         if result.fraction == fraction and result.status == "done":
             for number, record in enumerate(result.history):
-                if record.get(metric) is not None and "epoch" in record:
-                    pair = (float(record["epoch"]), record[metric])
+                if record.get("AP") is not None and "epoch" in record:
+                    pair = (float(record["epoch"]), record["AP"])
                     at.setdefault(result.init, {}).setdefault(number, []).append(pair)
     points: dict[str, list[tuple[float, float, float]]] = {}
     for init, evaluations in at.items():

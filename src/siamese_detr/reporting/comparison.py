@@ -48,7 +48,6 @@ def comparison_page(run: Path, samples: int) -> Page:
     try:
         document = json.loads((run / "results.json").read_text(encoding="utf-8"))
         cells = [CellResult(**cell) for cell in document["cells"]]
-        metric = str(document["metric"])
         answers = luck_lines([Difference(**found) for found in document.get("differences", [])])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run / 'results.json'} cannot be read ({error}); run compare again") from error
@@ -63,11 +62,11 @@ def comparison_page(run: Path, samples: int) -> Page:
     rows = [[short[init.name], meaning(init)] for init in inits]
     initial_weights = Table("Initial weights", ["initialisation", "weights"], rows, long=frozenset([1]))
     sections = [
-        Section("Result", [*map(Text, answers), *table_blocks(cells, metric), Text(ABOUT), Text(AP_EXPLAINED)]),
+        Section("Result", [*map(Text, answers), *table_blocks(cells), Text(ABOUT), Text(AP_EXPLAINED)]),
         Section("What is compared", [initial_weights]),
-        Section("Plots", plot_blocks(cells, metric)),
+        Section("Plots", plot_blocks(cells)),
         Section("The same photos", picture_blocks(run, config, cells, samples, album)),
-        Section("Cells", [cell_table(cells, metric)]),
+        Section("Cells", [cell_table(cells)]),
         what_was_run(run, facts, config),
     ]
     minutes = sum(cell.seconds for cell in done) / 60
@@ -77,28 +76,26 @@ def comparison_page(run: Path, samples: int) -> Page:
     return Page("Comparison of initialisations", summary, sections, album.markup())
 
 
-def table_blocks(cells: list[CellResult], metric: str) -> list[Block]:
-    table = summary_table(cells, metric)
+def table_blocks(cells: list[CellResult]) -> list[Block]:
+    table = summary_table(cells)
     rows = [[init, *row] for init, row in zip(table.inits, table.rows, strict=True)]
     strong = frozenset((best, column) for column, best in enumerate(table.best, 1) if best is not None)
-    caption = (
-        f"{metric} in percent, mean ± standard deviation over seeds (AP50), by percentage of labels used; best in bold"
-    )
+    caption = "AP in percent, mean ± standard deviation over seeds (AP50), by percentage of labels used; best in bold"
     blocks: list[Block] = [Table(caption, ["initialisation", *table.headers], rows, strong)]
     blocks += [Missing(cell.name, cell.reason or "not run yet") for cell in cells if cell.status != "done"]
     return blocks
 
 
-def plot_blocks(cells: list[CellResult], metric: str) -> list[Block]:
+def plot_blocks(cells: list[CellResult]) -> list[Block]:
     figures: list[Figure] = []
-    if (figure := plots.label_plot(cells, metric)) is not None:
-        described = "; ".join(map(describe, label_curves(cells, metric)))
-        alt = f"{metric} in percent against the percentage of labels used. {described}."
+    if (figure := plots.label_plot(cells)) is not None:
+        described = "; ".join(map(describe, label_curves(cells)))
+        alt = f"AP in percent against the percentage of labels used. {described}."
         caption = "The effect of more labels. Bars: ± one standard deviation over seeds."
         figures.append(inline(figure, alt, caption))
-    for fraction, figure in plots.convergence_plots(cells, metric).items():
-        described = "; ".join(map(describe, convergence_curves(cells, fraction, metric)))
-        alt = f"{metric} in percent against epochs with {percent_of(fraction)} of the labels. {described}."
+    for fraction, figure in plots.convergence_plots(cells).items():
+        described = "; ".join(map(describe, convergence_curves(cells, fraction)))
+        alt = f"AP in percent against epochs with {percent_of(fraction)} of the labels. {described}."
         caption = "Validation during fine-tuning. Bands: ± one standard deviation over seeds."
         figures.append(inline(figure, alt, caption))
     return [Grid(figures, 330)] if figures else [Missing("Plots", "no fine-tuning is done")]
@@ -158,7 +155,7 @@ def thresholds(run: Path, which: str, classes: int) -> np.ndarray:
     return np.array(stored if len(stored) == classes else [DEFAULT_THRESHOLD] * classes)
 
 
-def cell_table(cells: list[CellResult], metric: str) -> Table:
+def cell_table(cells: list[CellResult]) -> Table:
     rows = [
         [
             cell.init,
@@ -166,13 +163,13 @@ def cell_table(cells: list[CellResult], metric: str) -> Table:
             "–" if cell.images is None else str(cell.images),
             str(cell.seed),
             cell.status,
-            *(percent(cell.metrics.get(name)) for name in (metric, "AP50", "AP75")),
+            *(percent(cell.metrics.get(name)) for name in ("AP", "AP50", "AP75")),
             f"{cell.seconds:.0f}",
             cell.run,
         ]
         for cell in cells
     ]
-    headers = ["initialisation", "labels", "images", "seed", "status", metric, "AP50", "AP75", "seconds", "run"]
+    headers = ["initialisation", "labels", "images", "seed", "status", "AP", "AP50", "AP75", "seconds", "run"]
     return Table("Every fine-tuning", headers, rows, long=frozenset([len(headers) - 1]))
 
 
