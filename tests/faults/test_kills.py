@@ -83,7 +83,7 @@ def test_killed_while_features_are_banked(tmp_path: Path) -> None:
         textured(n, 120, 90).save(tmp_path / "photos" / f"{n:03}.jpg")
     propose(images=str(tmp_path / "photos"), out=str(tmp_path / "store"), method="random", workers=1)
     options = PRETRAIN | {"images": str(tmp_path / "photos"), "proposals": str(tmp_path / "store"), "resume": True}
-    options |= {"feature_bank": 2}
+    options |= {"feature_bank": 2, "keep_bank": True}
     whole = Run(options | {"out": str(tmp_path / "whole")})
     assert whole.wait(PATIENCE) == 0, whole.text
     state = lambda: next((tmp_path / "run").glob("feature_bank/*/state"), None)  # noqa: E731

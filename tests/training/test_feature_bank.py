@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def test_each_process_computes_its_share_of_a_bank(
 
     features = SiamesePretext.frozen_features
     monkeypatch.setattr(SiamesePretext, "frozen_features", noted)
-    monkeypatch.setattr(module, "find_source", lambda *given: find_source(*given[:3], Second(given[3].state)))
+    monkeypatch.setattr(module, "find_source", lambda *given: find_source(*given[:3], Second(given[3].state), given[4]))
     options = {**base, "feature_bank": 1, "bank_dir": str(tmp_path / "banks"), "steps": 1, "max_bad_share": 1.0}
     with contextlib.suppress(UserError):
         pretrain(**options, out=str(tmp_path / "run"))
@@ -145,3 +146,17 @@ def test_a_feature_bank_gives_the_losses_of_fresh_views(
     assert fresh[5]["loss_box"] != pytest.approx(stored[5]["loss_box"], rel=1e-3)  # the third epoch sees the first's
     pretrain(**{**options, "out": str(tmp_path / "other"), "feature_bank": 2, "iou": 0.3, "steps": 1})
     assert len(list((tmp_path / "banks").iterdir())) == 2
+
+
+def test_a_bank_is_removed_when_the_run_is_done(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**base, "feature_bank": 1, "steps": 1, "out": str(tmp_path / "run")}
+    pretrain(**options)
+    said = capsys.readouterr().err
+    assert re.search(r"feature bank: 10 images x 1 view sets, \d+ MB .* \(--keep-bank keeps it\)", said)
+    assert not (tmp_path / "run" / "feature_bank").exists()
+    pretrain(**options, resume=True)
+    assert "feature bank" not in capsys.readouterr().err  # complete: it is not computed again
+    pretrain(**{**options, "out": str(tmp_path / "kept")}, keep_bank=True)
+    assert list((tmp_path / "kept" / "feature_bank").iterdir())

@@ -14,7 +14,7 @@ from siamese_detr.images.listing import ImageList
 OPERATION = {
     *("out", "resume", "replay", "workers", "device", "progress", "report_to", "keep", "save_every", "log_every"),
     *("max_bad_share", "eval_batch_size", "checkpoint_activations", "kernels", "shard_size", "flush_seconds"),
-    *("retry_failed", "bank_dir", "compile", "pages"),
+    *("retry_failed", "bank_dir", "keep_bank", "compile", "pages"),
 }
 """Settings of the verbs that do not change what is computed; they are not part of a key."""
 PLACES = {"images", "proposals", "init", "train", "val", "train_images", "val_images", "model", "unlabelled"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
         dataset = TwoViewDataset(chosen, config.views(), config.seed)
         if team.main and config.replay is None:
             check_session(out, facts(config, store, rows, pretext.detector))
-        source = find_source(config, pretext, dataset, team)
+        source = find_source(config, pretext, dataset, team, steps)
         pretext.begin(source.samples(len(dataset), config.batch_size // config.accumulate, team.device))
         batch_size, count = config.batch_size // config.accumulate, steps * config.accumulate
         batches = ViewBatchSampler(chosen, config.views(), batch_size, count, config.seed)
@@ -174,6 +175,8 @@ def pretrain(config: PretrainConfig, *, callbacks: Sequence[Callback] = ()) -> P
             say(diagnosis, team.main)
             return result(out, diagnosis)
         loop.run()
+        if team.main and not config.keep_bank:
+            shutil.rmtree(out / "feature_bank", ignore_errors=True)
     done = dataclasses.replace(result(out), steps=loop.state.step)
     if team.main:
         skipped = f", without {done.skipped} unreadable images ({out / 'skipped.jsonl'})" if done.skipped else ""

@@ -44,7 +44,9 @@ class PretrainConfig(  # type: ignore[misc]  # of the methods, only the chosen o
         crop_size: side of the regions' crops, pixels.
         feature_bank: compute the frozen features of this many view sets per image once, and train on those (0: fresh
             views, always). Needs view_size; the size is reported first, and checked against the free space.
-        bank_dir: where feature banks are kept; runs that share it share banks (default: OUT/feature_bank).
+        bank_dir: where feature banks are kept; runs that share it share banks (default: OUT/feature_bank, until the run
+            is done).
+        keep_bank: keep OUT/feature_bank when the run is done.
         compile: use torch.compile.
         checkpoint_activations: recompute activations in the backward pass, to save memory.
     """
@@ -54,7 +56,7 @@ class PretrainConfig(  # type: ignore[misc]  # of the methods, only the chosen o
         *("lr", "device", "resume"),
     )
     MAY_CHANGE: ClassVar = RunConfig.MAY_CHANGE | {
-        *("bank_dir", "checkpoint_activations"),
+        *("bank_dir", "keep_bank", "checkpoint_activations"),
         *("images", "proposals", "init"),  # whose content is compared
     }
 
@@ -69,6 +71,7 @@ class PretrainConfig(  # type: ignore[misc]  # of the methods, only the chosen o
     crop_size: int = 128
     feature_bank: int = 0
     bank_dir: str | None = None
+    keep_bank: bool = False
     compile: bool = False
     checkpoint_activations: bool = False
 
@@ -96,7 +99,9 @@ class PretrainConfig(  # type: ignore[misc]  # of the methods, only the chosen o
         elif not self.uses_proposals:
             yield ("proposal_method",), "no proposals are used"
         if not self.feature_bank:
-            yield ("bank_dir",), "feature_bank is 0"
+            yield ("bank_dir", "keep_bank"), "feature_bank is 0"
+        if self.bank_dir is not None:
+            yield ("keep_bank",), "banks in bank_dir are kept"
 
     @property
     def start(self) -> str | None:

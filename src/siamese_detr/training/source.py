@@ -20,6 +20,7 @@ from siamese_detr.randomness import rng
 from siamese_detr.runtime.processes import Team, default_workers
 from siamese_detr.training.feature_bank import FeatureBank, fill, fingerprint
 from siamese_detr.training.pretrain_config import PretrainConfig
+from siamese_detr.training.state import newest_checkpoint
 from siamese_detr.views.batch import prepare
 from siamese_detr.views.two_views import TwoViewDataset, collate
 
@@ -50,8 +51,8 @@ class Source:
                 yield self.freeze({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
 
-def find_source(config: PretrainConfig, pretext: Pretext, dataset: TwoViewDataset, team: Team) -> Source:
-    """Fresh views, or a bank of features, which is completed first."""
+def find_source(config: PretrainConfig, pretext: Pretext, dataset: TwoViewDataset, team: Team, steps: int) -> Source:
+    """Fresh views, or a bank of features, which is completed first; not for a run that has done all its ``steps``."""
     detector = pretext.detector
     crop_size = config.crop_size if pretext.needs_crops else None
 
@@ -63,6 +64,8 @@ def find_source(config: PretrainConfig, pretext: Pretext, dataset: TwoViewDatase
             return pretext.frozen_features(inputs)
 
     if not config.feature_bank:
+        return Source(dataset, collate, freeze)
+    if config.resume and team.any(team.main and newest_checkpoint(config) == steps):
         return Source(dataset, collate, freeze)
     pretext.eval()
     bank = find_bank(config, pretext, dataset, team, freeze)
@@ -100,7 +103,9 @@ def find_bank(
     if team.main:
         if not bank.directory.exists():
             size = f"{len(dataset)} images x {sets} view sets, {sum(bank.sizes.values()) / 1e6:.0f} MB"
-            say(f"feature bank: {size} in {bank.directory}")
+            kept = config.keep_bank or config.bank_dir is not None
+            until = "" if kept else ", until the run is done (--keep-bank keeps it)"
+            say(f"feature bank: {size} in {bank.directory}{until}")
         bank.create()
     team.wait()
     slots = bank.missing()[team.rank :: team.size]
