@@ -16,11 +16,13 @@ from siamese_detr.errors import UserError
 
 FILES = {"model.onnx": "onnxruntime", "model.xml": "openvino"}
 """The file of an exported detector -> the package that runs it."""
+DESCRIPTION = "export.json"
+"""The file beside it, with what is in its metadata."""
 
 
 def exported_file(folder: Path) -> Path | None:
-    """The exported model in a folder that holds no weights for PyTorch."""
-    if (folder / "model.safetensors").is_file():
+    """The model in a folder that ``export`` wrote for another runtime."""
+    if not (folder / DESCRIPTION).is_file():
         return None
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 

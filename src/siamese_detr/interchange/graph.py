@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.inference import Detector
 from siamese_detr.evaluation.results import Job
-from siamese_detr.evaluation.runtimes import ExportedModel
+from siamese_detr.evaluation.runtimes import DESCRIPTION, ExportedModel
 from siamese_detr.evaluation.sources import jobs_of
 from siamese_detr.files import write_json
 from siamese_detr.interchange.export_config import ExportConfig
@@ -51,7 +51,7 @@ def export_graph(detector: Detector, folder: Path, config: ExportConfig) -> floa
         write_openvino(detector, file, config, about)
         file.unlink()
         file = folder / "model.xml"
-    write_json(folder / "export.json", about)
+    write_json(folder / DESCRIPTION, about)
     graph = ExportedModel(file, detector.model.config)  # type: ignore[arg-type]
     difference = 0.0
     for count in (1, 3) if config.dynamic_batch else (1,):
