@@ -114,3 +114,7 @@ def test_rows_that_lack_something():
     ):
         with pytest.raises(UserError, match=message):
             siamese_detr.evaluate(model=model, labels=[row], quiet=True)
+    with pytest.raises(UserError, match="labels is a mapping of train, test: give one of its data sets"):
+        siamese_detr.evaluate(model=model, labels={"train": [], "test": []}, quiet=True)
+    with pytest.raises(UserError, match="labels=3"):
+        siamese_detr.evaluate(model=model, labels=3, quiet=True)

@@ -57,7 +57,8 @@ def is_data(value: Any) -> bool:
     """Whether a value holds images itself, and does not name them."""
     if isinstance(value, list | tuple):
         return not all(isinstance(item, str | os.PathLike) for item in value)
-    return value is not None and not isinstance(value, str | os.PathLike | Options)
+    rows = isinstance(value, Iterable) or hasattr(value, "__getitem__")
+    return rows and not isinstance(value, str | os.PathLike | Options)
 
 
 def folder_for(out: Any) -> Path:
@@ -86,6 +87,8 @@ def write_dataset(data: Iterable[Any], parent: Path, name: str) -> str:
     Raises:
         UserError: a row without what is needed; it is named.
     """
+    if isinstance(data, Mapping):
+        raise UserError(f"{name} is a mapping of {', '.join(map(str, data))}: give one of its data sets")
     parent.mkdir(parents=True, exist_ok=True)
     digest, images, annotations = hashlib.sha256(), [], []
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=parent, ignore_cleanup_errors=True) as temporary:
