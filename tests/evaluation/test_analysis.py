@@ -69,12 +69,13 @@ def test_precision_at_every_recall() -> None:
 
 
 def test_confusion() -> None:
-    assert confusion_matrix(DATASET, DETECTIONS).tolist() == [[1, 0, 1], [1, 0, 0], [0, 1, 0]]
-    assert confusion_matrix(DATASET, DETECTIONS, score=0.05)[CAT, CAT] == 2
+    assert confusion_matrix(DATASET, DETECTIONS.above(np.full(2, 0.3))).tolist() == [[1, 0, 1], [1, 0, 0], [0, 1, 0]]
+    assert confusion_matrix(DATASET, DETECTIONS)[CAT, CAT] == 2
 
 
 def test_image_quality() -> None:
-    rows = rows_by_image(DETECTIONS)
-    assert image_quality(DATASET.images[0], DETECTIONS, rows[1]) == pytest.approx(1 / 2)
-    assert image_quality(DATASET.images[2], DETECTIONS, rows[3]) == 0
-    assert image_quality(DATASET.images[2], DETECTIONS, np.zeros(0, np.int64)) is None
+    detections = DETECTIONS.above(np.full(2, 0.3))
+    rows = rows_by_image(detections)
+    assert image_quality(DATASET.images[0], detections, rows[1]) == pytest.approx(1 / 2)
+    assert image_quality(DATASET.images[2], detections, rows[3]) == 0
+    assert image_quality(DATASET.images[2], detections, np.zeros(0, np.int64)) is None

@@ -179,7 +179,9 @@ def check_and_read(file: Path) -> str:
 
 
 def test_finetuning_page(runs: dict[str, Path], tmp_path: Path) -> None:
-    result = siamese_detr.report(run=str(runs["finetuned"]), out=str(tmp_path / "page.html"), score=0.001, device="cpu")
+    result = siamese_detr.report(
+        run=str(runs["finetuned"]), out=str(tmp_path / "page.html"), threshold=0.001, device="cpu"
+    )
     assert (result.kind, result.missing) == ("fine-tuning", [])
     text = check_and_read(result.page)
     for part in ("AP per class", "Precision against recall", "Confusion matrix", "Best", "Worst", "quality 0."):
@@ -277,7 +279,7 @@ CHECKS = {
 def test_in_a_browser(runs: dict[str, Path], tmp_path: Path) -> None:
     pages = {
         name: siamese_detr.report(
-            run=str(run), out=str(tmp_path / f"{name}.html"), samples=2, score=0.001, device="cpu"
+            run=str(run), out=str(tmp_path / f"{name}.html"), samples=2, threshold=0.001, device="cpu"
         ).page
         for name, run in runs.items()
     }

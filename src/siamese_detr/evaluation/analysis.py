@@ -31,11 +31,11 @@ def iou_matrix(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) ->
 
 
 def pair_up(
-    image: LabelledImage, detections: Detections, rows: np.ndarray, score: float, iou: float
+    image: LabelledImage, detections: Detections, rows: np.ndarray, iou: float
 ) -> tuple[dict[int, tuple[int, float]], np.ndarray, np.ndarray]:
     """Pair detections with labelled boxes by overlap alone, whatever the class, the largest overlap first.
 
-    Detections inside crowds are left out, as are those that score less than ``score``.
+    Detections inside crowds are left out.
 
     Args:
         rows: row numbers of the image's detections.
@@ -44,7 +44,6 @@ def pair_up(
     Returns:
         pairs (detection's row -> labelled box, IoU), numbers of the boxes to find, rows of the detections that count.
     """
-    rows = rows[detections.scores[rows] >= score]
     overlaps = iou_matrix(detections.boxes[rows], image.boxes, image.crowd)
     truth = np.flatnonzero(~image.crowd)
     fits = overlaps >= iou
@@ -58,18 +57,16 @@ def pair_up(
     return pairs, truth, rows
 
 
-def confusion_matrix(
-    dataset: DetectionDataset, detections: Detections, score: float = 0.3, iou: float = 0.5
-) -> np.ndarray:
+def confusion_matrix(dataset: DetectionDataset, detections: Detections, iou: float = 0.5) -> np.ndarray:
     """int64 (K+1, K+1): true class (row) against predicted class (column); the last of each is "nothing".
 
-    Detections that score at least ``score`` are paired with boxes by :func:`pair_up`.
+    Detections are paired with boxes by :func:`pair_up`.
     """
     nothing = len(dataset.class_names)
     matrix = np.zeros((nothing + 1, nothing + 1), np.int64)
     by_image = rows_by_image(detections)
     for image in dataset.images:
-        pairs, truth, rows = pair_up(image, detections, by_image.get(image.id, NO_ROWS), score, iou)
+        pairs, truth, rows = pair_up(image, detections, by_image.get(image.id, NO_ROWS), iou)
         for row in rows:
             label = image.classes[pairs[row][0]] if row in pairs else nothing
             matrix[label, detections.classes[row]] += 1
@@ -78,9 +75,7 @@ def confusion_matrix(
     return matrix
 
 
-def image_quality(
-    image: LabelledImage, detections: Detections, rows: np.ndarray, score: float = 0.3, iou: float = 0.5
-) -> float | None:
+def image_quality(image: LabelledImage, detections: Detections, rows: np.ndarray, iou: float = 0.5) -> float | None:
     """Panoptic quality, in [0, 1]: summed IoU of right detections / (right + ½ wrong + ½ missed).
 
     Args:
@@ -89,6 +84,6 @@ def image_quality(
     Returns:
         None for an image with nothing to find and nothing found.
     """
-    pairs, truth, rows = pair_up(image, detections, rows, score, iou)
+    pairs, truth, rows = pair_up(image, detections, rows, iou)
     right = [overlap for row, (box, overlap) in pairs.items() if detections.classes[row] == image.classes[box]]
     return 2 * sum(right) / (len(rows) + len(truth)) if len(rows) + len(truth) else None

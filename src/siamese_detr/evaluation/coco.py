@@ -57,6 +57,11 @@ class Detections:
         keep = np.isin(self.images, ids)
         return Detections(self.images[keep], self.classes[keep], self.scores[keep], self.boxes[keep])
 
+    def above(self, thresholds: np.ndarray) -> Detections:
+        """Those that score at least what their class must, (classes,) in [0, 1]."""
+        keep = self.scores >= thresholds[self.classes]
+        return Detections(self.images[keep], self.classes[keep], self.scores[keep], self.boxes[keep])
+
     def sorted(self) -> Detections:
         """By image, then best score first: the same order however the images were shared among processes."""
         order = np.lexsort((self.boxes[:, 0], self.classes, -self.scores, self.images))

@@ -108,7 +108,7 @@ def picture_blocks(
     which = str(config.get("evaluation", "last"))
     fractions = sorted({cell.fraction for cell in cells if cell.status == "done"})
     middle = fractions[len(fractions) // 2] if fractions else 0.0
-    finders: dict[str, tuple[Detections, np.ndarray]] = {}
+    finders: dict[str, Detections] = {}
     try:
         config = located(run, config)
         source = config.get("val") or config["train"]
@@ -116,8 +116,7 @@ def picture_blocks(
         for cell in cells:
             if cell.status == "done" and cell.fraction == middle and cell.init not in finders:
                 found = Detections.read(run / cell.run / f"detections-{which}.npz")
-                limits = thresholds(run / cell.run, which, len(dataset.class_names))
-                finders[cell.init] = found, limits
+                finders[cell.init] = found.above(thresholds(run / cell.run, which, len(dataset.class_names)))
     except (UserError, OSError, ValueError, KeyError) as error:
         return [Missing("Pictures", str(error))]
     images = [image for image in dataset.images if (~image.crowd).any()]
@@ -138,8 +137,8 @@ def picture_blocks(
         truth = [Box(box.tolist(), "#ffffff", dashed=True) for box in image.boxes[~image.crowd]]
         labelled = labelled_objects(image, dataset.class_names)
         figures = [photo.draw(truth, f"Photograph {image.path.name}. Labelled: {labelled}.", f"labels: {labelled}")]
-        for init, (found, limits) in finders.items():
-            rows = np.flatnonzero((found.images == image.id) & (found.scores >= limits[found.classes]))
+        for init, found in finders.items():
+            rows = np.flatnonzero(found.images == image.id)
             boxes = predicted_boxes(dataset.class_names, found, rows)
             alt = f"Photograph {image.path.name}. {init} finds: {', '.join(box.tag for box in boxes) or 'nothing'}."
             figures.append(photo.draw(boxes, alt, f"{init}: {len(boxes)} found"))

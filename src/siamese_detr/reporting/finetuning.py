@@ -22,7 +22,7 @@ from siamese_detr.evaluation.analysis import (
 )
 from siamese_detr.evaluation.coco import ClassMetrics, Detections, coco_metrics, percent
 from siamese_detr.evaluation.evaluate import evaluate_detector
-from siamese_detr.evaluation.inference import Detector
+from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD, Detector
 from siamese_detr.images.decode import read_image
 from siamese_detr.images.labels import DetectionDataset, LabelledImage, dataset_key, read_labels
 from siamese_detr.reporting.charts import bar_chart, line_chart, plain_curve
@@ -34,9 +34,10 @@ from siamese_detr.runtime.rundir import sessions
 from siamese_detr.training.detection_task import best_of
 
 IOU = 0.5
+AT_LEAST = "scores from the threshold on"
 
 
-def finetuning_page(run: Path, samples: int, max_images: int, score: float, device: str) -> Page:
+def finetuning_page(run: Path, samples: int, max_images: int, threshold: float | None, device: str) -> Page:
     """The page of the fine-tuning run in ``run``; for the other parameters see ``ReportConfig``."""
     config = read_config(run)
     album = Album()
@@ -52,8 +53,10 @@ def finetuning_page(run: Path, samples: int, max_images: int, score: float, devi
     else:
         note = f"Measured on {len(dataset)} validation images with the detector in {name}."
         sections.append(Section("Classes", [Text(note), *class_blocks(per_class)]))
-        sections.append(Section("Confusion", confusion_blocks(dataset, detections, score)))
-        sections.append(Section("Best and worst", picture_blocks(dataset, detections, score, samples, album)))
+        limits = [threshold if threshold is not None else row.threshold or DEFAULT_THRESHOLD for row in per_class]
+        shown = detections.above(np.array(limits))
+        sections.append(Section("Confusion", confusion_blocks(dataset, shown)))
+        sections.append(Section("Best and worst", picture_blocks(dataset, shown, samples, album)))
     summary = "No evaluation was recorded."
     if history:
         best = best_of(history)
@@ -158,31 +161,29 @@ def pr_curve(row: ClassMetrics) -> Curve:
     return plain_curve(row.name, [(float(recall), value) for recall, value in enumerate(precision)])
 
 
-def confusion_blocks(dataset: DetectionDataset, detections: Detections, score: float) -> list[Block]:
-    matrix = confusion_matrix(dataset, detections, score, IOU)
+def confusion_blocks(dataset: DetectionDataset, detections: Detections) -> list[Block]:
+    matrix = confusion_matrix(dataset, detections, IOU)
     if matrix.sum() == matrix[:, -1].sum():
-        return [Missing("Confusion matrix", f"no detection has a score of at least {score}; lower it with --score")]
+        return [Missing("Confusion matrix", "no detection scores high enough; give a lower --threshold")]
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     names = [*dataset.class_names, "background"]
     rows = [[name, *(str(n) if n else "·" for n in line)] for name, line in zip(names, matrix.tolist(), strict=True)]
     shade = {(i, j + 1): float(share[i, j]) for i in range(len(names)) for j in range(len(names)) if matrix[i, j]}
     text = (
-        f"Rows: labelled class; columns: predicted class (score at least {score}, IoU at least {IOU}). Last column: "
+        f"Rows: labelled class; columns: predicted class (IoU at least {IOU}; {AT_LEAST}). Last column: "
         "missed boxes; last row: predictions without a labelled box. Darker: a larger part of the row."
     )
     headers = ["labelled \\ predicted", *dataset.class_names, "missed"]
     return [Text(text), Table("Confusion matrix (numbers of boxes)", headers, rows, shade=shade)]
 
 
-def picture_blocks(
-    dataset: DetectionDataset, detections: Detections, score: float, samples: int, album: Album
-) -> list[Block]:
+def picture_blocks(dataset: DetectionDataset, detections: Detections, samples: int, album: Album) -> list[Block]:
     by_image = rows_by_image(detections)
     scored = [
         (quality, image)
         for image in dataset.images
         if (~image.crowd).any()
-        and (quality := image_quality(image, detections, by_image.get(image.id, NO_ROWS), score, IOU)) is not None
+        and (quality := image_quality(image, detections, by_image.get(image.id, NO_ROWS), IOU)) is not None
     ]
     if not scored:
         return [Missing("Pictures", "no validation image has a labelled box")]
@@ -192,7 +193,7 @@ def picture_blocks(
     blocks: list[Block] = [
         Text(
             "Ordered by panoptic quality: summed IoU of correct detections / (correct + ½ wrong + ½ missed). "
-            f"Solid: predictions with their scores (at least {score}); dashed white: labels."
+            f"Solid: predictions with their scores ({AT_LEAST}); dashed white: labels."
         )
     ]
     for title, pairs in (("Best", best), ("Worst", worst)):
@@ -200,7 +201,7 @@ def picture_blocks(
         for quality, image in pairs:
             with contextlib.suppress(ImageError):  # readable when evaluated; leave it out if it no longer is
                 rows = by_image.get(image.id, NO_ROWS)
-                figures.append(picture(image, quality, dataset.class_names, detections, rows, score, album))
+                figures.append(picture(image, quality, dataset.class_names, detections, rows, album))
         if figures:
             blocks += [Heading(title), Grid(figures, 260)]
     return blocks
@@ -212,11 +213,9 @@ def picture(
     names: Sequence[str],
     detections: Detections,
     rows: np.ndarray,
-    score: float,
     album: Album,
 ) -> Figure:
     photo = album.add(read_image(image.path, min_side=album.longest), (image.width, image.height))
-    rows = rows[detections.scores[rows] >= score]
     drawn = predicted_boxes(names, detections, rows)
     truth = [Box(box.tolist(), "#ffffff", dashed=True) for box in image.boxes[~image.crowd]]
     labelled = labelled_objects(image, names)

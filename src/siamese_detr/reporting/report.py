@@ -84,4 +84,4 @@ def make_page(run: Path, kind: str, config: ReportConfig) -> Page:
         return pretraining_page(run, config.samples, device)
     from siamese_detr.reporting.finetuning import finetuning_page
 
-    return finetuning_page(run, config.samples, config.max_images, config.score, device)
+    return finetuning_page(run, config.samples, config.max_images, config.threshold, device)

@@ -16,7 +16,8 @@ class ReportConfig(Options):
         out: the HTML file; default: report.html in that directory.
         samples: images to show of each kind.
         max_images: largest number of validation images to evaluate.
-        score: lowest score of the detections in pictures and confusion matrix, 0 to 1.
+        threshold: boxes in pictures and confusion matrix score at least this, 0 to 1; default: for each class the score
+            of highest F1 on the validation images.
         device: auto (the accelerator, if there is one), cpu, cuda, cuda:1, mps, ...
     """
 
@@ -24,5 +25,5 @@ class ReportConfig(Options):
     out: str | None = None
     samples: int = 4
     max_images: int = 500
-    score: float = 0.3
+    threshold: float | None = None
     device: str = "auto"
