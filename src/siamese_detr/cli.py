@@ -107,8 +107,12 @@ def run(name: str, argv: list[str]) -> Any:
     """Resolve the configuration of verb ``name`` from ``argv`` and call it."""
     config = read_arguments(name, load_config(name), argv)
     result = load_verb(name)(config)
-    if getattr(config, "pages", False) and config.replay is None and int(os.environ.get("RANK", 0)) == 0:
-        load_verb("report")(run=config.out, device=config.device)
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # several processes would wait for each other
+    if getattr(config, "pages", False) and config.replay is None and alone:
+        try:
+            load_verb("report")(run=config.out, device=config.device)
+        except UserError as error:  # the detector is there
+            print(f"siamese-detr: no report: {error}", file=sys.stderr)
     return result
 
 

@@ -422,10 +422,9 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path):
 def test_a_run_shows_what_it_learns_from_and_what_it_has_learnt(tmp_path, capsys):
     labels = str(write_scenes(tmp_path / "scenes", 4))
     options = {**TINY, **QUICK, "progress": True, "pages": True, "steps": 2, "eval_every": 1}
-    words = [
-        word for name, value in options.items() if not isinstance(value, bool) for word in (f"--{name}", str(value))
-    ]
-    assert cli.main(["finetune", labels, str(tmp_path / "run"), "--val", labels, "--square", *words]) == 0
+    words = ["finetune", labels, str(tmp_path / "run"), f"--val={labels}"]
+    words += [f"--{name}={value}" for name, value in options.items()]
+    assert cli.main(words) == 0
     output, errors = capsys.readouterr()
     with Image.open(tmp_path / "run" / "augmented.jpg") as page:
         assert page.size == (1600, 400)
@@ -435,6 +434,10 @@ def test_a_run_shows_what_it_learns_from_and_what_it_has_learnt(tmp_path, capsys
     assert all(re.search(rf"^ *{name} +2 ", output, re.MULTILINE) for name in CLASSES)
     assert f"{tmp_path / 'run' / 'report.html'}" in errors
     assert "Best and worst" in (tmp_path / "run" / "report.html").read_text()
+    (tmp_path / "run" / "report.html").unlink()
+    (tmp_path / "run" / "report.html").mkdir()  # a report that cannot be written costs no detector
+    assert cli.main([*words, "--resume"]) == 0
+    assert "siamese-detr: no report: cannot write" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("error:Detected call of")

@@ -70,8 +70,8 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         colour_jitter: brightness, contrast and saturation change by up to this share.
         eval_every: epochs between evaluations; 0: only at the end.
         eval_batch_size: images per forward pass in evaluation; default: batch_size.
-        pages: draw augmented training photos with their boxes into OUT/augmented.jpg before training; the command also
-            writes OUT/report.html at the end.
+        pages: draw augmented training photos with their boxes into OUT/augmented.jpg before training; the command, run
+            as one process, also writes OUT/report.html at the end.
     """
 
     COMMON: ClassVar = (
@@ -165,7 +165,14 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         return self.val != "none" and (self.val is not None or may_split)
 
     def find_validation(self) -> bool:
-        """Let ``val`` be the validation split of the training labels, if they have one; whether there are any."""
+        """Let ``val`` be the validation split of the training labels, if they have one and no other labels are given.
+
+        Returns:
+            whether there are validation labels.
+
+        Raises:
+            UserError: there are none, and self-training needs them.
+        """
         from siamese_detr.images.labels import has_split
 
         if self.val is None:
