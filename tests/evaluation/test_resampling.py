@@ -24,7 +24,8 @@ def labelled(count: int, seed: int = 0, classes: int = 3) -> tuple[DetectionData
         xyxy = np.concatenate([corner, corner + size], 1).astype(np.float32)
         kinds = random.integers(0, classes, boxes)
         crowd, areas = random.random(boxes) < 0.15, size.prod(1)
-        images.append(LabelledImage(number, Path(f"{number}.jpg"), 100, 100, xyxy, kinds, crowd, areas))
+        by_hand = np.full(boxes, np.nan)
+        images.append(LabelledImage(number, Path(f"{number}.jpg"), 100, 100, xyxy, kinds, crowd, areas, by_hand))
         for _ in range(8):
             if boxes and random.random() < 0.6:
                 which = int(random.integers(boxes))
