@@ -19,7 +19,7 @@ CLASSES = ["cat", "dog", "cow"]
 
 def saved(family, folder, square=True):
     detector = tiny_detector(family, reduced=False, encoder_layers=1)
-    side = 2 * (detector.square_side or 32)
+    side = 2 * (detector.square_side or 64)
     detector.save(folder, class_names=CLASSES, shortest_edge=side, square=square)
     return str(folder)
 

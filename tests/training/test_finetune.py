@@ -527,8 +527,8 @@ def test_evaluations_are_even_and_end_with_the_run(images: int, epochs: float, e
 @pytest.mark.parametrize(
     ("images", "options", "steps", "short"),
     [
-        *((84, {"epochs": "auto"}, 825, False), (400, {"epochs": "auto"}, 1800, False), (4000, {}, 6000, False)),
-        *((84, {"epochs": 20}, 210, True), (84, {"epochs": 30}, 315, False), (84, {"steps": 100}, 100, True)),
+        *((84, {"epochs": "auto"}, 1650, False), (400, {"epochs": "auto"}, 3600, False), (40000, {}, 60000, False)),
+        *((84, {"epochs": 50}, 525, True), (84, {"epochs": 60}, 630, False), (84, {"steps": 100}, 100, True)),
     ],
 )
 def test_the_budget_suits_the_number_of_images(images: int, options: dict, steps: int, short: bool) -> None:
