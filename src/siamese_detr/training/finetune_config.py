@@ -187,8 +187,8 @@ class FinetuneConfig(RunConfig, OptimizerConfig, DetectorOptions):
         return self.model or self.init
 
     def usual_epochs(self, images: int) -> float:
-        """The fewer the labels, the more passes they bear: 160 for 80 images, 72 for 400 (180 steps of 8 images times the
-        root of their number, from trials on small sets), but at least the 12 of the short COCO schedule."""
+        """The fewer the labels, the more passes they bear: 160 for 80 images, 72 for 400 (180 steps of 8 images times
+        the root of their number, from trials on small sets), but at least the 12 of the short COCO schedule."""
         return max(12.0, 1440 / math.sqrt(images))
 
     def transform(self, size: InputSize) -> TransformConfig:
