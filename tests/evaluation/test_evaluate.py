@@ -18,10 +18,11 @@ from rich.console import Console
 from siamese_detr.detectors.build import build_detector
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import Detections, coco_metrics
-from siamese_detr.evaluation.evaluate import class_map, evaluate, evaluate_detector
+from siamese_detr.evaluation.evaluate import evaluate, evaluate_detector
 from siamese_detr.evaluation.inference import Detector, same_shape_batches
 from siamese_detr.evaluation.predict import predict
 from siamese_detr.images.labels import read_labels
+from siamese_detr.images.names import class_map
 from tiny_finetuning import learned
 
 SMALL = dict(hidden_size=16, heads=2, encoder_layers=1, decoder_layers=1, ffn_size=16)

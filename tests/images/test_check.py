@@ -185,3 +185,22 @@ def test_pictures_of_one_colour_are_no_duplicates_of_each_other(tmp_path):
     for shade in (0, 90):
         Image.new("RGB", (100, 90), (shade,) * 3).save(tmp_path / f"{shade}.png")
     assert check(data=str(tmp_path)).ok
+
+
+def test_classes_are_compared_as_runs_compare_them(tmp_path: Path) -> None:
+    for name, classes in (("train", ["Dining Table", "cat", "tvmonitor"]), ("val", ["zebra", "dining_table", "tv"])):
+        (tmp_path / name).mkdir()
+        images, annotations = [], []
+        for n in range(len(classes)):
+            textured(n + 10 * len(name), 80, 60).save(tmp_path / name / f"{n}.png")
+            images.append({"id": n, "file_name": f"{n}.png", "width": 80, "height": 60})
+            annotations.append({"id": n, "image_id": n, "category_id": n, "bbox": [5, 5, 50, 50]})
+        categories = [{"id": n, "name": label} for n, label in enumerate(classes)]
+        document = {"images": images, "annotations": annotations, "categories": categories}
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    report = check(CheckConfig(str(tmp_path / "train.json"), val=str(tmp_path / "val.json"), min_labels=0))
+    assert {c.name: c.val_boxes for c in report.classes} == {"Dining Table": 1, "cat": 0, "tvmonitor": 1}
+    assert {f.kind: f.examples for f in report.findings if f.where == "val"} == {
+        "class of data without boxes in val": ["cat"],
+        "class unknown to data": ["zebra"],
+    }

@@ -21,9 +21,9 @@ from siamese_detr.detectors.build import DetectorPlan
 from siamese_detr.detectors.loading import find_detector
 from siamese_detr.detectors.structures import DetectorOptions
 from siamese_detr.errors import UserError
-from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.images.labels import dataset_key, read_labels
 from siamese_detr.images.listing import list_images
+from siamese_detr.images.names import class_map
 from siamese_detr.pretext import find_pretext
 from siamese_detr.proposals.methods import find_method
 from siamese_detr.proposals.propose import ProposeConfig

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from siamese_detr.config import verb
@@ -20,7 +18,7 @@ from siamese_detr.evaluation.results import ImageResult, Job
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, read_labels
 from siamese_detr.images.memory import from_memory
-from siamese_detr.images.names import class_key
+from siamese_detr.images.names import class_map
 from siamese_detr.messages import output, say, track
 from siamese_detr.runtime.processes import join, lost_process_explained
 
@@ -122,34 +120,3 @@ def evaluate_detector(
     if len(skipped) == len(jobs):
         raise UserError(f"none of the {len(skipped)} images can be read, e.g. {skipped[0][0]}: {skipped[0][1]}")
     return Evaluation(coco_metrics(dataset.to_coco(), detections), detections, skipped)
-
-
-def class_map(model_names: list[str], label_names: list[str]) -> np.ndarray:
-    """(model classes,) int64: the label index of the class of the same name, −1 for none.
-
-    Names are compared without case, spaces and punctuation; VOC's and COCO's names of the same thing are equal. A model
-    whose classes have no names (LABEL_0, …) is assumed to have the classes of the labels, in the same order, if there
-    are equally many.
-
-    Raises:
-        UserError: no class in common.
-    """
-    index: dict[str, int] = {}
-    for k, name in enumerate(label_names):
-        index.setdefault(class_key(name), k)
-    found = np.array([index.get(class_key(name), -1) for name in model_names], np.int64)
-    exact = {name: k for k, name in enumerate(label_names)}
-    for k, name in enumerate(model_names):
-        found[k] = exact.get(name, found[k])
-    if (found < 0).all():
-        if len(model_names) == len(label_names) and all(re.fullmatch(r"LABEL_\d+", name) for name in model_names):
-            return np.arange(len(label_names))
-        raise UserError(
-            f"the detector's classes ({shorten(model_names)}) and the labels' ({shorten(label_names)}) "
-            "have no name in common; rename the classes of one, or use other labels"
-        )
-    return found
-
-
-def shorten(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f", … {len(names)} in all" if len(names) > most else "")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +19,7 @@ from siamese_detr.images.duplicates import Fingerprint, equal_groups, fingerprin
 from siamese_detr.images.labels import DetectionDataset, find_labels, has_split, read_labels
 from siamese_detr.images.listing import existing, list_images
 from siamese_detr.images.memory import from_memory
+from siamese_detr.images.names import class_map
 from siamese_detr.images.problems import ACTIONS, MAX_EXAMPLES, Problem
 from siamese_detr.messages import output, track
 from siamese_detr.runtime.cores import usable_cores
@@ -264,10 +267,14 @@ def _add_classes(
     """Counts boxes by class; notes scarce classes and those known to one part only."""
     if data is None:
         return
-    val_counts = dict(zip(val.class_names, val.class_counts().tolist(), strict=True)) if val is not None else {}
-    columns = (data.class_counts().tolist(), data.pseudo_counts().tolist())
-    for name, (boxes, images), pseudo in zip(data.class_names, *columns, strict=True):
-        val_boxes, val_images = val_counts.get(name, (0, 0))
+    known = np.full(len(data.class_names), -1)  # of each class of data, the class of val that a run takes for the same
+    val_counts = np.zeros((1, 2), np.int64)  # the last row is of the classes that val does not have
+    if val is not None:
+        val_counts = np.concatenate([val.class_counts(), val_counts])
+        with contextlib.suppress(UserError):  # none in common, which the notes below say
+            known = class_map(data.class_names, val.class_names)
+    columns = (data.class_counts().tolist(), data.pseudo_counts().tolist(), val_counts[known].tolist())
+    for name, (boxes, images), pseudo, (val_boxes, val_images) in zip(data.class_names, *columns, strict=True):
         report.classes.append(ClassCount(name, boxes, images, val_boxes, val_images, pseudo))
     none = [c.name for c in report.classes if not c.boxes]
     _note(report, "data", "class without boxes", "stays in the model's list of classes, never learnt", none)
@@ -277,7 +284,7 @@ def _add_classes(
     if val is not None:
         unseen = [c.name for c in report.classes if c.boxes and not c.val_boxes]
         _note(report, "val", "class of data without boxes in val", "trained, but left out of the mean AP", unseen)
-        alien = [name for name, (boxes, _) in val_counts.items() if boxes and name not in data.class_names]
+        alien = [name for k, name in enumerate(val.class_names) if val_counts[k, 0] and k not in known]
         _note(report, "val", "class unknown to data", ACTIONS["box of an unknown class"], alien)
 
 

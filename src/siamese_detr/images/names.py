@@ -11,6 +11,10 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
+
+from siamese_detr.errors import UserError
+
 _FOREIGN = re.compile(r"(?:[A-Za-z]:)?/|\w+://")
 """Beginnings of a path of another machine: /data/..., C:/..., file:///... ."""
 
@@ -79,3 +83,34 @@ def _entries(folder: str) -> dict[str, list[str]]:
         for name in os.listdir(folder):
             found.setdefault(_plain(name), []).append(name)
     return found
+
+
+def class_map(model_names: list[str], label_names: list[str]) -> np.ndarray:
+    """(model classes,) int64: the label index of the class of the same name, −1 for none.
+
+    Names are compared without case, spaces and punctuation; VOC's and COCO's names of the same thing are equal. A model
+    whose classes have no names (LABEL_0, …) is assumed to have the classes of the labels, in the same order, if there
+    are equally many.
+
+    Raises:
+        UserError: no class in common.
+    """
+    index: dict[str, int] = {}
+    for k, name in enumerate(label_names):
+        index.setdefault(class_key(name), k)
+    found = np.array([index.get(class_key(name), -1) for name in model_names], np.int64)
+    exact = {name: k for k, name in enumerate(label_names)}
+    for k, name in enumerate(model_names):
+        found[k] = exact.get(name, found[k])
+    if (found < 0).all():
+        if len(model_names) == len(label_names) and all(re.fullmatch(r"LABEL_\d+", name) for name in model_names):
+            return np.arange(len(label_names))
+        raise UserError(
+            f"the detector's classes ({shorten(model_names)}) and the labels' ({shorten(label_names)}) "
+            "have no name in common; rename the classes of one, or use other labels"
+        )
+    return found
+
+
+def shorten(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f", … {len(names)} in all" if len(names) > most else "")

@@ -24,11 +24,12 @@ from siamese_detr.detectors.adapter import DetectorAdapter
 from siamese_detr.detectors.structures import Targets
 from siamese_detr.evaluation.coco import CocoMetrics, percent
 from siamese_detr.evaluation.draw import draw_detections
-from siamese_detr.evaluation.evaluate import class_map, evaluate_detector
+from siamese_detr.evaluation.evaluate import evaluate_detector
 from siamese_detr.evaluation.inference import DEFAULT_THRESHOLD, Detector
 from siamese_detr.files import write_json, write_text
 from siamese_detr.images.labels import DetectionDataset, LabelledImage
 from siamese_detr.images.listing import ImageList
+from siamese_detr.images.names import class_map
 from siamese_detr.interchange.model_card import write_card
 from siamese_detr.messages import say
 from siamese_detr.randomness import rng

@@ -21,11 +21,11 @@ from siamese_detr.detectors.loading import load_detector, open_detector
 from siamese_detr.detectors.weights import quiet
 from siamese_detr.errors import UserError
 from siamese_detr.evaluation.coco import CocoMetrics
-from siamese_detr.evaluation.evaluate import class_map
 from siamese_detr.files import write_json
 from siamese_detr.images.labels import DetectionDataset, dataset_key, read_labels
 from siamese_detr.images.listing import list_images
 from siamese_detr.images.memory import from_memory
+from siamese_detr.images.names import class_map
 from siamese_detr.messages import output, say
 from siamese_detr.runtime.journal import JsonLines
 from siamese_detr.runtime.lock import locked
