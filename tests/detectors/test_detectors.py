@@ -369,3 +369,11 @@ def test_pooled_memory_averages_valid_tokens_only():
         tokens = memory.tokens[2, start : start + height * width][memory.mask[2, start : start + height * width]]
         assert_close(memory.pooled()[2, level * WIDTH : (level + 1) * WIDTH], tokens.mean(0))
         start += height * width
+
+
+@pytest.mark.parametrize("case", ["rt-detr", "d-fine", "lw-detr", "rf-detr"])
+def test_an_image_too_small_for_the_queries_is_refused_in_one_line(case):
+    detector = tiny_detector(case, num_queries=500)
+    side = 2 * (detector.square_side or 32)
+    with pytest.raises(UserError, match=r"gives \d+ tokens, too few for 500 queries: use a larger image_size"):
+        detector(torch.zeros(1, 3, side, side), torch.ones(1, side, side, dtype=torch.bool))

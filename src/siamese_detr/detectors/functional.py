@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 
+from siamese_detr.errors import UserError
 from siamese_detr.runtime.gpu import send
 
 
@@ -115,6 +116,20 @@ def padding_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
 def level_mask(pixel_mask: Tensor, shape: tuple[int, int]) -> Tensor:
     """Boolean (B, H, W) of valid pixels -> boolean (B, h, w) of valid cells, by nearest neighbour as the DETRs do."""
     return nn.functional.interpolate(pixel_mask[None].float(), size=shape)[0].bool()
+
+
+def best_tokens(scores: Tensor, count: int) -> Tensor:
+    """(B, count) indices of the tokens with the highest class score in ``scores`` (B, tokens, classes).
+
+    Raises:
+        UserError: there are fewer tokens.
+    """
+    if scores.shape[1] < count:
+        raise UserError(
+            f"an image of this size gives {scores.shape[1]} tokens, too few for {count} queries: use a larger "
+            "image_size or fewer queries (num_queries)"
+        )
+    return scores.max(-1).values.topk(count, dim=1).indices
 
 
 def spread_tokens(count: int, shapes: list[tuple[int, int]], valid: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from transformers import (
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
 from siamese_detr.detectors.backbones import Backbone
-from siamese_detr.detectors.functional import full_precision, level_arguments, spread_tokens, valid_ratios
+from siamese_detr.detectors.functional import best_tokens, full_precision, level_arguments, spread_tokens, valid_ratios
 from siamese_detr.errors import UserError
 
 
@@ -172,7 +172,7 @@ class LwDetrAdapter(DetectorAdapter):
         tokens = detr.enc_output_norm[group](detr.enc_output[group](tokens))
         if region_queries is None:
             scores = detr.enc_out_class_embed[group](tokens).masked_fill(outside, float("-inf"))
-            chosen = scores.max(-1).values.topk(self.num_queries, dim=1).indices
+            chosen = best_tokens(scores, self.num_queries)
         else:
             chosen = spread_tokens(self.num_queries, memory.shapes, memory.extra["valid_ratios"][:, 0])
         token = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))

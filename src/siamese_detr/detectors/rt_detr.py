@@ -32,7 +32,14 @@ from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoisi
 
 from siamese_detr.detectors import initialise
 from siamese_detr.detectors.adapter import Decoded, DetectorAdapter, DetectorSize, Memory
-from siamese_detr.detectors.functional import additive_mask, constant, full_precision, level_arguments, spread_tokens
+from siamese_detr.detectors.functional import (
+    additive_mask,
+    best_tokens,
+    constant,
+    full_precision,
+    level_arguments,
+    spread_tokens,
+)
 from siamese_detr.detectors.structures import ClassLoss, Edges, Predictions, Targets
 
 
@@ -181,7 +188,7 @@ class RTDetrAdapter(DetectorAdapter):
         anchors, inside = detr.generate_anchors(tuple(memory.shapes), device=memory.tokens.device, dtype=dtype)
         tokens = detr.enc_output(inside.to(memory.tokens.dtype) * memory.tokens)
         if region_queries is None:
-            chosen = detr.enc_score_head(tokens).max(-1).values.topk(self.num_queries, dim=1).indices
+            chosen = best_tokens(detr.enc_score_head(tokens), self.num_queries)
         else:
             chosen = spread_tokens(self.num_queries, memory.shapes, valid)
         token = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
